@@ -38,13 +38,9 @@ def check_scores(scores: Tensor, target: Tensor) -> int:
             f"target must hold class indices (an integer type), got {target.dtype}; class probabilities are not supported"
         )
     if scores.dim() == 0:
-        raise ValueError(
-            "scores must have shape (classes,), (rows, classes) or (rows, classes, d1, ...), got a scalar"
-        )
+        raise ValueError("scores must have shape (classes,), (rows, classes) or (rows, classes, d1, ...), got a scalar")
     if scores.device != target.device:
-        raise ValueError(
-            f"target must be on the device of scores, expected {scores.device}, got {target.device}"
-        )
+        raise ValueError(f"target must be on the device of scores, expected {scores.device}, got {target.device}")
     classes = scores.shape[0] if scores.dim() == 1 else scores.shape[1]
     expected = () if scores.dim() == 1 else (scores.shape[0], *scores.shape[2:])
     if tuple(target.shape) != tuple(expected):
@@ -59,9 +55,7 @@ def check_scores(scores: Tensor, target: Tensor) -> int:
 
 def _check_one_k(k: object, classes: int | None) -> int:
     if not _is_integer(k):
-        raise TypeError(
-            f"k must be an int or a mapping from int to weight, got {k!r} of type {type(k).__name__}"
-        )
+        raise TypeError(f"k must be an int or a mapping from int to weight, got {k!r} of type {type(k).__name__}")
     assert isinstance(k, int | numbers.Integral)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
@@ -111,7 +105,7 @@ def check_number(
         bounds.append(f"<= {most:g}")
     number = float(value)
     if (
-        not math.isfinite(number)
+        not -math.inf < number < math.inf  # math.isfinite would not trace a number that changes between calls
         or (above is not None and not number > above)
         or (least is not None and not number >= least)
         or (most is not None and not number <= most)

@@ -90,9 +90,7 @@ def _reduced(
     if ks is not None:
         kept = [(k, p) for k, p in zip(ks, weights, strict=True) if k < classes]
         options = ([k for k, _ in kept], [p for _, p in kept], *options)
-    loss = ops.row_loss(
-        name, rows, flat, extras, options, ignore_index, ops.resolve_backend(backend, scores.device)
-    )
+    loss = ops.row_loss(name, rows, flat, extras, options, ignore_index, ops.resolve_backend(backend, scores.device))
     return _reduce(loss, flat, target.shape, weight, ignore_index, reduction)
 
 

@@ -98,9 +98,7 @@ def _run_backward(
 ) -> Tensor:
     target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
     with torch.autocast(scores.device.type, enabled=False):
-        result = room.backward(
-            grad, scores.to(_compute_type(scores)), target, tuple(extras), tuple(saved), options
-        )
+        result = room.backward(grad, scores.to(_compute_type(scores)), target, tuple(extras), tuple(saved), options)
     if ignored is not None:
         result = result.masked_fill_(ignored[:, None], 0.0)
     if wrong is not None:

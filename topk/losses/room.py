@@ -18,6 +18,9 @@ Options = tuple[Any, ...]
 Saved = tuple[Tensor, ...]
 SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 
+CHUNK = 2**16
+"""Elements worked on at a time: the buffer stays in cache, far below the size of the scores."""
+
 
 @dataclass(frozen=True)
 class Room:
@@ -49,35 +52,62 @@ def target_scores(scores: Tensor, target: Tensor) -> Tensor:
     return scores.gather(1, target[:, None]).squeeze(1)
 
 
+def wide_type(scores: Tensor) -> torch.dtype:
+    """The type for a few numbers a row: float64 wherever the device has it, so that differences keep their digits."""
+    return scores.dtype if scores.device.type == "mps" else torch.float64
+
+
+def without_target(values: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Drops the target from the columns of a selection, or the last column where the target is not in it."""
+    # From the slot where the target sits, if it does, everything moves up by one.
+    passed = (index == target[:, None]).cumsum(1)[:, :-1] > 0
+    return torch.where(passed, values[:, 1:], values[:, :-1]), torch.where(passed, index[:, 1:], index[:, :-1])
+
+
 def largest_wrong(scores: Tensor, target: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     """The `depth` largest scores among the classes other than the target, descending, and their indices.
 
     Which of several tied classes is returned first is left open: use it where ties cannot matter.
     """
-    values, index = scores.topk(depth + 1, dim=1)
-    # From the slot where the target sits, if it does, everything moves up by one.
-    passed = (index == target[:, None]).cumsum(1)[:, :depth] > 0
-    return torch.where(passed, values[:, 1:], values[:, :-1]), torch.where(passed, index[:, 1:], index[:, :-1])
+    return without_target(*scores.topk(depth + 1, dim=1), target)
 
 
 def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` largest scores and their indices, descending; among equals the lower class index comes first.
 
     torch.topk leaves the order and the choice among equals open, and a stable sort of every row costs ten times
-    as much, so only the rows with a tie that could matter are sorted again.
+    as much. So the rows with a tie are repaired: all of them where looking for ties would synchronise with a device.
     """
-    classes = scores.shape[1]
-    values, index = scores.topk(min(count + 1, classes), dim=1)
-    tied = (values[:, 1:] == values[:, :-1]).any(1)
+    values, index = scores.topk(min(count + 1, scores.shape[1]), dim=1)
+    tied = values[:, 1:] == values[:, :-1]
+    boundary = tied[:, count - 1 :].any(1)
     values, index = values[:, :count], index[:, :count]
-    if scores.is_cpu and not bool(tied.any()):
-        return values, index
-    if scores.is_cpu:
-        rows = tied.nonzero().squeeze(1)
-        index = index.index_copy(0, rows, scores[rows].argsort(dim=1, descending=True, stable=True)[:, :count])
-    else:  # no host synchronisation: every row again
-        index = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-    return scores.gather(1, index), index
+    if not scores.is_cpu:
+        return values, _lower_first(values, torch.where(boundary[:, None], _lowest_ties(scores, values, index), index))
+    tied = tied.any(1)
+    if bool(tied.any()):
+        index = index.clone()
+        for rows in boundary.nonzero().squeeze(1).split(max(1, CHUNK // scores.shape[1])):
+            index[rows] = _lowest_ties(scores[rows], values[rows], index[rows])
+        index[tied] = _lower_first(values[tied], index[tied])
+    return values, index
+
+
+def _lowest_ties(scores: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """The indices with those equal to the last value replaced by the lowest that have this value."""
+    classes = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)
+    equal = torch.where(scores == values[:, -1:], classes, scores.shape[1])
+    lowest = equal.topk(values.shape[1], dim=1, largest=False).values.to(torch.int64)
+    above = values > values[:, -1:]
+    place = torch.arange(values.shape[1], device=scores.device) - above.sum(1, keepdim=True)
+    return torch.where(above, index, lowest.gather(1, place.clamp(min=0)).clamp(max=scores.shape[1] - 1))
+
+
+def _lower_first(values: Tensor, index: Tensor) -> Tensor:
+    """The indices rearranged so that those of equal values ascend; the values, descending, stay where they are."""
+    by_index = index.argsort(dim=1)
+    by_value = values.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
+    return index.gather(1, by_index.gather(1, by_value))
 
 
 def row_chunks(rows: int, cost: int, budget: int) -> Iterator[slice]:
@@ -85,6 +115,40 @@ def row_chunks(rows: int, cost: int, budget: int) -> Iterator[slice]:
     step = max(1, budget // max(1, cost))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
+
+
+def sum_exponentials(scores: Tensor, shift: Tensor, index: Tensor, rate: float = 1.0) -> Tensor:
+    """Sum of exp(rate (x - shift)) over the classes of each row that `index` does not list."""
+    rows, classes = scores.shape
+    total = torch.empty_like(shift)
+    buffer = scores.new_empty((min(rows, max(1, CHUNK // classes)), classes))
+    for part in row_chunks(rows, classes, CHUNK):
+        field = torch.sub(scores[part], shift[part, None], out=buffer[: part.stop - part.start])
+        if rate != 1.0:
+            field.mul_(rate)
+        torch.sum(field.exp_().scatter_(1, index[part], 0.0), 1, out=total[part])
+    return total
+
+
+def scaled_exponentials(
+    scores: Tensor, shift: Tensor, scale: Tensor, index: Tensor, values: Tensor, rate: float = 1.0
+) -> Tensor:
+    """A new tensor, scale exp(rate (x - shift)), with `values` written at the classes that `index` lists."""
+    rows, classes = scores.shape
+    result = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    for part in row_chunks(rows, classes, CHUNK):
+        field = torch.sub(scores[part], shift[part, None], out=result[part])
+        if rate != 1.0:
+            field.mul_(rate)
+        field.exp_().mul_(scale[part, None]).scatter_(1, index[part], values[part])
+    return result
+
+
+def log_sum_exp(scores: Tensor, keep: Tensor) -> Tensor:
+    """log of the sum of exp(x) over the classes where `keep` is true; differentiable, -inf where there is none."""
+    kept = scores.masked_fill(~keep, -torch.inf)
+    some = kept.amax(1) > -torch.inf
+    return torch.where(some, torch.where(some[:, None], kept, 0.0).logsumexp(1), -torch.inf)
 
 
 def not_finite_above(*values: Tensor) -> Tensor:

@@ -21,22 +21,23 @@ Backward, with f the coefficients of head and tail together, a tail class has
     d rho / d u_i = sum_r (-1)^r w_i^{r+1} (f_{k-1-r} / f_k - f_{k-2-r} / f_{k-1}),
 
 a polynomial in w_i <= 1 whose k coefficients a row are all that is needed; a head class is left out of the product
-by prefixes and suffixes, which only adds positive numbers.
+from the other end, in powers of 1 / w_i.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, softplus
 
 from topk.losses.room import (
     Options,
     Room,
     Saved,
     SavedShape,
-    concatenate,
     largest_wrong,
     not_finite_above,
     row_chunks,
@@ -47,8 +48,9 @@ POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
 
 _NEWTON_STEPS = 3
-_CHUNK = 2**18  # classes times rows worked on at a time: temporaries stay in cache and far below the scores
 _LANES = 2**13  # polynomials advanced together by one step of the recursion
+_SUM_CHUNK = 2**16  # elements worked on at a time: buffers stay in cache, far below the size of the scores
+_LANE_CHUNK = 2**17  # larger, since every step of the recursion costs one call
 
 
 def _head_size(k: int, classes: int) -> int:
@@ -64,43 +66,51 @@ def _wide(scores: Tensor) -> torch.dtype:
     return scores.dtype if scores.device.type == "mps" else torch.float64
 
 
+def _columns(k: int, classes: int) -> list[int]:
+    """Widths of the parts of the saved table for one k: (t, tilt, slope), the tail's r_0..r_k, the head's product."""
+    return [3, k + 1, _head_size(k, classes) + 1]
+
+
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     ks = options[0]
     depth = _depth(ks, classes)
-    return ((rows, depth), None), ((rows, depth), torch.int64), ((rows, sum(k + 4 for k in ks)), torch.float64)
+    width = sum(sum(_columns(k, classes)) for k in ks)
+    return ((rows, depth), None), ((rows, depth), torch.int64), ((rows, width), torch.float64)
+
+
+def _unpack(table: Tensor, ks: list[int], classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each k its (t, tilt, slope) (3, rows), tail (k + 1, rows) and head product (size + 1, rows)."""
+    widths = [width for k in ks for width in _columns(k, classes)]
+    parts = [part.T for part in table.split(widths, 1)] if widths else []
+    return zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
 def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
-    """loss (rows,), the head's scores and indices (rows, depth), and a table (rows, sum over k of k + 4).
-
-    For each k the table holds t, the tilt, the slope of the softplus and the tail's r_0..r_k.
-    """
-    chunks = row_chunks(*scores.shape, _CHUNK)
-    parts = [_forward_chunk(scores[rows], target[rows], options) for rows in chunks]
-    return concatenate(parts) if parts else _forward_chunk(scores, target, options)
-
-
-def _forward_chunk(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
+    """loss (rows,), the head's scores and indices (rows, depth), and the table of `_columns`."""
     ks, weights, tau, margin = options
     rows, classes = scores.shape
+    wide = _wide(scores)
     x_target = target_scores(scores, target)
     head, index = largest_wrong(scores, target, _depth(ks, classes))
-    loss = x_target.new_zeros(rows, dtype=_wide(scores))
-    table = [loss.new_zeros((rows, 0))]
+    loss = torch.zeros_like(x_target, dtype=wide)
+    table = [loss.new_zeros((0, rows))]
     for k, weight in zip(ks, weights, strict=True):
         size = _head_size(k, classes)
+        rate = 1.0 / (k * tau)
         kth, absent, bad = _kth_wrong(head, x_target, k)
-        tilt, tail = _tail(scores, target, head[:, :size], index[:, :size], kth, k, 1.0 / (k * tau))
-        gap = _gap(head[:, :size], x_target, kth, tilt, tail, k, tau, margin)
-        term = torch.nn.functional.softplus(gap, threshold=30.0) * tau
+        tilt, tail = _tail(scores, target, index[:, :size], kth, k, rate)
+        product = _head_product(_log_odds(head[:, :size], kth, tilt, rate))
+        rise = _coefficient(product, tail, k).log() - _coefficient(product, tail, k - 1).log()
+        gap = margin / tau + (kth.to(wide) - x_target.to(wide)) * rate - tilt + rise
+        term = softplus(gap, threshold=30.0) * tau
         term = term.masked_fill(absent, 0.0).masked_fill(x_target == -torch.inf, torch.inf).masked_fill(bad, torch.nan)
         slope = gap.sigmoid().masked_fill(absent, 0.0).masked_fill(bad, torch.nan)
         loss = loss + weight * term
-        table += [torch.stack((kth.to(tilt.dtype), tilt, slope), 1), tail.T]
-    return loss.to(scores.dtype), head, index, torch.cat(table, 1).to(torch.float64)
+        table += [torch.stack((kth.to(wide), tilt, slope)), tail, product]
+    return loss.to(scores.dtype), head, index, torch.cat(table).to(torch.float64).T.contiguous()
 
 
 def _kth_wrong(head: Tensor, x_target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,206 +122,237 @@ def _kth_wrong(head: Tensor, x_target: Tensor, k: int) -> tuple[Tensor, Tensor, 
     return torch.where(absent | bad, stand_in, kth), absent, bad
 
 
-def _tail(
-    scores: Tensor, target: Tensor, head: Tensor, index: Tensor, kth: Tensor, k: int, rate: float
-) -> tuple[Tensor, Tensor]:
+def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> tuple[Tensor, Tensor]:
     """The tilt (rows,) and the tail's coefficients r (k + 1, rows), up to one common factor a row."""
     wide = _wide(scores)
     if k <= POWER_SUM_LIMIT:
-        tilt = torch.zeros_like(kth)
-        return tilt.to(wide), _newton_identities(_odds(scores, target, index, kth, None, rate), k, wide)
-    tilt = _balance(scores, target, kth, k, rate)
-    odds = _odds(scores, target, index, kth, tilt, rate)
-    return tilt.to(wide), _lanes(odds.div_(odds + 1), k, wide)
+        sums = _power_sums(scores, target, index, kth, k, rate)
+        return torch.zeros_like(kth, dtype=wide), _newton_identities(sums.to(wide))
+    tilts, tails = [kth[:0]], [scores.new_zeros((k + 1, 0), dtype=wide)]
+    for rows in row_chunks(*scores.shape, _LANE_CHUNK):
+        tilt, tail = _lanes(scores[rows], target[rows], index[rows], kth[rows], k, rate)
+        tilts.append(tilt)
+        tails.append(tail)
+    return torch.cat(tilts).to(wide), torch.cat(tails, 1)
 
 
 def _odds(
-    scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, tilt: Tensor | None, rate: float
+    out: Tensor,
+    scores: Tensor,
+    target: Tensor,
+    index: Tensor,
+    at_head: Tensor,
+    exponent: tuple[Tensor, Tensor | None, float],
 ) -> Tensor:
-    """w_i = exp(u_i - t + tilt) over the tail; 0 for the head and for y. A new tensor."""
-    odds = (scores - kth[:, None]).mul_(rate)
+    """w_i = exp((x_i - x_[k]) rate + tilt), written into `out`; `at_head` for the head and 0 for y."""
+    kth, tilt, rate = exponent
+    torch.sub(scores, kth[:, None], out=out).mul_(rate)
     if tilt is not None:
-        odds.add_(tilt[:, None])
-    return odds.exp_().scatter_(1, index, 0.0).scatter_(1, target[:, None], 0.0)
+        out.add_(tilt[:, None])
+    out.exp_()
+    return out.scatter_(1, index, at_head).scatter_(1, target[:, None], 0.0)
 
 
-def _power_sums(odds: Tensor, k: int) -> Tensor:
-    """sum w^m for m = 1..k (k, rows), with one buffer beside `odds`, which is overwritten."""
-    sums = [odds.sum(1)]
-    if k >= 2:
-        square = odds * odds
-        sums.append(square.sum(1))
-    if k >= 3:
-        sums += [torch.linalg.vecdot(odds, square), torch.linalg.vecdot(square, square)]
-    if k >= 5:
-        cube = odds.mul_(square)
-        sums += [torch.linalg.vecdot(cube, square), torch.linalg.vecdot(cube, cube)]
-    if k >= 7:
-        fourth = square.mul_(square)
-        sums += [torch.linalg.vecdot(cube, fourth), torch.linalg.vecdot(fourth, fourth)]
-    return torch.stack(sums[:k])
+def _power_sums(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
+    """sum of w^m over the tail for m = 1..k (k, rows)."""
+    dot = torch.linalg.vecdot
+    sums = scores.new_empty((k, scores.shape[0]))
+    none = scores.new_zeros(index.shape)
+    low_buffer, high_buffer = _buffers(scores, _SUM_CHUNK)
+    for rows in row_chunks(*scores.shape, _SUM_CHUNK):
+        count = rows.stop - rows.start
+        low = _odds(low_buffer[:count], scores[rows], target[rows], index[rows], none[rows], (kth[rows], None, rate))
+        high = torch.mul(low, low, out=high_buffer[:count])
+        parts = [low.sum(1), high.sum(1), dot(low, high), dot(high, high)]
+        if k > 4:
+            low.mul_(high)  # w^3
+            parts += [dot(low, high), dot(low, low)]
+        if k > 6:
+            high.mul_(high)  # w^4
+            parts += [dot(low, high), dot(high, high)]
+        torch.stack(parts[:k], out=sums[:, rows])
+    return sums
 
 
-def _newton_identities(odds: Tensor, k: int, wide: torch.dtype) -> Tensor:
-    """e_0..e_k of the odds (k + 1, rows): m e_m = sum_i (-1)^(i-1) e_{m-i} p_i."""
-    sums = _power_sums(odds, k).to(wide)
-    sums[1::2].neg_()
+def _buffers(scores: Tensor, budget: int, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Two work spaces for one chunk of rows, allocated once: fresh pages cost more than the arithmetic."""
+    rows, classes = scores.shape
+    width = width or classes
+    shape = (2, min(rows, max(1, budget // classes)), width)
+    return scores.new_empty(shape).unbind(0)  # type: ignore[return-value]
+
+
+def _newton_identities(sums: Tensor) -> Tensor:
+    """e_0..e_k (k + 1, rows) from the power sums p_1..p_k: m e_m = sum_i (-1)^(i-1) e_{m-i} p_i."""
+    k = sums.shape[0]
+    signed = sums.clone()
+    signed[1::2].neg_()
     falling = sums.new_ones((k + 1, sums.shape[1]))  # e_k, ..., e_1, e_0, so that e_{m-1}..e_0 is a slice
     for m in range(1, k + 1):
-        falling[k - m] = (falling[k - m + 1 :] * sums[:m]).sum(0) / m
+        torch.div((falling[k - m + 1 :] * signed[:m]).sum(0), m, out=falling[k - m])
     return falling.flip(0)
 
 
-def _balance(scores: Tensor, target: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
-    """The tilt at which the expected number of successes is about k - 1/2: safeguarded Newton steps."""
-    wrong = scores.shape[1] - 1
-    shifted = (scores - kth[:, None]).mul_(rate).scatter_(1, target[:, None], -torch.inf)
-    low = torch.full_like(kth, -math.log(2 * (wrong - k) + 1))
-    high = torch.full_like(kth, math.log(2 * k - 1))
-    buffer = shifted.clamp(max=0).exp_()
-    tilt = (k / (buffer.sum(1) - (k - 1)).clamp_(min=1)).log_().clamp_(max=0.0).maximum(low)
-    for _ in range(_NEWTON_STEPS):
-        probability = torch.sigmoid(torch.add(shifted, tilt[:, None], out=buffer), out=buffer)
-        excess = probability.sum(1) - (k - 0.5)
-        variance = excess + (k - 0.5) - torch.linalg.vecdot(probability, probability)
-        low, high = torch.where(excess < 0, tilt, low), torch.where(excess > 0, tilt, high)
-        step = tilt - excess / variance
-        tilt = torch.where((step > low) & (step < high), step, (low + high) / 2)
-    return tilt
-
-
-def _lanes(probability: Tensor, k: int, wide: torch.dtype) -> Tensor:
-    """Pr[S = j] for j = 0..k (k + 1, rows): the recursion over lanes of classes, then truncated products."""
-    rows, classes = probability.shape
-    lanes = min(max(1, _LANES // max(1, rows)), max(1, classes // (4 * k)))
+def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> tuple[Tensor, Tensor]:
+    """The tilt and Pr[S = j], j = 0..k, over the tail: a recursion over lanes of classes, then truncated products."""
+    rows, classes = scores.shape
+    lanes = min(max(1, _LANES // rows), max(1, classes // (4 * k)))
     steps = -(-classes // lanes)
-    padded = torch.nn.functional.pad(probability, (0, lanes * steps - classes))
-    by_step = padded.view(rows, lanes, steps).permute(2, 1, 0).reshape(steps, lanes * rows)
-    now = probability.new_zeros((k + 2, lanes * rows))  # one row of zeros above Pr[S = 0]
+    exponents, buffer = _buffers(scores, _LANE_CHUNK, lanes * steps)
+    exponents, buffer = exponents[:rows], buffer[:rows]
+    exponents[:, classes:] = -torch.inf
+    torch.sub(scores, kth[:, None], out=exponents[:, :classes]).mul_(rate)
+    exponents.scatter_(1, target[:, None], -torch.inf)
+    tilt = _balance(exponents, buffer, k, classes - 1)
+    probability = exponents.add_(tilt[:, None]).sigmoid_().scatter_(1, index, 0.0)
+    trials = buffer.view(steps, lanes, rows).copy_(probability.view(rows, lanes, steps).permute(2, 1, 0))
+    now = scores.new_zeros((k + 2, lanes, rows))  # one row of zeros above Pr[S = 0]
     now[1] = 1.0
     then = torch.zeros_like(now)
-    for trial in by_step.unbind(0):
+    for trial in trials.unbind(0):
         torch.lerp(now[1:], now[:-1], trial, out=then[1:])
         now, then = then, now
-    merged = now[1:].to(wide).view(k + 1, lanes, rows)
+    merged = now[1:].to(_wide(scores))
     while merged.shape[1] > 1:
         half = merged.shape[1] // 2
         product = _product(merged[:, :half], merged[:, half : 2 * half])
         merged = torch.cat((product, merged[:, 2 * half :]), 1)
-    return merged[:, 0]
+    return tilt, merged[:, 0]
+
+
+def _balance(exponents: Tensor, buffer: Tensor, k: int, wrong: int) -> Tensor:
+    """The tilt at which the expected number of successes is about k - 1/2: safeguarded Newton steps."""
+    below = torch.clamp(exponents, max=0.0, out=buffer).exp_().sum(1) - (k - 1)
+    low = torch.full_like(below, -math.log(2 * (wrong - k) + 1))
+    high = torch.full_like(below, math.log(2 * k - 1))
+    tilt = (k / below.clamp_(min=1)).log_().clamp_(max=0.0).maximum(low)
+    for _ in range(_NEWTON_STEPS):
+        probability = torch.add(exponents, tilt[:, None], out=buffer).sigmoid_()
+        mean = probability.sum(1)
+        variance = mean - torch.linalg.vecdot(probability, probability)
+        low, high = torch.where(mean < k - 0.5, tilt, low), torch.where(mean > k - 0.5, tilt, high)
+        step = tilt - (mean - (k - 0.5)) / variance
+        tilt = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+    return tilt
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Product of polynomials, coefficients along the first axis, truncated to the length of the operands."""
+    """Product of polynomials, coefficients along the first axis, truncated to the length of `right`."""
     result = left[:1] * right
-    for i in range(1, left.shape[0]):
+    for i in range(1, min(left.shape[0], right.shape[0])):
         result[i:].addcmul_(left[i : i + 1], right[:-i])
     return result
 
 
-def _head_probabilities(head: Tensor, kth: Tensor, tilt: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-    """P and 1 - P of the head (size, rows), each accurate on its own."""
-    log_odds = ((head.to(tilt.dtype) - kth.to(tilt.dtype)[:, None]) * rate + tilt[:, None]).T.contiguous()
-    return log_odds.sigmoid(), (-log_odds).sigmoid()
+def _log_odds(head: Tensor, kth: Tensor, tilt: Tensor, rate: float) -> Tensor:
+    """log w of the head (size, rows)."""
+    return ((head.T.to(tilt.dtype) - kth.to(tilt.dtype)) * rate + tilt).contiguous()
 
 
-def _include(polynomial: Tensor, success: Tensor, failure: Tensor) -> Tensor:
-    """The coefficients (k + 1, rows) after one more trial."""
-    result = polynomial * failure
-    result[1:].addcmul_(polynomial[:-1], success)
-    return result
+def _head_product(log_odds: Tensor) -> Tensor:
+    """Pr[S = j] over the head alone, every j (size + 1, rows)."""
+    success, failure = log_odds.sigmoid(), (-log_odds).sigmoid()
+    size, rows = log_odds.shape
+    now = log_odds.new_zeros((size + 1, rows))
+    now[0] = 1.0
+    for i in range(size):
+        longer = now[: i + 2] * failure[i]
+        longer[1:].addcmul_(now[: i + 1], success[i])
+        now[: i + 2] = longer
+    return now
 
 
-def _gap(
-    head: Tensor, x_target: Tensor, kth: Tensor, tilt: Tensor, tail: Tensor, k: int, tau: float, margin: float
-) -> Tensor:
-    """The softplus's argument, margin / tau + rho - x_y / (k tau)."""
-    rate = 1.0 / (k * tau)
-    both = tail
-    for success, failure in zip(*_head_probabilities(head, kth, tilt, rate), strict=True):
-        both = _include(both, success, failure)
-    return margin / tau + (kth.to(tilt.dtype) - x_target.to(tilt.dtype)) * rate - tilt + (both[k] / both[k - 1]).log()
+def _coefficient(left: Tensor, right: Tensor, degree: int) -> Tensor:
+    """One coefficient of the product of two polynomials; `right` is known at least to this degree."""
+    count = min(degree + 1, left.shape[0])
+    return (left[:count] * right[degree + 1 - count : degree + 1].flip(0)).sum(0)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options
-) -> Tensor:
+def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
     """grad * d loss / d scores: for every k one exponential and k multiply-adds an element."""
-    rows, classes = scores.shape
     ks, weights, tau, _ = options
+    classes = scores.shape[1]
     head, index, table = saved
-    result = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    work = max((_head_size(k, classes) * (k + 1) for k in ks), default=1)
-    for chunk in row_chunks(rows, max(classes, work), _CHUNK):
-        out, x, y = result[chunk], scores[chunk], target[chunk]
-        offset = 0
-        out_y = torch.zeros_like(grad[chunk], dtype=table.dtype)
-        for place, (k, weight) in enumerate(zip(ks, weights, strict=True)):
-            size = _head_size(k, classes)
-            kth, tilt, slope, *tail = table[chunk, offset : offset + k + 4].to(_wide(scores)).unbind(1)
-            offset += k + 4
-            scale = grad[chunk].to(slope.dtype) * slope * (weight / k)
-            parts = (head[chunk, :size], index[chunk, :size])
-            _add_one_k(out, x, y, parts, kth, tilt, torch.stack(tail), scale, k, 1.0 / (k * tau), place == 0)
-            out_y -= scale
-        if not ks:
-            out.zero_()
-        out_y = out_y.masked_fill(target_scores(x, y) == -torch.inf, 0.0)
-        out.scatter_(1, y[:, None], out_y.to(out.dtype)[:, None])
-    return result
+    result = torch.empty_like(scores, memory_format=torch.contiguous_format) if ks else torch.zeros_like(scores)
+    at_target = torch.zeros_like(grad, dtype=_wide(scores))
+    parts = _unpack(table.to(_wide(scores)), ks, classes)
+    for place, (k, weight, ((kth, tilt, slope), tail, product)) in enumerate(zip(ks, weights, parts, strict=True)):
+        size = _head_size(k, classes)
+        scale = grad.to(slope.dtype) * slope * (weight / k)
+        log_odds = _log_odds(head[:, :size], kth, tilt, 1.0 / (k * tau))
+        polynomial, at_head = _inclusion(log_odds, tail, product, scale)
+        small = log_odds.clamp(max=0.0).exp_()  # the head's w, at most 1, so that nothing overflows
+        exponent = (kth.to(scores.dtype), None if k <= POWER_SUM_LIMIT else tilt.to(scores.dtype), 1.0 / (k * tau))
+        at_head = torch.where(log_odds >= 0, at_head, _horner(polynomial, small)).T.to(scores.dtype)
+        _add_one_k(
+            result, scores, target, index[:, :size], exponent, small.T.to(scores.dtype), polynomial, at_head, place > 0
+        )
+        at_target -= scale
+    at_target = at_target.masked_fill(target_scores(scores, target) == -torch.inf, 0.0)
+    return result.scatter_(1, target[:, None], at_target.to(result.dtype)[:, None])
+
+
+def _inclusion(log_odds: Tensor, tail: Tensor, product: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """scale * d rho / d u: coefficients in w for every class with w <= 1 (k, rows), and the head's values.
+
+    A head class with w > 1 is divided out of the head's product from the top degree down, h_{j-1} = f_j - h_j / w,
+    which does not amplify errors; h_j = P Pr[S without it = j]. The values returned for w <= 1 are meaningless.
+    """
+    k, size = tail.shape[0] - 1, log_odds.shape[0]
+    full = _product(product, tail)
+    silent = scale == 0  # also the rows with nothing to divide by
+    up, down = (scale / full[k]).masked_fill(silent, 0.0), (scale / full[k - 1]).masked_fill(silent, 0.0)
+    polynomial, weights = full[:k].flip(0) * up, tail[:k].flip(0) * up
+    polynomial[:-1] -= full[: k - 1].flip(0) * down
+    weights[:-1] -= tail[: k - 1].flip(0) * down
+    polynomial[1::2].neg_()
+    shrink = log_odds.clamp(min=0.0).neg_().exp_()
+    quotient = product[size].expand_as(shrink)
+    at_head = quotient * weights[size - 1] if size <= k else torch.zeros_like(shrink)
+    for j in range(size - 1, 0, -1):
+        quotient = torch.addcmul(product[j], shrink, quotient, value=-1.0)
+        if j <= k:
+            at_head.addcmul_(quotient, weights[j - 1])
+    return polynomial, at_head
+
+
+def _horner(polynomial: Tensor, odds: Tensor) -> Tensor:
+    """sum over r of polynomial[r] * odds^(r+1)."""
+    value = polynomial[-1] * odds
+    for coefficient in polynomial[:-1].flip(0):
+        value.add_(coefficient).mul_(odds)
+    return value
 
 
 def _add_one_k(
-    out: Tensor,
+    result: Tensor,
     scores: Tensor,
     target: Tensor,
-    top: tuple[Tensor, Tensor],
-    kth: Tensor,
-    tilt: Tensor,
-    tail: Tensor,
-    scale: Tensor,
-    k: int,
-    rate: float,
-    first: bool,
+    index: Tensor,
+    exponent: tuple[Tensor, Tensor | None, float],
+    small: Tensor,
+    polynomial: Tensor,
+    at_head: Tensor,
+    add: bool,
 ) -> None:
-    """Adds (or, for the first k, writes) scale * d rho / d u into `out`."""
-    head, index = top
-    full, left_out = _leave_one_out(*_head_probabilities(head, kth, tilt, rate), tail)
-    tilt_or_none = None if k <= POWER_SUM_LIMIT else tilt.to(scores.dtype)
-    odds = _odds(scores, target, index, kth.to(scores.dtype), tilt_or_none, rate)
-    reach = full[:k].flip(0) / full[k]
-    reach[:-1] -= full[: k - 1].flip(0) / full[k - 1]
-    reach[1::2].neg_()
-    silent = scale == 0
-    columns = (reach * scale).masked_fill(silent, 0.0).to(scores.dtype)[:, :, None]
-    field = out.copy_(columns[-1].expand_as(out)) if first else columns[-1].expand_as(out).clone()
-    for column in columns[:-1].flip(0):
-        torch.addcmul(column, field, odds, out=field)
-    field.mul_(odds)
-    field.scatter_(1, index, (left_out * scale).masked_fill(silent, 0.0).T.to(out.dtype))
-    if not first:
-        out.add_(field)
-
-
-def _leave_one_out(success: Tensor, failure: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """f (k + 1, rows) and d rho / d u of the head (size, rows), by prefixes and suffixes: only positive numbers."""
-    k = tail.shape[0] - 1
-    one = torch.zeros_like(tail)
-    one[0] = 1.0
-    prefixes, suffixes = [one], [tail]
-    for p, q in zip(success[:-1], failure[:-1], strict=True):
-        prefixes.append(_include(prefixes[-1], p, q))
-    for p, q in zip(success.flip(0), failure.flip(0), strict=True):
-        suffixes.append(_include(suffixes[-1], p, q))
-    full = suffixes.pop()
-    before, after = torch.stack(prefixes), torch.stack(suffixes[::-1])
-    without = (before[:, :k] * after[:, :k].flip(1)).sum(1) / full[k]
-    if k > 1:
-        without -= (before[:, : k - 1] * after[:, : k - 1].flip(1)).sum(1) / full[k - 1]
-    return full, without * success
+    """Writes the gradient of one k into `result`, or adds it."""
+    columns = polynomial.to(scores.dtype).unsqueeze(-1).unbind(0)
+    kth, tilt, rate = exponent
+    odds_buffer, field_buffer = _buffers(scores, _SUM_CHUNK)
+    for rows in row_chunks(*scores.shape, _SUM_CHUNK):
+        count = rows.stop - rows.start
+        part = (kth[rows], None if tilt is None else tilt[rows], rate)
+        odds = _odds(odds_buffer[:count], scores[rows], target[rows], index[rows], small[rows], part)
+        field = field_buffer[:count] if add else result[rows]
+        torch.mul(odds, columns[-1][rows], out=field)
+        for column in columns[-2::-1]:
+            field.add_(column[rows]).mul_(odds)
+        field.scatter_(1, index[rows], at_head[rows])
+        if add:
+            result[rows] += field
 
 
 # --- the same number once more, for second derivatives ---------------------------------------------------------------
@@ -324,35 +365,30 @@ def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options
     mine = torch.arange(classes, device=scores.device) == target[:, None]
     x_target = target_scores(scores, target)
     loss = torch.zeros_like(x_target)
-    offset = 0
-    for k, weight in zip(ks, weights, strict=True):
+    parts = _unpack(saved[2].to(scores.dtype), ks, classes)
+    for k, weight, ((kth, tilt, slope), _, _) in zip(ks, weights, parts, strict=True):
         rate = 1.0 / (k * tau)
-        kth, tilt, slope = saved[2][:, offset : offset + 3].to(scores.dtype).unbind(1)
-        offset += k + 4
         log_odds = ((scores - kth[:, None]) * rate + tilt[:, None]).masked_fill(mine, -torch.inf)
         both = _tree(torch.stack((torch.sigmoid(-log_odds), torch.sigmoid(log_odds))), k)
         silent = slope == 0
         ratio = torch.where(silent, 1.0, both[k]) / torch.where(silent, 1.0, both[k - 1])
         gap = margin / tau + (kth - x_target) * rate - tilt + ratio.log()
-        loss = loss + weight * torch.where(silent, 0.0, torch.nn.functional.softplus(gap, threshold=30.0) * tau)
+        loss = loss + weight * torch.where(silent, 0.0, softplus(gap, threshold=30.0) * tau)
     return loss
 
 
 def _tree(factors: Tensor, k: int) -> Tensor:
     """Product over the last axis of polynomials whose coefficients run along the first, kept to degree k."""
-    pad = torch.nn.functional.pad
     while factors.shape[-1] > 1:
-        if factors.shape[-1] % 2:
-            factors = torch.cat((factors, torch.eye(1, factors.shape[0]).to(factors).T[:, :, None].expand_as(factors[..., :1])), -1)
-        left, right = factors[..., 0::2], factors[..., 1::2]
-        degree = min(2 * (factors.shape[0] - 1), k)
-        flat = (0,) * (2 * (factors.dim() - 1))
-        terms = [
-            pad(left[i] * right[: degree + 1 - i], (*flat, i, max(0, degree + 1 - i - right.shape[0])))
-            for i in range(min(left.shape[0], degree + 1))
+        length, half = factors.shape[0], factors.shape[-1] // 2
+        left, right, rest = factors[..., :half], factors[..., half : 2 * half], factors[..., 2 * half :]
+        degree = min(2 * (length - 1), k)
+        shifted = [
+            pad(left[i] * right[: degree + 1 - i], (0, 0, 0, 0, i, max(0, degree + 1 - i - length)))
+            for i in range(min(length, degree + 1))
         ]
-        factors = torch.stack(terms).sum(0)
-    return pad(factors[..., 0], (0, 0, 0, max(0, k + 1 - factors.shape[0])))
+        factors = torch.cat((torch.stack(shifted).sum(0), pad(rest, (0, 0, 0, 0, 0, degree + 1 - length))), -1)
+    return pad(factors[..., 0], (0, 0, 0, k + 1 - factors.shape[0]))
 
 
 SMOOTH = Room(

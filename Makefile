@@ -1,0 +1,41 @@
+# `make test` and `make book` set everything up by themselves. Variables: PYTHON (3.11 or newer), PYTEST (extra flags).
+PYTHON ?= python3
+PYTEST ?=
+BIN := .venv/bin
+EXTRAS := triton,lab,book,test,peers
+
+.DEFAULT_GOAL := help
+.PHONY: help setup lint test test-slow test-gpu bench clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
+
+# The stamp makes the environment once; it is made again only when what it should hold changes.
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version + "; try: make PYTHON=python3.12 ...")'
+	@echo "Setting up .venv with the extras $(EXTRAS): some 3 GB, a few minutes the first time."
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+setup: .venv/.ready  ## the environment .venv, reused when up to date
+
+lint: .venv/.ready  ## ruff (lint and format) and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## lint, types and every test but the slow and the GPU ones
+	$(BIN)/python -m pytest $(PYTEST)
+
+test-slow: .venv/.ready  ## the tests that take minutes: inductor, sampling statistics, large sizes
+	$(BIN)/python -m pytest -m slow $(PYTEST)
+
+test-gpu: .venv/.ready  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+bench: .venv/.ready  ## time and memory beside the peers on this machine, into bench/results/
+	$(BIN)/python -m bench --suite cpu
+
+clean:  ## remove what was built, keep .venv
+	rm -rf _build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
