@@ -1,4 +1,4 @@
-"""`python -m bench --suite smoke|cpu|large` measures; `python -m bench show` and `python -m bench plot` read the records."""
+"""`python -m bench --suite smoke|cpu|large` measures; `python -m bench show` and `... plot` read the records."""
 
 from __future__ import annotations
 

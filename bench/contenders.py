@@ -84,7 +84,7 @@ class Contender:
             allowed = allowed + 6 * values.std() / self.averages**0.5
         if not error <= allowed:
             raise AssertionError(
-                f"{self.name} is wrong at {setting.label()}: {values.mean():.6g}, not {expected:.6g}; no time is reported"
+                f"{self.name} is wrong at {setting.label()}: {values.mean():.6g}, not {expected:.6g}; it gets no time"
             )
 
 

@@ -60,14 +60,14 @@ def machine() -> str:
 
 def commit() -> str:
     """The commit measured, marked when the code differs from it."""
+    here = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        here = Path(__file__).parent
-        name = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", "../topk", "*.py"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        name = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "--", "../topk", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name + ("+changes" if changed else "")

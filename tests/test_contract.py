@@ -137,12 +137,11 @@ def test_every_guess_is_right_when_k_is_the_number_of_classes(loss: Case) -> Non
     if "k" not in loss.keywords:
         pytest.skip("knows no k")
     scores, target = batch()
-    value, gradient = value_and_gradient(loss, scores, target, k=CLASSES, **({"m": CLASSES} if "m" in loss.keywords else {}))
+    enough = {"m": CLASSES} if "m" in loss.keywords else {}
+    value, gradient = value_and_gradient(loss, scores, target, k=CLASSES, **enough)
     assert value == 0
     assert (gradient == 0).all()
-    value, gradient = value_and_gradient(
-        loss, scores, target, k=CLASSES - 1, **({"m": CLASSES} if "m" in loss.keywords else {})
-    )
+    value, gradient = value_and_gradient(loss, scores, target, k=CLASSES - 1, **enough)
     assert value.isfinite()
     assert gradient.isfinite().all()
 
@@ -334,14 +333,15 @@ def test_autocast(loss: Case) -> None:
 def test_modules_are_shells(loss: Case) -> None:
     scores, target = batch()
     weight = torch.rand(CLASSES, dtype=torch.float64)
-    module = loss.module(**loss.keywords, weight=weight, ignore_index=int(target[0]), reduction="sum")
-    expected = value_and_gradient(loss, scores, target, weight=weight, ignore_index=int(target[0]), reduction="sum")
+    tail = {"ignore_index": int(target[0]), "reduction": "sum"}
+    module = loss.module(**loss.keywords, weight=weight, **tail)
+    expected = value_and_gradient(loss, scores, target, weight=weight, **tail)
     torch.testing.assert_close(value_and_gradient(module, scores, target), expected)
     twins = [pickle.loads(pickle.dumps(module)), copy.deepcopy(module)]
     stream = io.BytesIO()
     torch.save(module.state_dict(), stream)
     stream.seek(0)
-    twins.append(loss.module(**loss.keywords, weight=torch.ones_like(weight), ignore_index=int(target[0]), reduction="sum"))
+    twins.append(loss.module(**loss.keywords, weight=torch.ones_like(weight), **tail))
     twins[-1].load_state_dict(torch.load(stream, weights_only=True))
     for twin in twins:
         torch.testing.assert_close(value_and_gradient(twin, scores, target), expected)

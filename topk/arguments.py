@@ -56,12 +56,12 @@ def check_scores(scores: Tensor, target: Tensor) -> int:
 def _check_one_k(k: object, classes: int | None) -> int:
     if not _is_integer(k):
         raise TypeError(f"k must be an int or a mapping from int to weight, got {k!r} of type {type(k).__name__}")
-    assert isinstance(k, int | numbers.Integral)
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
-    if classes is not None and k > classes:
-        raise ValueError(f"k must be at most the number of classes, {classes}, got {k}")
-    return int(k)
+    number: int = int(k)  # type: ignore[call-overload]
+    if number < 1:
+        raise ValueError(f"k must be at least 1, got {number}")
+    if classes is not None and number > classes:
+        raise ValueError(f"k must be at most the number of classes, {classes}, got {number}")
+    return number
 
 
 def check_k(k: KArgument, classes: int | None = None) -> tuple[list[int], list[float]]:
@@ -71,7 +71,7 @@ def check_k(k: KArgument, classes: int | None = None) -> tuple[list[int], list[f
     if not k:
         raise ValueError("k as a mapping must name at least one number of guesses, got {}")
     ks = sorted(_check_one_k(key, classes) for key in k)
-    weights = []
+    weights: list[float] = []
     for key in ks:
         weight = k[key]
         if not isinstance(weight, numbers.Real) or isinstance(weight, bool):
@@ -92,6 +92,7 @@ def check_number(
     above: float | None = None,
     least: float | None = None,
     most: float | None = None,
+    below: float | None = None,
 ) -> float:
     """A finite real number, optionally bounded."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
@@ -103,12 +104,15 @@ def check_number(
         bounds.append(f">= {least:g}")
     if most is not None:
         bounds.append(f"<= {most:g}")
+    if below is not None:
+        bounds.append(f"< {below:g}")
     number = float(value)
     if (
         not -math.inf < number < math.inf  # math.isfinite would not trace a number that changes between calls
         or (above is not None and not number > above)
         or (least is not None and not number >= least)
         or (most is not None and not number <= most)
+        or (below is not None and not number < below)
     ):
         raise ValueError(f"{name} must be a finite number {' and '.join(bounds)}".rstrip() + f", got {value!r}")
     return number

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from topk import functional
-from topk.arguments import KArgument, check_k
+from topk import functional, metrics
+from topk.arguments import KArgument, check_k, check_number
 
 
 class _Loss(nn.Module):
@@ -27,7 +27,11 @@ class _Loss(nn.Module):
                 self.register_buffer(name, value)
             else:
                 setattr(self, name, value)
+        self._prepare()
         self._check()
+
+    def _prepare(self) -> None:
+        """What a subclass sets up before the keywords are checked."""
 
     def keywords(self) -> dict[str, Any]:
         """The keywords of the functional form, as they stand now."""
@@ -43,20 +47,21 @@ class _Loss(nn.Module):
         tensors = [value for value in keywords.values() if isinstance(value, Tensor) and value.dim() == 1]
         ks = check_k(keywords["k"])[0] if "k" in keywords else [1]
         classes = tensors[0].shape[0] if tensors else max(ks) + 1
-        generator = keywords.get("generator")
-        state = generator.get_state() if isinstance(generator, torch.Generator) else None
-        device = tensors[0].device if tensors else generator.device if state is not None else None
+        given = keywords.get("generator")
+        generator = given if isinstance(given, torch.Generator) else None
+        state = generator.get_state() if generator is not None else None
+        device = tensors[0].device if tensors else generator.device if generator is not None else None
         with torch.no_grad():
             type(self).function(
                 torch.zeros(0, classes, device=device), torch.zeros(0, dtype=torch.int64, device=device), **keywords
             )
-        if state is not None:
-            generator.set_state(state)
+        if generator is not None and state is not None:
+            generator.set_state(state)  # checking draws nothing from it
 
     def extra_repr(self) -> str:
         """Every keyword that has a value, tensors by their shape."""
         shown = []
-        for name, value in self.keywords().items():
+        for name, value in ((name, getattr(self, name)) for name in self._names):
             if isinstance(value, Tensor):
                 shown.append(f"{name}=Tensor{tuple(value.shape)}")
             elif value is not None:
@@ -75,6 +80,172 @@ class SmoothTopKLoss(_Loss):
         *,
         tau: float = 1.0,
         margin: float = 1.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class TransitionTopKLoss(_Loss):
+    """Module form of :func:`topk.transition_topk_loss`; it alone knows ``transition="accuracy"``.
+
+    With that the weight of the grouped part follows the training top-k accuracy: ``running_accuracy``, one number a
+    k, starts at 0 and moves by ``1 - momentum`` of the way to each training batch's accuracy, over all processes.
+    """
+
+    function = staticmethod(functional.transition_topk_loss)
+    running_accuracy: Tensor
+    k: KArgument
+    ignore_index: int
+    momentum: float
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        transition: functional.Transition = "margin",
+        width: float = 1.0,
+        label_smoothing: float = 0.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__(locals())
+
+    def _prepare(self) -> None:
+        check_number("momentum", self.momentum, least=0.0, most=1.0)
+        if isinstance(self.transition, str) and self.transition == "accuracy":
+            self.register_buffer("running_accuracy", torch.zeros(len(check_k(self.k)[0])))
+
+    def keywords(self) -> dict[str, Any]:
+        """The keywords of the functional form: the running accuracy stands in for "accuracy"."""
+        keywords = super().keywords()
+        del keywords["momentum"]
+        if "running_accuracy" in self._buffers:
+            keywords["transition"] = self.running_accuracy
+        return keywords
+
+    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
+        """The loss of these scores; in training mode their accuracy is counted first."""
+        if self.training and "running_accuracy" in self._buffers:
+            self._count(scores.detach(), target)
+        return super().forward(scores, target)
+
+    @torch.no_grad()
+    def _count(self, scores: Tensor, target: Tensor) -> None:
+        rank = metrics.ranks(scores, target, ignore_index=self.ignore_index).reshape(-1)
+        used = target.reshape(-1) != self.ignore_index
+        hits = [((rank <= k) & used).sum() for k in check_k(self.k)[0]]
+        counts = torch.stack((*hits, used.sum())).to(self.running_accuracy.dtype)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+        step = torch.where(counts[-1] > 0, 1.0 - self.momentum, 0.0)
+        accuracy = counts[:-1] / counts[-1].clamp(min=1)
+        self.running_accuracy += step * (accuracy - self.running_accuracy)
+
+
+class NoisedTopKLoss(_Loss):
+    """Module form of :func:`topk.noised_topk_loss`; a tensor of margins becomes a buffer.
+
+    The noise is drawn anew at every call, in evaluation mode too; ``samples=None`` draws none. A generator stays on
+    its device and is not part of the state dict.
+    """
+
+    function = staticmethod(functional.noised_topk_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        epsilon: float = 1.0,
+        samples: int | None = 5,
+        margins: float | Tensor | None = None,
+        scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class DifferentiableTopKLoss(_Loss):
+    """Module form of :func:`topk.differentiable_topk_loss`."""
+
+    function = staticmethod(functional.differentiable_topk_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        method: str = "odd_even",
+        distribution: str = "cauchy",
+        inverse_temperature: float = 1.0,
+        art_lambda: float = 0.25,
+        m: int = 16,
+        top1: str = "softmax",
+        cross_entropy_over: str = "kept",
+        iterations: int = 200,
+        tolerance: float = 1e-6,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class TopKHingeLoss(_Loss):
+    """Module form of :func:`topk.topk_hinge_loss`."""
+
+    function = staticmethod(functional.topk_hinge_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        variant: str = "calibrated",
+        margin: float = 1.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class LDAMLoss(_Loss):
+    """Module form of :func:`topk.ldam_loss`; a tensor of margins becomes a buffer."""
+
+    function = staticmethod(functional.ldam_loss)
+
+    def __init__(
+        self,
+        *,
+        margins: float | Tensor,
+        scale: float = 30.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class FocalLoss(_Loss):
+    """Module form of :func:`topk.focal_loss`."""
+
+    function = staticmethod(functional.focal_loss)
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 2.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",

@@ -316,6 +316,6 @@ def _directional(
         loss = ROOMS[name].formula(x.to(_compute_type(x)), safe, extras, saved, options)
         return torch.where(used, loss, 0.0).sum()
 
-    slopes, curvature = torch.func.vjp(torch.func.grad(total), scores)
+    slopes, curvature = torch.func.vjp(torch.func.grad(total), scores)[:2]
     slope = (slopes * direction).to(_compute_type(scores)).sum(1)
     return slope, curvature(direction.to(slopes.dtype))[0]

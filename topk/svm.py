@@ -50,7 +50,7 @@ class _SVMLoss(nn.Module):
 
     @property
     def tau(self) -> float | None:
-        """The temperature; may be set at any time."""
+        """The temperature; may be set at any time (under torch.compile each new value compiles again)."""
         return self._tau
 
     @tau.setter

@@ -3,9 +3,13 @@
 `room.py` says what a room must offer; `topk.ops` registers every room listed in `ROOMS` with torch.
 """
 
+from topk.losses.differentiable import DIFFERENTIABLE
+from topk.losses.hinge import HINGE
+from topk.losses.imbalance import FOCAL, LDAM
 from topk.losses.room import Room
 from topk.losses.smooth import SMOOTH
+from topk.losses.transition import TRANSITION
 
-ROOMS: dict[str, Room] = {room.name: room for room in (SMOOTH,)}
+ROOMS: dict[str, Room] = {room.name: room for room in (SMOOTH, TRANSITION, DIFFERENTIABLE, HINGE, LDAM, FOCAL)}
 
 __all__ = ["ROOMS", "Room"]

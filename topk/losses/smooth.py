@@ -31,8 +31,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
+from topk.losses import polynomials
 from topk.losses.room import (
     Options,
     Room,
@@ -42,6 +43,7 @@ from topk.losses.room import (
     not_finite_above,
     row_chunks,
     target_scores,
+    wide_type,
 )
 
 POWER_SUM_LIMIT = 8
@@ -59,11 +61,6 @@ def _head_size(k: int, classes: int) -> int:
 
 def _depth(ks: list[int], classes: int) -> int:
     return max((_head_size(k, classes) for k in ks), default=0)
-
-
-def _wide(scores: Tensor) -> torch.dtype:
-    """The few numbers a row are float64 wherever the device has it: power sums of 200,000 ties overflow float32."""
-    return scores.dtype if scores.device.type == "mps" else torch.float64
 
 
 def _columns(k: int, classes: int) -> list[int]:
@@ -92,7 +89,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     """loss (rows,), the head's scores and indices (rows, depth), and the table of `_columns`."""
     ks, weights, tau, margin = options
     rows, classes = scores.shape
-    wide = _wide(scores)
+    wide = wide_type(scores)
     x_target = target_scores(scores, target)
     head, index = largest_wrong(scores, target, _depth(ks, classes))
     loss = torch.zeros_like(x_target, dtype=wide)
@@ -124,12 +121,12 @@ def _kth_wrong(head: Tensor, x_target: Tensor, k: int) -> tuple[Tensor, Tensor, 
 
 def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> tuple[Tensor, Tensor]:
     """The tilt (rows,) and the tail's coefficients r (k + 1, rows), up to one common factor a row."""
-    wide = _wide(scores)
+    wide = wide_type(scores)
     if k <= POWER_SUM_LIMIT:
         sums = _power_sums(scores, target, index, kth, k, rate)
         return torch.zeros_like(kth, dtype=wide), _newton_identities(sums.to(wide))
     tilts, tails = [kth[:0]], [scores.new_zeros((k + 1, 0), dtype=wide)]
-    for rows in row_chunks(*scores.shape, _LANE_CHUNK):
+    for rows in row_chunks(scores.shape[0], scores.shape[1], _LANE_CHUNK):
         tilt, tail = _lanes(scores[rows], target[rows], index[rows], kth[rows], k, rate)
         tilts.append(tilt)
         tails.append(tail)
@@ -159,7 +156,7 @@ def _power_sums(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: i
     sums = scores.new_empty((k, scores.shape[0]))
     none = scores.new_zeros(index.shape)
     low_buffer, high_buffer = _buffers(scores, _SUM_CHUNK)
-    for rows in row_chunks(*scores.shape, _SUM_CHUNK):
+    for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
         low = _odds(low_buffer[:count], scores[rows], target[rows], index[rows], none[rows], (kth[rows], None, rate))
         high = torch.mul(low, low, out=high_buffer[:count])
@@ -206,18 +203,7 @@ def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, r
     tilt = _balance(exponents, buffer, k, classes - 1)
     probability = exponents.add_(tilt[:, None]).sigmoid_().scatter_(1, index, 0.0)
     trials = buffer.view(steps, lanes, rows).copy_(probability.view(rows, lanes, steps).permute(2, 1, 0))
-    now = scores.new_zeros((k + 2, lanes, rows))  # one row of zeros above Pr[S = 0]
-    now[1] = 1.0
-    then = torch.zeros_like(now)
-    for trial in trials.unbind(0):
-        torch.lerp(now[1:], now[:-1], trial, out=then[1:])
-        now, then = then, now
-    merged = now[1:].to(_wide(scores))
-    while merged.shape[1] > 1:
-        half = merged.shape[1] // 2
-        product = _product(merged[:, :half], merged[:, half : 2 * half])
-        merged = torch.cat((product, merged[:, 2 * half :]), 1)
-    return tilt, merged[:, 0]
+    return tilt, polynomials.success_counts(trials, k, wide_type(scores))
 
 
 def _balance(exponents: Tensor, buffer: Tensor, k: int, wrong: int) -> Tensor:
@@ -234,14 +220,6 @@ def _balance(exponents: Tensor, buffer: Tensor, k: int, wrong: int) -> Tensor:
         step = tilt - (mean - (k - 0.5)) / variance
         tilt = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
     return tilt
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """Product of polynomials, coefficients along the first axis, truncated to the length of `right`."""
-    result = left[:1] * right
-    for i in range(1, min(left.shape[0], right.shape[0])):
-        result[i:].addcmul_(left[i : i + 1], right[:-i])
-    return result
 
 
 def _log_odds(head: Tensor, kth: Tensor, tilt: Tensor, rate: float) -> Tensor:
@@ -277,8 +255,8 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
     classes = scores.shape[1]
     head, index, table = saved
     result = torch.empty_like(scores, memory_format=torch.contiguous_format) if ks else torch.zeros_like(scores)
-    at_target = torch.zeros_like(grad, dtype=_wide(scores))
-    parts = _unpack(table.to(_wide(scores)), ks, classes)
+    at_target = torch.zeros_like(grad, dtype=wide_type(scores))
+    parts = _unpack(table.to(wide_type(scores)), ks, classes)
     for place, (k, weight, ((kth, tilt, slope), tail, product)) in enumerate(zip(ks, weights, parts, strict=True)):
         size = _head_size(k, classes)
         scale = grad.to(slope.dtype) * slope * (weight / k)
@@ -302,7 +280,7 @@ def _inclusion(log_odds: Tensor, tail: Tensor, product: Tensor, scale: Tensor) -
     which does not amplify errors; h_j = P Pr[S without it = j]. The values returned for w <= 1 are meaningless.
     """
     k, size = tail.shape[0] - 1, log_odds.shape[0]
-    full = _product(product, tail)
+    full = polynomials.product(product, tail)
     silent = scale == 0  # also the rows with nothing to divide by
     up, down = (scale / full[k]).masked_fill(silent, 0.0), (scale / full[k - 1]).masked_fill(silent, 0.0)
     polynomial, weights = full[:k].flip(0) * up, tail[:k].flip(0) * up
@@ -342,7 +320,7 @@ def _add_one_k(
     columns = polynomial.to(scores.dtype).unsqueeze(-1).unbind(0)
     kth, tilt, rate = exponent
     odds_buffer, field_buffer = _buffers(scores, _SUM_CHUNK)
-    for rows in row_chunks(*scores.shape, _SUM_CHUNK):
+    for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
         part = (kth[rows], None if tilt is None else tilt[rows], rate)
         odds = _odds(odds_buffer[:count], scores[rows], target[rows], index[rows], small[rows], part)
@@ -369,26 +347,12 @@ def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options
     for k, weight, ((kth, tilt, slope), _, _) in zip(ks, weights, parts, strict=True):
         rate = 1.0 / (k * tau)
         log_odds = ((scores - kth[:, None]) * rate + tilt[:, None]).masked_fill(mine, -torch.inf)
-        both = _tree(torch.stack((torch.sigmoid(-log_odds), torch.sigmoid(log_odds))), k)
+        both = polynomials.tree(torch.stack((torch.sigmoid(-log_odds), torch.sigmoid(log_odds))), k)
         silent = slope == 0
         ratio = torch.where(silent, 1.0, both[k]) / torch.where(silent, 1.0, both[k - 1])
         gap = margin / tau + (kth - x_target) * rate - tilt + ratio.log()
         loss = loss + weight * torch.where(silent, 0.0, softplus(gap, threshold=30.0) * tau)
     return loss
-
-
-def _tree(factors: Tensor, k: int) -> Tensor:
-    """Product over the last axis of polynomials whose coefficients run along the first, kept to degree k."""
-    while factors.shape[-1] > 1:
-        length, half = factors.shape[0], factors.shape[-1] // 2
-        left, right, rest = factors[..., :half], factors[..., half : 2 * half], factors[..., 2 * half :]
-        degree = min(2 * (length - 1), k)
-        shifted = [
-            pad(left[i] * right[: degree + 1 - i], (0, 0, 0, 0, i, max(0, degree + 1 - i - length)))
-            for i in range(min(length, degree + 1))
-        ]
-        factors = torch.cat((torch.stack(shifted).sum(0), pad(rest, (0, 0, 0, 0, 0, degree + 1 - length))), -1)
-    return pad(factors[..., 0], (0, 0, 0, k + 1 - factors.shape[0]))
 
 
 SMOOTH = Room(

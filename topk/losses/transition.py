@@ -24,6 +24,7 @@ from topk.losses.room import (
     Room,
     Saved,
     SavedShape,
+    finite_or_zero,
     log_sum_exp,
     not_finite_above,
     ordered_topk,
@@ -37,78 +38,146 @@ from topk.losses.room import (
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     ks = options[0]
     top = max(ks, default=0)
-    return ((rows, top), torch.int64), ((rows, top + 1), None), ((rows, 3), None), ((rows, len(ks)), None)
+    return ((rows, top), torch.int64), ((rows, top + 3), None), ((rows,), None), ((rows, len(ks)), None)
 
 
 def margins(scores: Tensor, target: Tensor, ks: list[int]) -> Tensor:
     """x_y - x_[k+1] (rows, number of ks); +inf where there is no (k+1)-th score, -inf where y is impossible."""
-    values = scores.topk(max(ks) + 1, dim=1).values
-    return _lead(target_scores(scores, target)[:, None], values[:, ks])
+    mine = target_scores(scores, target)[:, None]
+    following = scores.topk(ks[-1] + 1, dim=1).values[:, ks]
+    return torch.where(mine == -torch.inf, -torch.inf, mine - following)
 
 
-def _lead(x_target: Tensor, following: Tensor) -> Tensor:
-    return torch.where(x_target == -torch.inf, -torch.inf, x_target - following)
+# --- forward ---------------------------------------------------------------------------------------------------------
 
 
 def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
-    """loss (rows,), the indices of T (rows, k), the slopes on T and on y (rows, k + 1), a table and a (rows, ks).
+    """loss (rows,), the indices of T (rows, k), the slopes (rows, k + 3), t = x_[k+1] (rows,), a (rows, ks).
 
-    The table (rows, 3) holds the shift t and the scale c with which a class outside T has the slope c exp(x - t), and
-    what smoothing takes off every possible class.
+    The slopes are those on T, on y, of a class whose score is t, and what smoothing takes off every possible class.
     """
-    ks, weights, width, smoothing = options
-    rows = scores.shape[0]
+    ks, _, _, smoothing = options
+    rows, kind, wide = scores.shape[0], scores.dtype, wide_type(scores)
     if not ks:
-        nothing = scores.new_zeros((rows, 0))
-        table = scores.new_zeros((rows, 3))
-        return table[:, 0].clone(), nothing.long(), table[:, :1].clone(), table, nothing
-    wide = wide_type(scores)
+        return scores.new_zeros(rows), *(scores.new_zeros(s, dtype=d or kind) for s, d in _saved(*scores.shape, options))
+    if extras[0].is_cpu and bool(((extras[0] < 0.0) | (extras[0] > 1.0)).any()):
+        low, high = (float(v) for v in extras[0].aminmax())
+        raise ValueError(f"transition must give weights from 0 to 1, got values from {low:g} to {high:g}")
     values, index = ordered_topk(scores, ks[-1] + 1)
     index = index[:, :-1].contiguous()
-    x_target = target_scores(scores, target)
-    largest, shift = values[:, 0], _finite(values[:, -1])
-    bad, impossible = not_finite_above(largest), x_target == -torch.inf
-    mix = _mix(extras[0], _lead(x_target[:, None], values[:, ks]), width)
-
-    # Log-sum-exps relative to the row's largest score: of T for every prefix, of the rest, of all. They are >= 0,
-    # except in rows without any possible class, where 0 serves as well as anything.
-    origin = _finite(largest).to(wide)
-    top = values[:, :-1].to(wide) - origin[:, None]
-    mine = x_target.to(wide) - origin
-    offset = shift.to(wide) - origin
-    rest = offset + sum_exponentials(scores, shift, index).to(wide).log()
-    prefix = top.logcumsumexp(1).clamp_(min=0.0)
-    every = torch.logaddexp(prefix[:, -1], rest)
-    hit = index == target[:, None]
-    inside = (hit.cumsum(1) > 0)[:, [k - 1 for k in ks]] & ~impossible[:, None]
-    prefix = prefix[:, [k - 1 for k in ks]]
-
-    entropy = every - mine
+    shift = values[:, -1].clamp(min=torch.finfo(kind).min)
+    rest = sum_exponentials(scores, shift, index)[:, None]
+    # All relative to the row's largest score. NaN and +inf make everything below NaN; -inf leaves 0 where it belongs.
+    top = values.to(wide)
+    origin = top[:, :1].clamp(min=torch.finfo(kind).min)
+    top, mine = top - origin, scores.gather(1, target[:, None]).to(wide) - origin
+    possible = mine > -torch.inf
+    hit = (index == target[:, None]) & possible
+    loss, slopes, at_target, plain, mix = _combine(top, mine, rest, hit, extras[0], options)
+    floor = torch.zeros_like(at_target)
     if smoothing > 0.0:
-        possible = scores > -torch.inf
-        count = possible.sum(1).clamp_(min=1)
-        mean = torch.where(possible, scores, 0.0).sum(1, dtype=wide) / count
-        smoothed = (1.0 - smoothing) * entropy + smoothing * (every - (mean - origin))
-    else:
-        smoothed = entropy
-    share = torch.tensor(weights, dtype=wide, device=scores.device)
-    grouped_share = share * mix
-    plain = sum(weights) - grouped_share.sum(1)
-    grouped = torch.where(inside, every[:, None] - prefix, entropy[:, None])
-    loss = plain * smoothed + (grouped_share * grouped).sum(1)
-    loss = loss.masked_fill_(impossible, torch.inf).masked_fill_(bad, torch.nan)
+        smoothed = smoothing * plain
+        mean, count = _possible_mean(scores)
+        loss.add_(torch.where(possible, smoothed * (mine + origin - mean), 0.0))
+        at_target.add_(smoothed)
+        floor = smoothed / count
+    slopes = torch.cat((slopes, torch.where(possible, at_target, at_target * 0.0), floor), 1)
+    return loss.squeeze(1).to(kind), index, slopes.to(kind), shift, mix.to(kind)
 
+
+def _possible_mean(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean score of the classes that are not masked by -inf, and how many (at least one) they are, (rows, 1)."""
+    possible = scores > -torch.inf
+    count = possible.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(possible, scores, 0.0).sum(1, keepdim=True) / count, count
+
+
+def _combine(
+    top: Tensor, mine: Tensor, rest: Tensor, hit: Tensor, given: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, slopes on T and on a class as good as x_[k+1], on y, weight left to CE, and a; all without smoothing.
+
+    With Z and S_k the sums of exp(x) over all classes and over T_k, g_k = P_K(k) a_k, and h_k = g_k if y is in T_k and
+    0 if not,
+
+        loss = log Z - x_y - sum_k h_k (log S_k - x_y),      slope_j = e^{x_j} (1 / Z - sum_{k: j in T_k} h_k / S_k),
+
+    and y has sum_k h_k - 1 on top of that.
+    """
+    ks, weights, width, _ = options
     total = sum(weights)
-    taken = grouped_share * inside
-    slopes = (top - every[:, None]).exp_().mul_(total)
-    for place, k in enumerate(ks):
-        slopes[:, :k] -= taken[:, place, None] * (top[:, :k] - prefix[:, place, None]).exp_()
-    outside = grouped_share.sum(1) - taken.sum(1) + (1.0 - smoothing) * plain
-    at_target = total * (mine - every).exp_() - outside - (taken * (mine[:, None] - prefix).exp_()).sum(1)
-    slopes = torch.cat((slopes, at_target.masked_fill_(impossible, 0.0)[:, None]), 1)
-    slopes = slopes.masked_fill_(bad[:, None], torch.nan)
-    scale = (total * (offset - every).exp_()).masked_fill_(bad, torch.nan)
-    floor = plain * smoothing / count if smoothing > 0.0 else torch.zeros_like(scale)
-    table = torch.stack((shift.to(wide), scale, floor), 1)
-    kind = scores.dtype
-    return loss.to(kind), index, slopes.to(kind), table.to(kind), mix.to(kind)
+    exponentials = top.exp()
+    prefix = exponentials[:, :-1].cumsum(1).clamp_(min=1.0)  # below 1 only in a row without any possible class
+    every = torch.addcmul(prefix[:, -1:], exponentials[:, -1:], rest)
+    share = total / every
+    slopes, at_target = exponentials * share, share.clone()
+    loss, plain, held, mix = every.log().mul_(total), total, total, []
+    for place, (k, weight) in enumerate(zip(ks, weights, strict=True)):
+        a = given[:, place, None] if given.shape[1] > 0 else _from_margin(mine, top[:, k, None], width)
+        group, grouped = prefix[:, k - 1, None], a * weight
+        taken = grouped * hit[:, :k].any(1, keepdim=True)
+        ratio = taken / group
+        slopes[:, :k].addcmul_(exponentials[:, :k], ratio, value=-1.0)
+        at_target.sub_(ratio)
+        loss.addcmul_(taken, group.log(), value=-1.0)
+        plain, held = plain - grouped, held - taken
+        mix.append(a)
+    loss.addcmul_(held, mine, value=-1.0)
+    at_target.mul_(mine.exp()).sub_(held)
+    return loss, slopes, at_target, plain, torch.cat(mix, 1)
+
+
+def _from_margin(mine: Tensor, following: Tensor, width: float) -> Tensor:
+    """a = s^2 (3 - 2 s) with s = clip((x_y - x_[k+1]) / width, 0, 1); for an impossible y nothing depends on it."""
+    step = (mine.clamp(min=torch.finfo(mine.dtype).min) - following).div_(width).clamp_(0.0, 1.0)
+    return step * step * (3.0 - 2.0 * step)
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+    """grad * d loss / d scores: one exponential a class, then the classes of T and y are written over."""
+    if not options[0]:
+        return torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    index, slopes, shift, _ = saved
+    top = index.shape[1]
+    slopes = grad[:, None] * slopes
+    result = scaled_exponentials(scores, shift, slopes[:, top], index, slopes[:, :top])
+    result.scatter_(1, target[:, None], slopes[:, top + 1, None])
+    if options[3] > 0.0:
+        result.sub_(torch.where(scores == -torch.inf, 0.0, slopes[:, top + 2, None]))
+    return result
+
+
+# --- the same number once more, for second derivatives ---------------------------------------------------------------
+
+
+def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+    """The loss a row by log-sum-exps over masks; a and T are constants."""
+    ks, weights, _, smoothing = options
+    index, _, _, mix = saved
+    x_target = target_scores(scores, target)
+    impossible = x_target == -torch.inf
+    every = log_sum_exp(scores, torch.ones_like(scores, dtype=torch.bool))
+    entropy = every - torch.where(impossible, 0.0, x_target)
+    smoothed = torch.lerp(entropy, every - _possible_mean(scores)[0].squeeze(1), smoothing)
+    loss = torch.zeros_like(x_target)
+    for place, (k, weight) in enumerate(zip(ks, weights, strict=True)):
+        group = torch.zeros_like(scores, dtype=torch.bool).scatter(1, index[:, :k], True)
+        hit = (index[:, :k] == target[:, None]).any(1) & ~impossible
+        a = mix[:, place]
+        grouped = torch.where(hit, every - log_sum_exp(scores, group), entropy)
+        loss = loss + weight * ((1.0 - a) * smoothed + a * grouped)
+    return loss
+
+
+TRANSITION = Room(
+    name="transition",
+    options="int[] ks, float[] weights, float width, float label_smoothing",
+    extras=("mix",),
+    saved=_saved,
+    forward=forward,
+    backward=backward,
+    formula=formula,
+)

@@ -1,0 +1,110 @@
+"""`python -m book.pipeline COMMAND`: what the Makefile's book targets run."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import http.server
+import os
+import sys
+import time
+import webbrowser
+from pathlib import Path
+
+import nbformat
+
+from book.pipeline import checks, execute, site
+from book.pipeline.chapters import plain, read, with_outputs
+from book.pipeline.layout import HTML, PROFILES, BookError, chapter_number, twins
+
+
+def build(profile: str, jobs: int) -> None:
+    """Runs what changed and builds the site; tracked files stay as they are."""
+    start = time.perf_counter()
+    outputs = execute.run_all(twins(), profile, jobs)
+    print(f"notebooks ready after {time.perf_counter() - start:.0f} s; building the pages", flush=True)
+    page = site.build(outputs)
+    print(f"built in {time.perf_counter() - start:.0f} s; {site.describe(page)}")
+
+
+def build_site() -> None:
+    """The site from the committed outputs; nothing runs."""
+    check()
+    print(site.describe(site.build(site.committed())))
+
+
+def notebooks(names: list[str], profile: str, jobs: int) -> None:
+    """Writes the committed notebooks again: inputs from the twins, outputs from a run under `profile`."""
+    chosen = [twin for twin in twins() if not names or any(twin.name.startswith(name) for name in names)]
+    for stem, executed in execute.run_all(chosen, profile, jobs).items():
+        twin = next(twin for twin in chosen if twin.stem == stem)
+        notebook = plain(with_outputs(read(twin), executed), chapter_number(twin))
+        if not twin.with_suffix(".ipynb").exists() or checks.out_of_step(twin) or _outputs_differ(twin, notebook):
+            nbformat.write(notebook, twin.with_suffix(".ipynb"))
+            print(f"wrote notebooks/{stem}.ipynb")
+
+
+def _outputs_differ(twin: Path, notebook: nbformat.NotebookNode) -> bool:
+    return bool(nbformat.read(twin.with_suffix(".ipynb"), as_version=4).cells != notebook.cells)
+
+
+def check() -> None:
+    """Twins and committed notebooks in step, nothing broken or empty."""
+    complaints = checks.problems()
+    if complaints:
+        raise BookError("\n".join(complaints))
+    print(f"{len(twins())} notebooks agree with their twins")
+
+
+def texts() -> None:
+    """Writes the texts and set-up cells of the committed notebooks again and keeps their outputs."""
+    for twin in twins():
+        path = twin.with_suffix(".ipynb")
+        notebook = read(twin)
+        committed = nbformat.read(path, as_version=4)
+        for cell in committed.cells:  # the set-up cell may have a new address; it has no output
+            if "setup" in cell.metadata.get("tags", []):
+                cell.source = notebook.cells[1].source
+        nbformat.write(plain(with_outputs(notebook, committed), chapter_number(twin)), path)
+
+
+def serve(port: int) -> None:
+    """Serves the built site and opens a browser on it."""
+    if not (HTML / "index.html").exists():
+        raise BookError("there is no site yet: run `make book`")
+    address = f"http://127.0.0.1:{port}/index.html"
+    print(f"serving {address}, Ctrl-C ends it", flush=True)
+    webbrowser.open(address)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(HTML))
+    try:
+        http.server.ThreadingHTTPServer(("127.0.0.1", port), handler).serve_forever()
+    except KeyboardInterrupt:
+        print()
+
+
+def main() -> int:
+    """Parses the command line; a BookError is the author's to mend and is printed without a traceback."""
+    parser = argparse.ArgumentParser(prog="python -m book.pipeline", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function, profile in (("build", build, "smoke"), ("notebooks", notebooks, "laptop")):
+        command = commands.add_parser(name, help=function.__doc__)
+        command.add_argument("--profile", choices=PROFILES, default=profile)
+        command.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="notebooks at a time")
+        if name == "notebooks":
+            command.add_argument("names", nargs="*", help="beginnings of file names, such as 06; none: all")
+    for name, function in (("site", build_site), ("check", check), ("texts", texts)):
+        commands.add_parser(name, help=function.__doc__)
+    commands.add_parser("serve", help=serve.__doc__).add_argument("--port", type=int, default=8000)
+    arguments = vars(parser.parse_args())
+    functions = {"build": build, "notebooks": notebooks, "site": build_site, "check": check}
+    functions |= {"texts": texts, "serve": serve}
+    try:
+        functions[arguments.pop("command")](**arguments)
+    except BookError as error:
+        print(f"\n{error}\n\nthe book is not in order: {len(str(error).splitlines())} complaint(s) above", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Runs notebooks with papermill, each alone in an empty folder, and remembers what ran.
+
+The cache's key covers what an output can depend on: the code of the notebook, every file of `topk/`, and the versions
+of Python and of the packages. Editing prose runs nothing again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from book.pipeline.chapters import code_cells, read
+from book.pipeline.checks import broken_cells
+from book.pipeline.layout import EXECUTED, ROOT, SCRATCH, BookError
+
+PACKAGES = ("torch", "triton", "numpy", "scipy", "matplotlib", "pandas", "ipykernel", "papermill", "nbclient")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a notebook's outputs depend on."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def _surroundings() -> bytes:
+    digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
+    for path in sorted((ROOT / "topk").rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.digest()
+
+
+def key(notebook: NotebookNode, profile: str) -> str:
+    """Equal keys, equal outputs."""
+    code = json.dumps([cell.source for cell in code_cells(notebook)])
+    return hashlib.sha256(_surroundings() + f"{profile}\0{code}".encode()).hexdigest()[:16]
+
+
+def run_all(chosen: Iterable[Path], profile: str, jobs: int) -> dict[str, NotebookNode]:
+    """Executed notebooks by stem; those the cache holds do not run. Raises BookError naming every failed cell."""
+    results: dict[str, NotebookNode] = {}
+    todo: dict[str, Path] = {}
+    for twin in chosen:
+        cached = EXECUTED / f"{twin.stem}.{profile}.{key(read(twin), profile)}.ipynb"
+        if cached.exists():
+            results[twin.stem] = nbformat.read(cached, as_version=4)
+        else:
+            todo[twin.stem] = cached
+    print(f"notebooks: {len(results)} unchanged, {len(todo)} to run under the {profile} profile", flush=True)
+    complaints: list[str] = []
+    jobs = max(1, min(jobs, len(todo)))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(_run_one, stem, profile, jobs): stem for stem in todo}
+        for done, future in enumerate(as_completed(running), 1):
+            stem = running[future]
+            executed, failures = future.result()
+            seconds = executed.metadata["run"]["seconds"]
+            print(f"  [{done}/{len(todo)}] {stem}: {'FAILED' if failures else 'done'} in {seconds:.1f} s", flush=True)
+            complaints += failures
+            if not failures:
+                _store(executed, todo[stem])
+                results[stem] = executed
+    if complaints:
+        raise BookError("\n".join(complaints))
+    return results
+
+
+def _store(executed: NotebookNode, path: Path) -> None:
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    stem, profile = path.name.split(".")[:2]
+    for old in EXECUTED.glob(f"{stem}.{profile}.*"):
+        old.unlink()
+    partial = path.with_suffix(".part")
+    nbformat.write(executed, partial)
+    partial.replace(path)
+
+
+def _run_one(stem: str, profile: str, jobs: int) -> tuple[NotebookNode, list[str]]:
+    """In a worker process: the executed notebook, without the cell that papermill adds, and what went wrong."""
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+    # papermill reads the environment at import
+    from papermill.exceptions import PapermillExecutionError
+    from papermill.execute import execute_notebook
+
+    folder = SCRATCH / stem
+    shutil.rmtree(folder, ignore_errors=True)
+    empty = folder / "empty"
+    empty.mkdir(parents=True)
+    source = read(ROOT / "notebooks" / f"{stem}.md")
+    nbformat.write(source, folder / "in.ipynb")
+    print(f"  {stem} ...", flush=True)
+    start = time.perf_counter()
+    failures = []
+    try:
+        execute_notebook(
+            str(folder / "in.ipynb"),
+            str(folder / "out.ipynb"),
+            parameters={"profile": profile},
+            cwd=str(empty),
+            progress_bar=sys.stderr.isatty() and jobs == 1,
+            kernel_name="python3",
+        )
+    except PapermillExecutionError:
+        pass  # the error is an output of its cell, which broken_cells names
+    except Exception as error:  # the kernel died or never came up
+        failures.append(f"notebooks/{stem}.md: {type(error).__name__}: {error}")
+    seconds = time.perf_counter() - start
+    ran = folder / ("out.ipynb" if (folder / "out.ipynb").exists() else "in.ipynb")
+    executed = _without_papermill(nbformat.read(ran, as_version=4), source)
+    executed.metadata["run"] = {"profile": profile, "seconds": round(seconds, 1), "versions": versions()}
+    return executed, failures + _first_failures(stem, executed)
+
+
+def _first_failures(stem: str, executed: NotebookNode) -> list[str]:
+    """After a failed cell nothing runs: that cell is the message, not the silence of the others."""
+    complaints = broken_cells(f"notebooks/{stem}.md", executed)
+    failed = [cell for cell in code_cells(executed) if any(out.output_type == "error" for out in cell.outputs)]
+    return [line for line in complaints if "execution count" not in line and "no output" not in line] or (
+        complaints[:1] if failed else complaints
+    )
+
+
+def _without_papermill(executed: NotebookNode, source: NotebookNode) -> NotebookNode:
+    """Drops the injected cell and what papermill noted, so that inputs equal the twin's and counts run from 1."""
+    cells = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    cells = [cell for cell in cells if not {"papermill-error-cell-tag"} & set(cell.metadata.get("tags", []))]
+    count = 0
+    for cell, original in zip(cells, source.cells, strict=True):
+        cell.metadata, cell.source, cell["id"] = original.metadata, original.source, original["id"]
+        if cell.cell_type == "code" and cell.execution_count is not None:
+            count += 1
+            cell.execution_count = count
+            for output in cell.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = count
+    executed.cells, executed.metadata = cells, nbformat.from_dict(source.metadata)
+    return executed

@@ -1,0 +1,159 @@
+"""The pages nobody writes: API reference, equations with their functions and tests, status."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from nbformat import NotebookNode
+
+from book.pipeline.chapters import numbers, read
+from book.pipeline.layout import ROOT, chapter_number, twins
+
+EQUATIONS = ROOT / "book" / "equations.yml"
+
+
+def generated(notebooks: dict[str, NotebookNode]) -> dict[str, str]:
+    """File name below book/ -> text."""
+    return {"api.md": api(), "equations.md": equations(), "status.md": status(notebooks)}
+
+
+# --- API -------------------------------------------------------------------------------------------------------------
+
+
+def api() -> str:
+    """Every public name, from its docstring."""
+    import topk
+
+    functions = [name for name in topk.__all__ if inspect.isfunction(getattr(topk, name))]
+    classes = [name for name in topk.__all__ if inspect.isclass(getattr(topk, name))]
+    parts = ["# API reference", "Generated from the docstrings of the module."]
+    parts += ["## Functions", *(_auto("function", f"topk.{name}") for name in functions)]
+    if classes:
+        parts += ["## Modules", *(_auto("class", f"topk.{name}", "show-inheritance") for name in classes)]
+    for name in ("topk.metrics", "topk.svm", "topk.reference"):
+        if importlib.util.find_spec(name) is not None:
+            parts += [f"## {name}", _auto("module", name, "members")]
+    inside = sorted(info.name for info in pkgutil.iter_modules([str(ROOT / "topk" / "losses")]))
+    parts += ["## Inside", "The rooms, one a loss, for readers of the code:"]
+    parts += [f"- `topk.losses.{name}`: {_first_line(f'topk.losses.{name}')}" for name in inside]
+    return "\n\n".join(parts) + "\n"
+
+
+def _auto(kind: str, name: str, *options: str) -> str:
+    lines = [f".. auto{kind}:: {name}", *(f"   :{option}:" for option in options)]
+    return "\n".join(("```{eval-rst}", *lines, "```"))
+
+
+def _first_line(name: str) -> str:
+    return (inspect.getdoc(importlib.import_module(name)) or "").split("\n")[0]
+
+
+# --- equations -------------------------------------------------------------------------------------------------------
+
+
+def equation_table() -> dict[str, dict[str, Any]]:
+    """label -> what it states, the function that implements it, the test that checks it."""
+    return dict(yaml.safe_load(EQUATIONS.read_text()) or {})
+
+
+def labels() -> dict[str, Path]:
+    """Every label of an equation or theorem, with the twin it is in."""
+    found = {}
+    for twin in twins():
+        text = "\n".join(cell.source for cell in read(twin).cells if cell.cell_type == "markdown")
+        for label in {**numbers().equations, **numbers().theorems}:
+            if re.search(rf"(^\$\$[ ]*\({label}\)|^:label: {label}$)", text, re.MULTILINE):
+                found[label] = twin
+    return found
+
+
+def gaps() -> list[str]:
+    """What the table lacks, and what in it leads nowhere."""
+    table, known = equation_table(), labels()
+    complaints = [f"{label} ({known[label].name}) is not in book/equations.yml" for label in known if label not in table]
+    complaints += [f"{label} in book/equations.yml is no label of a chapter" for label in table if label not in known]
+    for label, entry in table.items():
+        if entry.get("function") is not None and _resolve(entry["function"]) is None:
+            complaints.append(f"{label}: there is no function {entry['function']}")
+        if not _test_exists(str(entry.get("test", ""))):
+            complaints.append(f"{label}: there is no test {entry.get('test')}")
+    return complaints
+
+
+def _resolve(name: str) -> object | None:
+    module, _, attribute = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), attribute, None)
+    except ImportError:
+        return None
+
+
+def _test_exists(test: str) -> bool:
+    """`tests/test_x.py::test_name`, or `notebooks/10_x.md` for what a chapter's own assertion checks."""
+    path, _, function = test.partition("::")
+    if not test or not (ROOT / path).is_file():
+        return False
+    text = (ROOT / path).read_text()
+    return f"def {function}(" in text if function else "assert " in text
+
+
+def equations() -> str:
+    """The page."""
+    table, known = equation_table(), labels()
+    head = [
+        "# Equations, functions, tests",
+        "Every numbered equation and theorem, the function that implements it and the test that checks it. "
+        "A test of the book fails when a label is missing here or leads nowhere. "
+        "Where the test is a chapter, the assertion stands in the chapter itself.",
+    ]
+    lines = ["| | states | function | test |", "|---|---|---|---|"]
+    for label in sorted(known, key=_order):
+        entry = table.get(label, {})
+        is_equation = label in numbers().equations
+        reference = f"{{eq}}`{label}`" if is_equation else f"{{prf:ref}}`{label}`"
+        function = f"`{entry['function']}`" if entry.get("function") else "–"
+        lines.append(f"| {reference} | {entry.get('states', '')} | {function} | `{entry.get('test', '')}` |")
+    return "\n\n".join((*head, "\n".join(lines))) + "\n"
+
+
+def _order(label: str) -> tuple[int, ...]:
+    number = numbers().equations.get(label) or numbers().theorems[label][1]
+    return (*(int(part) for part in number.split(".")), label in numbers().theorems)
+
+
+# --- status ----------------------------------------------------------------------------------------------------------
+
+
+def status(notebooks: dict[str, NotebookNode]) -> str:
+    """With which versions, under which profile and how long every notebook ran."""
+    lines = ["| chapter | profile | seconds | torch | Python |", "|---|---|---|---|---|"]
+    versions: dict[str, str] = {}
+    for twin in twins():
+        notebook = notebooks[twin.stem]
+        run = notebook.metadata.get("run", {})
+        versions = run.get("versions", versions)
+        title = f"[{chapter_number(twin)}. {_title(notebook)}](../notebooks/{twin.stem}.ipynb)"
+        mine = run.get("versions", {})
+        cells = (run.get("profile", "–"), run.get("seconds", "–"), mine.get("torch", "–"), mine.get("python", "–"))
+        lines.append(f"| {title} | {' | '.join(str(cell) for cell in cells)} |")
+    packages = "\n".join(f"- {name} {number}" for name, number in versions.items())
+    return "\n\n".join(
+        (
+            "# Status",
+            "When each chapter's code last ran for this copy of the book. The profile `smoke` takes seconds and shows "
+            "that everything works; `laptop` takes minutes; `gpu` is the size of the papers.",
+            "\n".join(lines),
+            "## Versions",
+            packages,
+        )
+    ) + "\n"
+
+
+def _title(notebook: NotebookNode) -> str:
+    return str(notebook.cells[0].source).split("\n# ")[-1].split("\n")[0].removeprefix("# ")

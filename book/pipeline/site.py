@@ -1,0 +1,172 @@
+"""Stages the book under `_build/` and builds it strictly; no tracked file changes.
+
+The stage holds the prose pages, the notebooks with their outputs, the generated pages and a `_config.yml` with what
+only this machine knows. Files whose content did not change keep their time, so a second build is quick.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+from nbformat import NotebookNode
+
+from book.pipeline import pages
+from book.pipeline.chapters import plain, read, with_outputs
+from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, chapter_number, config, twins
+
+_DOCTREES = BUILD / ".doctrees"
+_CLEAN = BUILD / "clean"  # exists only after a build without complaints
+_KEPT_SUFFIXES = {".md", ".bib", ".css", ".js", ".svg", ".png", ".py"}
+
+
+def build(outputs: dict[str, NotebookNode]) -> Path:
+    """The site from these outputs (by stem); returns the front page. Raises BookError with Sphinx's complaints."""
+    _stage(outputs)
+    _forget_an_unclean_build()
+    command = [sys.executable, "-m", "jupyter_book", "build", str(STAGE), "--path-output", str(ROOT)]
+    process = subprocess.Popen(
+        [*command, "-n", "-W", "--keep-going"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        if re.search(r"^(reading sources|writing output|build (succeeded|finished))", _uncoloured(line)):
+            print(f"  {_uncoloured(line).strip()[:100]}", flush=True)
+    code = process.wait()
+    log = _uncoloured("\n".join(lines))
+    (BUILD / "sphinx.log").write_text(log)
+    complaints = [_in_words(line) for line in log.split("\n") if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
+    if code != 0 and not complaints:
+        complaints = log.split("\n")[-30:]
+    if complaints:
+        raise BookError("\n".join(complaints))
+    _plain_downloads(outputs)
+    _CLEAN.touch()
+    return HTML / "book" / "preface.html"
+
+
+def _uncoloured(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def _in_words(line: str) -> str:
+    """MyST-NB numbers lines as 10000 x cell + line: say which cell that is."""
+    line = line.replace(f"{STAGE}/", "")
+
+    def cell(match: re.Match[str]) -> str:
+        number = int(match[2])
+        return f"{match[1]}, cell {number // 10000}, line {number % 10000}"
+
+    return re.sub(r"(notebooks/\w+\.ipynb):(\d{5,})", cell, line)
+
+
+def _forget_an_unclean_build() -> None:
+    """Sphinx warns only about pages it reads again: after a complaint everything has to be read again."""
+    if not _CLEAN.exists():
+        shutil.rmtree(_DOCTREES, ignore_errors=True)
+        shutil.rmtree(HTML, ignore_errors=True)
+    _CLEAN.unlink(missing_ok=True)
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def _stage(outputs: dict[str, NotebookNode]) -> None:
+    wanted: dict[Path, bytes] = {Path("_toc.yml"): (ROOT / "_toc.yml").read_bytes()}
+    wanted[Path("_config.yml")] = yaml.safe_dump(_staged_config(), sort_keys=False).encode()
+    for path in (ROOT / "book").rglob("*"):
+        part = path.relative_to(ROOT)
+        if path.is_file() and path.suffix in _KEPT_SUFFIXES and "pipeline" not in part.parts:
+            wanted[part] = path.read_bytes()
+    notebooks = {}
+    for twin in twins():
+        notebook = with_outputs(read(twin), outputs[twin.stem])
+        notebooks[twin.stem] = notebook
+        _name_pictures(notebook)
+        wanted[Path("notebooks") / f"{twin.stem}.ipynb"] = nbformat.writes(notebook).encode()
+    for name, text in pages.generated(notebooks).items():
+        wanted[Path("book") / name] = text.encode()
+    for path in [path for path in STAGE.rglob("*") if path.is_file()]:
+        if path.relative_to(STAGE) not in wanted:
+            path.unlink()
+    for part, content in wanted.items():
+        path = STAGE / part
+        if not path.exists() or path.read_bytes() != content:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def _staged_config() -> dict[str, object]:
+    staged = config()
+    sphinx = staged["sphinx"]["config"]
+    local = mathjax()
+    if local is not None:
+        target = STAGE.parent / "mathjax" / "mathjax"
+        if not target.exists():
+            shutil.copytree(local / "es5", target, ignore=shutil.ignore_patterns("sre", "mml-*", "*-svg*", "*-full*"))
+        sphinx["html_static_path"] = [*sphinx["html_static_path"], str(target.parent)]
+        sphinx["mathjax_path"] = "mathjax/tex-chtml.js"
+    return staged
+
+
+def mathjax() -> Path | None:
+    """A local copy of MathJax 3 (the npm package's folder), or None: then pages load it from its usual address."""
+    for folder in (os.environ.get("MATHJAX", ""), str(ROOT / "node_modules" / "mathjax")):
+        if folder and (Path(folder) / "es5" / "tex-chtml.js").exists():
+            return Path(folder)
+    return None
+
+
+def _name_pictures(notebook: NotebookNode) -> None:
+    """Moves a picture's alternative text from its output, where Jupyter keeps it, to where MyST-NB reads it."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            text = output.get("metadata", {}).get("image/png", {}).get("alt")
+            if text:
+                cell.metadata["mystnb"] = {"image": {"alt": text}}
+
+
+def _plain_downloads(outputs: dict[str, NotebookNode]) -> None:
+    """The notebooks that pages offer for download are the plain ones."""
+    for twin in twins():
+        target = HTML / "_sources" / "notebooks" / f"{twin.stem}.ipynb"
+        if target.exists():
+            nbformat.write(plain(with_outputs(read(twin), outputs[twin.stem]), chapter_number(twin)), target)
+
+
+def weights() -> dict[str, int]:
+    """Bytes of every page, gzipped, with the pictures it shows; the theme's files and MathJax not counted."""
+    found = {}
+    for page in sorted(HTML.rglob("*.html")):
+        text = page.read_text(errors="replace")
+        total = len(gzip.compress(text.encode()))
+        for source in set(re.findall(r'src="([^":]+\.(?:png|svg|jpe?g))"', text)):
+            picture = (page.parent / source).resolve()
+            total += picture.stat().st_size if picture.exists() else 0
+        found[str(page.relative_to(HTML))] = total
+    return found
+
+
+def committed() -> dict[str, NotebookNode]:
+    """The committed notebooks, by stem."""
+    return {twin.stem: nbformat.read(twin.with_suffix(".ipynb"), as_version=4) for twin in twins()}
+
+
+def describe(page: Path) -> str:
+    """What is printed at the end."""
+    heaviest = max(weights().items(), key=lambda item: item[1])
+    return f"heaviest page: {heaviest[0]}, {heaviest[1] / 1000:.0f} kB gzipped\n\nfront page: {page.as_uri()}"
+
