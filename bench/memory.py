@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable
 from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notices would tear every progress bar
+
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 
 def peak_temporaries(call: Callable[[], Any]) -> int:

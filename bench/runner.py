@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import functools
 import os
 import platform
 import re
@@ -139,7 +140,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
             "contender": contender.name,
             **_quantiles(times[contender]),
             "times_cross_entropy": f"{sorted(times[contender])[len(times[contender]) // 2] / base:.3f}",
-            "peak_bytes": peak_temporaries(lambda call=calls[contender]: _gradient(call, scores, target)),
+            "peak_bytes": peak_temporaries(functools.partial(_gradient, calls[contender], scores, target)),
             "score_bytes": scores.numel() * scores.element_size(),
             "rounds": len(times[contender]),
         }

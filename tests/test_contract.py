@@ -27,6 +27,7 @@ class Case:
     module: type[nn.Module]
     keywords: dict[str, Any] = field(default_factory=dict)
     kinked: bool = False  # piecewise linear: second derivatives are zero
+    precision: float = 1e-7  # of values that an iteration approaches
 
     def __call__(self, scores: Tensor, target: Tensor, **keywords: Any) -> Tensor:
         return self.function(scores, target, **{**self.keywords, **keywords})
@@ -52,7 +53,8 @@ def _cases() -> dict[str, Case]:
         "focal": Case(topk.focal_loss, topk.FocalLoss),
     }
     for method in ("odd_even", "bitonic", "splitter_selection", "neuralsort", "softsort", "sinkhorn"):
-        cases[method] = Case(*differentiable, {"k": 3, "m": 6, "method": method})
+        precision = 1e-5 if method == "sinkhorn" else 1e-7
+        cases[method] = Case(*differentiable, {"k": 3, "m": 6, "method": method}, precision=precision)
     cases["odd_even, many k"] = Case(*differentiable, {"k": {1: 0.2, 3: 0.3, 5: 0.5}, "m": 8})
     cases["odd_even, all classes"] = Case(*differentiable, {"k": 3, "m": 16, "top1": "cross_entropy"})
     for variant in ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy"):
@@ -89,8 +91,8 @@ def test_shapes(loss: Case) -> None:
     for i, j, k in ((0, 0, 0), (3, 1, 2), (2, 0, 1)):
         value, gradient = value_and_gradient(loss, scores[i, :, j, k], target[i, j, k], reduction="none")
         assert value.shape == ()
-        torch.testing.assert_close(value, values[i, j, k])
-        torch.testing.assert_close(gradient, gradients[i, :, j, k])
+        torch.testing.assert_close(value, values[i, j, k], rtol=loss.precision, atol=loss.precision)
+        torch.testing.assert_close(gradient, gradients[i, :, j, k], rtol=loss.precision, atol=loss.precision)
     rows = scores.movedim(1, -1).reshape(-1, CLASSES)
     torch.testing.assert_close(loss(scores, target), loss(rows, target.reshape(-1)))
 

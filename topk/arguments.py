@@ -153,3 +153,13 @@ def check_class_tensor(name: str, value: Tensor, scores: Tensor, classes: int) -
     if value.device != scores.device:
         raise ValueError(f"{name} must be on the device of scores, expected {scores.device}, got {value.device}")
     return value
+
+
+def check_generator(generator: object, scores: Tensor) -> None:
+    """None, or a random number generator on the scores' kind of device."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+    if generator.device.type != scores.device.type:
+        raise ValueError(f"generator must be on the device of scores, expected {scores.device}, got {generator.device}")

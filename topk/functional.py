@@ -21,6 +21,7 @@ from topk.arguments import (
     check_choice,
     check_class_tensor,
     check_count,
+    check_generator,
     check_ignore_index,
     check_k,
     check_number,
@@ -158,6 +159,59 @@ def _transition_weights(
             raise ValueError(f"transition must return a tensor of the margins' shape {tuple(target.shape)}, got {got}")
         columns.append(torch.where(used, column.detach().reshape(-1).to(kind), 0.0))
     return torch.stack(columns, 1)
+
+
+def noised_topk_loss(
+    scores: Tensor,
+    target: Tensor,
+    k: KArgument = 5,
+    *,
+    epsilon: float = 1.0,
+    samples: int | None = 5,
+    margins: float | Tensor | None = None,
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The noised top-k calibrated hinge of Garcin, Servajean, Joly and Salmon (2022); chapter 7.
+
+    With Z one standard normal number a class and x_[j] the j-th largest score,
+
+    .. math:: \ell = \mathrm{relu}\big(\text{scale}\,(m_y + E[(x + \epsilon Z)_{[k+1]}] - x_y)\big).
+
+    ``epsilon=0`` is ``topk_hinge_loss(variant="calibrated")``. The paper's balanced loss is ``epsilon=1`` with 5 or 10
+    samples; its imbalanced one ``epsilon=0.01, scale=60, margins=class_margins(counts, 0.2)``, on cosines.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices.
+        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; all of them share the noise.
+        epsilon: how much noise, in units of the scores, >= 0.
+        samples: how many draws of the noise the expectation is taken over, or None: by quadrature, without noise.
+        margins: by how much the right class must lead: a number for every class, one >= 0 for all, or None: 1.
+        scale: what the difference is multiplied by, > 0.
+        generator: where the noise's seed comes from; None: torch's own. Under ``vmap`` the examples share the noise
+            with ``randomness="same"`` and have their own with "different".
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "triton".
+    """
+    ks, weights = check_k(k, check_scores(scores, target))
+    epsilon = check_number("epsilon", epsilon, least=0.0)
+    samples = None if samples is None else check_count("samples", samples)
+    scale = check_number("scale", scale, above=0.0)
+    check_generator(generator, scores)
+    margin = _margins(1.0 if margins is None else margins, scores, target, check_ignore_index(ignore_index))
+    if samples is None or epsilon == 0:
+        seeds = torch.zeros(1, dtype=torch.int64, device=scores.device)
+    else:
+        seeds = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=scores.device, generator=generator)
+    options, extras = (epsilon, samples, scale), (margin, seeds)
+    return _reduced("noised", scores, target, ks, weights, options, weight, ignore_index, reduction, backend, extras)
 
 
 def differentiable_topk_loss(
@@ -310,15 +364,10 @@ def ldam_loss(
         reduction: "mean", "sum" or "none".
         backend: None (choose), "torch" or "triton".
     """
-    classes = check_scores(scores, target)
+    check_scores(scores, target)
     scale = check_number("scale", scale, above=0.0)
     ignore_index = check_ignore_index(ignore_index)
-    kind = torch.promote_types(scores.dtype, torch.float32)
-    if isinstance(margins, Tensor):
-        of_class = check_class_tensor("margins", margins, scores, classes).detach().to(kind)
-        margin = of_class[_rows(scores, target, ignore_index)[2]]
-    else:
-        margin = scores.new_full((target.numel(),), check_number("margins", margins, least=0.0), dtype=kind)
+    margin = _margins(margins, scores, target, ignore_index)
     return _reduced("ldam", scores, target, None, [], (scale,), weight, ignore_index, reduction, backend, (margin,))
 
 
@@ -376,6 +425,15 @@ def class_margins(counts: Tensor | Sequence[float] | np.ndarray[Any, Any], max_m
     kind = given.dtype if isinstance(counts, Tensor) and given.dtype.is_floating_point else torch.get_default_dtype()
     margins = given.to(wide_type(given)) ** -0.25
     return (margins * (max_margin / margins.max())).to(kind)
+
+
+def _margins(margins: float | Tensor, scores: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+    """The margin of every row's class (rows,), without gradient."""
+    kind = torch.promote_types(scores.dtype, torch.float32)
+    if isinstance(margins, Tensor):
+        rows, _, safe = _rows(scores, target, ignore_index)
+        return check_class_tensor("margins", margins, scores, rows.shape[1]).detach().to(kind)[safe]
+    return scores.new_full((target.numel(),), check_number("margins", margins, least=0.0), dtype=kind)
 
 
 def _rows(scores: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ synchronisation.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,6 +59,10 @@ def _compute_type(scores: Tensor) -> torch.dtype:
 def _rows_in_use(scores: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Valid targets for every row, which rows are ignored and which are wrong (None: no row)."""
     classes = scores.shape[1]
+    if scores.is_cpu and target.numel() > 0 and not 0 <= ignore_index < classes:
+        low, high = target.aminmax()
+        if 0 <= int(low) and int(high) < classes:  # the usual case, for two operations
+            return target, None, None
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= classes)) & ~ignored
     if scores.is_cpu:
@@ -300,6 +305,11 @@ class RowLossGradient(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         result = RowLossGradient.apply(*inputs[:5], *_fold(info.batch_size, in_dims[5:], inputs[5:]))
         return result.unflatten(0, (info.batch_size, -1)), 0
+
+
+# torch binds every call's arguments to this signature, and would otherwise parse it again each time.
+for _function in (_TracedRowLoss, RowLoss, RowLossGradient):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _directional(

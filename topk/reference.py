@@ -7,6 +7,8 @@ result a 0-dim tensor that autograd can differentiate. Nothing is shared with `t
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +69,273 @@ def smooth_topk_gradient_log_space(
     slope = torch.sigmoid(margin / tau + log_e[k] - log_e[k - 1] - scores[target].double() / (k * tau))
     gradient = slope / k * (inclusion[0] - inclusion[1])
     return torch.cat((gradient[:target], -slope[None] / k, gradient[target:]))
+
+
+# --- differentiable top-k cross-entropy (chapter 8) ------------------------------------------------------------------
+
+
+def odd_even_network(wires: int, ranks: int) -> list[tuple[int, int]]:
+    """Comparators (a, b), first to last: the smaller value leaves on wire a."""
+    return [(a, a + 1) for layer in range(wires) for a in range(layer % 2, wires - 1, 2)]
+
+
+def bitonic_network(wires: int, ranks: int) -> list[tuple[int, int]]:
+    """Batcher's recursion: sort one half upwards, the other downwards, merge. `wires` is a power of two."""
+
+    def sort(first: int, size: int, up: bool) -> list[tuple[int, int]]:
+        if size == 1:
+            return []
+        half = size // 2
+        return sort(first, half, True) + sort(first + half, half, False) + merge(first, size, up)
+
+    def merge(first: int, size: int, up: bool) -> list[tuple[int, int]]:
+        if size == 1:
+            return []
+        half = size // 2
+        here = [(a, a + half) if up else (a + half, a) for a in range(first, first + half)]
+        return here + merge(first, half, up) + merge(first + half, half, up)
+
+    return sort(0, wires, True)
+
+
+def splitter_selection_network(wires: int, ranks: int) -> list[tuple[int, int]]:
+    """Splits every set of wires about which equally much is known, until the first `ranks` places are known."""
+
+    def cascade(group: list[int]) -> tuple[list[tuple[int, int]], list[int]]:
+        """The larger values to the earlier members; then how many larger values each member is known to have."""
+        if len(group) == 1:
+            return [], [0]
+        half = 1
+        while 2 * half < len(group):
+            half *= 2
+        (left, known_left), (right, known_right) = cascade(group[:half]), cascade(group[half:])
+        first = [(group[half + j], group[j]) for j in range(len(group) - half)]
+        return first + left + right, known_left + [2 * known + 1 for known in known_right]
+
+    top_down = list(range(wires))[::-1]
+    larger = dict.fromkeys(top_down, 0)
+    comparators: list[tuple[int, int]] = []
+    while True:
+        sets = [[wire for wire in top_down if larger[wire] == known] for known in range(ranks)]
+        sets = [group for group in sets if len(group) > 1]
+        if not sets:
+            return comparators
+        for group in sets:
+            new, known = cascade(group)
+            comparators += new
+            for wire, more in zip(group, known, strict=True):
+                larger[wire] += more
+
+
+def swap_probability(difference: Tensor, distribution: str, beta: float, art_lambda: float = 0.25) -> Tensor:
+    """The probability that two values, high - low = difference, stay where they are."""
+    v = beta * difference
+    if distribution == "logistic":
+        return 1 / (1 + torch.exp(-v))
+    if distribution == "logistic_phi":
+        return 1 / (1 + torch.exp(-v / (difference.abs() + 1e-10) ** art_lambda))
+    if distribution == "gaussian":
+        return (1 + torch.erf(v / math.sqrt(2))) / 2
+    if distribution == "cauchy":
+        return 0.5 + torch.atan(v) / math.pi
+    if distribution == "reciprocal":
+        return 0.5 + v / (2 * (2 + v.abs()))
+    if v.abs() <= 0.25:
+        return v + 0.5
+    return 0.5 + v.sign() * (0.5 - 1 / (16 * v.abs()))
+
+
+def network_permutation(scores: Tensor, comparators: list[tuple[int, int]], **swap: Any) -> Tensor:
+    """The relaxed permutation (wires, scores): one full matrix a comparator, multiplied. -inf loses for sure."""
+    values = scores.double()
+    permutation = torch.eye(len(values), dtype=torch.float64)
+    for a, b in comparators:
+        low, high = values[a], values[b]
+        if low == -torch.inf or high == -torch.inf:
+            stay = torch.tensor(0.5 if low == high else float(low < high), dtype=torch.float64)
+        else:
+            stay = swap_probability(high - low, **swap)
+        step = torch.eye(len(values), dtype=torch.float64)
+        place = (torch.tensor([a, a, b, b]), torch.tensor([a, b, a, b]))
+        step = step.index_put(place, torch.stack((stay, 1 - stay, 1 - stay, stay)))
+        moved = torch.where(step == 0, 0.0, step * values).sum(1)
+        values = torch.where(torch.isin(torch.arange(len(values)), torch.tensor([a, b])), moved, values)
+        permutation = step @ permutation
+    return permutation
+
+
+def relaxed_ranks(
+    scores: Tensor,
+    method: str = "odd_even",
+    ranks: int | None = None,
+    distribution: str = "cauchy",
+    beta: float = 1.0,
+    art_lambda: float = 0.25,
+) -> Tensor:
+    """(ranks, scores): how much of each score lands at rank 1, 2, ...; the full matrix of every method."""
+    size = len(scores)
+    possible = [j for j in range(size) if scores[j] > -torch.inf]
+    values = scores.double()[possible]
+    count = len(possible)
+    swap = {"distribution": distribution, "beta": beta, "art_lambda": art_lambda}
+    if method == "bitonic":  # for other than powers of two, -inf fills the wires below
+        padding = (1 << (size - 1).bit_length()) - size
+        padded = torch.cat((torch.full((padding,), -torch.inf, dtype=torch.float64), scores.double()))
+        return network_permutation(padded, bitonic_network(len(padded), size), **swap).flip(0)[:size, padding:]
+    if method in ("odd_even", "splitter_selection"):
+        network = odd_even_network if method == "odd_even" else splitter_selection_network
+        return network_permutation(scores, network(size, ranks or size), **swap).flip(0)
+    if method == "neuralsort":
+        distances = (values[:, None] - values).abs().sum(1)
+        rows = [torch.softmax(beta * ((count + 1 - 2 * r) * values - distances), 0) for r in range(1, count + 1)]
+        small = torch.stack(rows)
+    elif method == "softsort":
+        ordered = values.sort(descending=True, stable=True).values
+        small = torch.softmax(-beta * (ordered[:, None] - values).abs(), 1)
+    else:
+        small = sinkhorn_plan(values, torch.linspace(1, 0, size, dtype=torch.float64)[:count], beta).T
+    result = torch.zeros(size, size, dtype=torch.float64)
+    return result.index_put((torch.arange(count)[:, None], torch.tensor(possible)), small)
+
+
+def sinkhorn_plan(values: Tensor, anchors: Tensor, beta: float) -> Tensor:
+    """Doubly stochastic diag(e^f) exp(-beta (v - a)^2) diag(e^g), (values, anchors), iterated until nothing moves."""
+    cost = (values[:, None] - anchors) ** 2
+    g = torch.zeros_like(anchors)
+    while True:
+        f = -torch.logsumexp(g - beta * cost, 1)
+        new = -torch.logsumexp(f[:, None] - beta * cost, 0)
+        still = float((new - g).detach().abs().max()) < 1e-14
+        g = new
+        if still:
+            return torch.exp(f[:, None] + g - beta * cost)
+
+
+def differentiable_topk_loss(
+    scores: Tensor,
+    target: int,
+    k: int | dict[int, float],
+    m: int = 16,
+    top1: str = "softmax",
+    cross_entropy_over: str = "kept",
+    **operator: Any,
+) -> Tensor:
+    """By the full relaxed permutation matrix of the kept scores; `operator` goes to `relaxed_ranks`."""
+    weights = {k: 1.0} if isinstance(k, int) else k
+    classes = len(scores)
+    scores = scores.double()
+    if weights.get(classes) == 1.0:
+        return torch.zeros((), dtype=torch.float64)
+    kept, own = list(range(classes)), target
+    if m < classes:
+        others = sorted((j for j in range(classes) if j != target), key=lambda j: (-scores[j].item(), j))
+        kept, own = [target, *others[: m - 1]], 0
+    values = scores[kept]
+    below = [each for each, weight in weights.items() if weight > 0 and each < classes]
+    ranks = relaxed_ranks(values, ranks=max(below), **operator)[:, own]
+
+    def q(each: int) -> Tensor:
+        return torch.ones((), dtype=torch.float64) if each == classes else ranks[:each].sum()
+
+    def log1(value: Tensor) -> Tensor:
+        return torch.log(value * (1 - 2e-7) + 1e-7)
+
+    zero = torch.zeros((), dtype=torch.float64)
+    beyond = sum((weight * q(each) for each, weight in weights.items() if each > 1), zero)
+    first = weights.get(1, 0.0)
+    if top1 == "sort":
+        return -log1(first * q(1) + beyond)
+    if top1 == "softmax":
+        return -log1(first * torch.softmax(values, 0)[own] + beyond)
+    over = values if cross_entropy_over == "kept" else scores
+    entropy = torch.logsumexp(over, 0) - values[own]
+    rest = sum(weight for each, weight in weights.items() if each > 1)
+    return (first * entropy if first else zero) - (rest * log1(beyond) if rest else zero)
+
+
+# --- hinges (chapter 4) ----------------------------------------------------------------------------------------------
+
+
+def best_classes(scores: Tensor) -> list[int]:
+    """All classes by falling score, the lower index first among equals."""
+    values = scores.tolist()
+    return sorted(range(len(values)), key=lambda index: (-values[index], index))
+
+
+def topk_hinge_loss(
+    scores: Tensor, target: int, k: int, variant: str = "calibrated", margin: float = 1.0
+) -> Tensor:
+    """Every variant by sorting; only the absent, -inf, is treated apart: it leaves the loss at 0, or adds nothing."""
+    x = scores.double()
+    mine, order = x[target], best_classes(scores)
+    zero = torch.zeros((), dtype=torch.float64)
+    if mine == -torch.inf:
+        return zero + torch.inf
+    if variant == "calibrated":
+        return torch.relu(margin + x[order[k]] - mine)
+    wrong = [index for index in order if index != target]
+    if variant == "kth":
+        return torch.relu(margin + x[wrong[k - 1]] - mine)
+    if variant == "smooth_limit":
+        return torch.relu(margin + (x[wrong[k - 1]] - mine) / k)
+    if variant == "entropy":
+        rest = [(x[index] - mine).exp() for index in wrong[k - 1 :]]
+        return torch.log1p(torch.stack(rest).sum())
+    z = torch.stack([zero if index == target else x[index] + margin - mine for index in range(len(x))])
+    largest = torch.stack([z[index] for index in best_classes(z)[:k]])
+    if variant == "beta":
+        return torch.relu(largest).mean()
+    if x[wrong[k - 1]] == -torch.inf:
+        return zero
+    return torch.relu(largest.mean())
+
+
+# --- transition (chapter 5) ------------------------------------------------------------------------------------------
+
+
+def transition_weight(scores: Tensor, target: int, k: int, width: float = 1.0) -> Tensor:
+    """a = s^2 (3 - 2 s) for the margin s between the right score and the (k+1)-th, without a gradient."""
+    x = scores.detach().double()
+    s = ((x[target] - x[best_classes(scores)[k]]) / width).clamp(0.0, 1.0)
+    return s**2 * (3 - 2 * s)
+
+
+def transition_topk_loss(
+    scores: Tensor, target: int, k: int, a: Tensor | float | None = None, width: float = 1.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """(1 - a) CE + a G from the softmax, with a held fixed; a = None takes it from the margin."""
+    x = scores.double()
+    if x[target] == -torch.inf:
+        return torch.full((), torch.inf, dtype=torch.float64)
+    if a is None:
+        a = transition_weight(scores, target, k, width)
+    log_p = torch.log_softmax(x, 0)
+    uniform = torch.stack([value for value, score in zip(log_p, x, strict=True) if score > -torch.inf]).mean()
+    entropy = -(1 - label_smoothing) * log_p[target] - label_smoothing * uniform
+    top = best_classes(scores)[:k]
+    grouped = -torch.logsumexp(log_p[top], 0) if target in top else -log_p[target]
+    return (1 - a) * entropy + a * grouped
+
+
+# --- classes of unequal size (chapter 4) -----------------------------------------------------------------------------
+
+
+def ldam_loss(scores: Tensor, target: int, margin: float, scale: float = 30.0) -> Tensor:
+    """Cross-entropy of scale (x - margin e_y); `margin` is the target's own."""
+    shifted = torch.stack([x - margin if index == target else x for index, x in enumerate(scores.double())])
+    return -torch.log_softmax(scale * shifted, 0)[target]
+
+
+def focal_loss(scores: Tensor, target: int, gamma: float = 2.0) -> Tensor:
+    """(1 - p)^gamma times cross-entropy, p the softmax's probability of the target."""
+    p = torch.softmax(scores.double(), 0)
+    return -((torch.cat((p[:target], p[target + 1 :])).sum()) ** gamma) * torch.log_softmax(scores.double(), 0)[target]
+
+
+def class_margins(counts: list[float], max_margin: float = 0.5) -> list[float]:
+    """counts^(-1/4), scaled so that the largest is `max_margin`."""
+    margins = [count**-0.25 for count in counts]
+    return [max_margin * margin / max(margins) for margin in margins]
 
 
 # --- ranks (chapter 13) ----------------------------------------------------------------------------------------------

@@ -23,7 +23,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -275,44 +274,77 @@ def _density(difference: Tensor, settings: _Settings) -> Tensor:
 # --- sorting networks ------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Circuit:
-    """A network on slots: the wires' first values, then each layer's smaller and larger ones.
+class _Stage(NamedTuple):
+    """One layer on the slots of a pool: reads the places `low` and `high`, writes the blocks `smaller` and `larger`.
 
-    Nothing is overwritten, so that the sweep back finds every value, and untouched wires need no copy.
-
-    lows, highs: the slots each layer reads, as a slice where they are evenly spaced, else as an index tensor.
-    pairs: the number of comparators of each layer. blocks: of slots, twice that after the wires.
-    unread: the slots that no layer reads. outputs: the slots of rank 1, 2, ...
+    Evenly spaced places are a slice, others an index tensor. `unread`: written, but read by no later layer.
     """
 
-    lows: list[slice | Tensor]
-    highs: list[slice | Tensor]
-    pairs: list[int]
-    blocks: list[int]
-    unread: Tensor
+    pairs: int
+    low: slice | Tensor
+    high: slice | Tensor
+    smaller: slice
+    larger: slice
+    unread: slice | Tensor | None
+
+
+class _Circuit(NamedTuple):
+    """A network's stages, the size of their pool, and the slots of rank 1, 2, ... at the end."""
+
+    stages: list[_Stage]
+    slots: int
     outputs: Tensor
 
 
 @lru_cache(maxsize=64)
 def _circuit(method: str, wires: int, ranks: int, device: torch.device) -> _Circuit:
-    """The network with its index tensors on the device."""
+    """Assigns slots to the network. A layer never writes where it reads, and a slot serves again once it is read.
+
+    So the sweep back, which goes through the same places the other way round, never loses a slope either.
+    """
+    layers = network(method, wires, ranks)
     slot = list(range(wires))
-    unread = set(slot)
-    circuit = _Circuit([], [], [], [wires], torch.empty(0), torch.empty(0))
+    busy = [True] * wires
+    stages: list[_Stage] = []
     with torch.inference_mode(False):  # what is cached must serve every mode
-        for layer in network(method, wires, ranks):
-            first, pairs = sum(circuit.blocks), len(layer)
-            unread -= {slot[wire] for pair in layer for wire in pair}
-            unread |= set(range(first, first + 2 * pairs))
-            circuit.lows.append(_places([slot[a] for a, _ in layer], device))
-            circuit.highs.append(_places([slot[b] for _, b in layer], device))
-            circuit.pairs.append(pairs)
-            circuit.blocks.extend((pairs, pairs))
+        for number, layer in enumerate(layers):
+            pairs = len(layer)
+            low, high = [slot[a] for a, _ in layer], [slot[b] for _, b in layer]
+            first = _first_gap(busy, 2 * pairs)
+            busy += [False] * (first + 2 * pairs - len(busy))
+            busy[first : first + 2 * pairs] = [True] * (2 * pairs)
+            for place in (*low, *high):
+                busy[place] = False
+            needed = {wire for later in layers[number + 1 :] for pair in later for wire in pair}
+            needed |= set(range(wires - ranks, wires))
+            unread = []
             for i, (a, b) in enumerate(layer):
                 slot[a], slot[b] = first + i, first + pairs + i
+                unread += [slot[wire] for wire in (a, b) if wire not in needed]
+            for place in unread:
+                busy[place] = False
+            stages.append(
+                _Stage(
+                    pairs,
+                    _places(low, device),
+                    _places(high, device),
+                    slice(first, first + pairs),
+                    slice(first + pairs, first + 2 * pairs),
+                    _places(sorted(unread), device) if unread else None,
+                )
+            )
         outputs = torch.tensor([slot[wires - rank] for rank in range(1, ranks + 1)], device=device)
-        return replace(circuit, unread=torch.tensor(sorted(unread), device=device), outputs=outputs)
+    return _Circuit(stages, len(busy), outputs)
+
+
+def _first_gap(busy: list[bool], length: int) -> int:
+    """Where the first `length` free slots in a row begin; the pool may grow."""
+    run = 0
+    for place, taken in enumerate(busy):
+        run = 0 if taken else run + 1
+        if run == length:
+            return place + 1 - length
+    return len(busy) - run
 
 
 def _places(slots: list[int], device: torch.device) -> slice | Tensor:
@@ -324,6 +356,13 @@ def _places(slots: list[int], device: torch.device) -> slice | Tensor:
 
 def _read(pool: Tensor, places: slice | Tensor) -> Tensor:
     return pool[places] if isinstance(places, slice) else pool.index_select(0, places)
+
+
+def _clear(pool: Tensor, places: slice | Tensor) -> None:
+    if isinstance(places, slice):
+        pool[places].zero_()
+    else:
+        pool.index_fill_(0, places, 0.0)
 
 
 def _blend(start: Tensor, end: Tensor, weight: Tensor, pool: Tensor, places: slice | Tensor, moved: Tensor) -> None:
@@ -342,26 +381,26 @@ def _network_hit(
     """Values and the target's distribution run through the layers side by side: a pool (slots, 2, rows)."""
     kept, rows = values.shape
     circuit = _circuit(settings.method, kept, len(shares), values.device)
-    pool = values.new_empty((sum(circuit.blocks), 2, rows))
+    pool = values.new_empty((circuit.slots, 2, rows))
     pool[:kept, 0] = (values * settings.inverse_temperature).clamp_(min=_lowest(values.dtype))
     pool[:kept, 1].zero_().scatter_(0, own[None], 1.0)
-    differences = values.new_empty((sum(circuit.pairs), 2, rows))
-    blocks = pool.split_with_sizes(circuit.blocks)
-    of_layer = differences.split_with_sizes(circuit.pairs)
-    of_values = differences[:, :1].split_with_sizes(circuit.pairs)
+    pairs = [stage.pairs for stage in circuit.stages]
+    differences = values.new_empty((sum(pairs), 2, rows))
+    of_layer = differences.split_with_sizes(pairs)
+    of_values = differences[:, :1].split_with_sizes(pairs)
     stay = []
-    for i, (low_places, high_places) in enumerate(zip(circuit.lows, circuit.highs, strict=True)):
-        low, high = _read(pool, low_places), _read(pool, high_places)
+    for i, stage in enumerate(circuit.stages):
+        low, high = _read(pool, stage.low), _read(pool, stage.high)
         torch.sub(high, low, out=of_layer[i])
         probability = _swap(of_values[i], settings)
-        torch.lerp(high, low, probability, out=blocks[2 * i + 1])
-        torch.lerp(low, high, probability, out=blocks[2 * i + 2])
+        torch.lerp(high, low, probability, out=pool[stage.smaller])
+        torch.lerp(low, high, probability, out=pool[stage.larger])
         stay.append(probability)
     share = torch.tensor(shares, dtype=values.dtype, device=values.device)
     hit = share @ pool[:, 1].index_select(0, circuit.outputs)
     if not settings.slopes:
         return hit, None
-    return hit, _network_slopes(circuit, pool, differences, stay, share, settings)
+    return hit, _network_slopes(circuit, pool, differences, stay, share, settings)[:kept]
 
 
 def _network_slopes(
@@ -374,17 +413,20 @@ def _network_slopes(
 
     The slopes are written over the pool: its values are needed no more, and fresh memory is slow to touch.
     """
-    slopes = pool.index_fill_(0, circuit.unread, 0.0)
-    slopes.select(1, 1).index_copy_(0, circuit.outputs, share[:, None].expand(-1, pool.shape[2]))
-    density = _density(differences[:, 0], settings).split_with_sizes(circuit.pairs)
-    of_layer = differences.split_with_sizes(circuit.pairs)
-    blocks = slopes.split_with_sizes(circuit.blocks)
+    pairs = [stage.pairs for stage in circuit.stages]
+    density = _density(differences[:, 0], settings).split_with_sizes(pairs)
+    of_layer = differences.split_with_sizes(pairs)
+    pool.index_fill_(0, circuit.outputs, 0.0)
+    pool.select(1, 1).index_copy_(0, circuit.outputs, share[:, None].expand(-1, pool.shape[2]))
     for i in reversed(range(len(stay))):
-        smaller, larger = blocks[2 * i + 1], blocks[2 * i + 2]
+        stage = circuit.stages[i]
+        if stage.unread is not None:
+            _clear(pool, stage.unread)
+        smaller, larger = pool[stage.smaller], pool[stage.larger]
         moved = torch.sub(larger, smaller).mul_(of_layer[i]).sum(1).mul_(density[i])
-        _blend(smaller, larger, stay[i], slopes, circuit.highs[i], moved)
-        _blend(larger, smaller, stay[i], slopes, circuit.lows[i], moved.neg_())
-    return slopes[: circuit.blocks[0], 0] * settings.inverse_temperature
+        _blend(smaller, larger, stay[i], pool, stage.high, moved)
+        _blend(larger, smaller, stay[i], pool, stage.low, moved.neg_())
+    return pool[:, 0] * settings.inverse_temperature
 
 
 def _network_cost(kept: int, ranks: int, settings: _Settings) -> int:

@@ -19,7 +19,7 @@ Options = tuple[Any, ...]
 Saved = tuple[Tensor, ...]
 SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 
-CHUNK = 2**16
+CHUNK = 2**18
 """Elements worked on at a time: the buffer stays in cache, far below the size of the scores."""
 
 _LOG2_E = math.log2(math.e)  # powers of 2, because torch.exp takes a hundred times longer where its result is denormal
@@ -83,16 +83,17 @@ def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     values, index = scores.topk(min(count + 1, scores.shape[1]), dim=1)
     tied = values[:, 1:] == values[:, :-1]
-    boundary = tied[:, count - 1 :].any(1)
     values, index = values[:, :count], index[:, :count]
+    if scores.is_cpu and not bool(tied.any()):
+        return values, index
+    boundary = tied[:, count - 1 :].any(1)
     if not scores.is_cpu:
-        return values, _lower_first(values, torch.where(boundary[:, None], _lowest_ties(scores, values, index), index))
-    tied = tied.any(1)
-    if bool(tied.any()):
-        index = index.clone()
-        for rows in boundary.nonzero().squeeze(1).split(max(1, CHUNK // scores.shape[1])):
-            index[rows] = _lowest_ties(scores[rows], values[rows], index[rows])
-        index[tied] = _lower_first(values[tied], index[tied])
+        lowest = torch.where(boundary[:, None], _lowest_ties(scores, values, index), index)
+        return values, _lower_first(values, lowest)
+    index, tied = index.clone(), tied.any(1)
+    for rows in boundary.nonzero().squeeze(1).split(max(1, CHUNK // scores.shape[1])):
+        index[rows] = _lowest_ties(scores[rows], values[rows], index[rows])
+    index[tied] = _lower_first(values[tied], index[tied])
     return values, index
 
 

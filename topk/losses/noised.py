@@ -1,0 +1,143 @@
+"""The noised top-k calibrated hinge of Garcin, Servajean, Joly and Salmon (2022); book, chapter 7.
+
+With Z standard normal, one independent draw a class, and x_[j] the j-th largest score,
+
+    loss = relu(scale (m_y + E[(x + epsilon Z)_[k+1]] - x_y)).
+
+The expectation is taken in one of three ways:
+
+* epsilon = 0: it is x_[k+1], the calibrated hinge;
+* a number of samples: the mean over that many draws (`noised_sampling`), whose gradient puts 1/samples on the class
+  that is (k+1)-th in each draw, so that these indices are all that is saved;
+* samples = None: by quadrature, exact to far below the rounding of float32 (`noised_quadrature`).
+
+Several k share one draw, or have a grid each. The op is a function of its inputs: noise comes from the extra `seeds`,
+one for each of as many equal groups of rows, so that a vmap, which folds its examples into groups, stays right.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topk.losses.noised_quadrature import expected_order, expected_order_formula, expected_order_gradient
+from topk.losses.noised_sampling import centre, sampled_order
+from topk.losses.room import (
+    Options,
+    Room,
+    Saved,
+    SavedShape,
+    not_finite_above,
+    ordered_topk,
+    target_scores,
+    wide_type,
+)
+
+
+class _Settings(NamedTuple):
+    """The room's options by name."""
+
+    ks: list[int]
+    weights: list[float]
+    epsilon: float
+    samples: int | None
+    scale: float
+
+    @property
+    def by_quadrature(self) -> bool:
+        return self.samples is None and self.epsilon > 0
+
+    @property
+    def draws(self) -> int:
+        """How many indices a row and k are kept: without noise, all draws are the same one."""
+        return 1 if self.samples is None or self.epsilon == 0 else self.samples
+
+
+def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
+    settings = _Settings(*options)
+    count = len(settings.ks)
+    how = ((rows, count, 3), torch.float64) if settings.by_quadrature else ((rows, settings.draws, count), torch.int64)
+    return ((rows, count), torch.float64), how
+
+
+def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
+    """loss (rows,), the hinges' slopes (rows, ks), and the grids (rows, ks, 3) or the indices (rows, draws, ks)."""
+    margins, seeds = extras
+    settings = _Settings(*options)
+    if not settings.ks:
+        empty = [scores.new_zeros(shape, dtype=dtype) for shape, dtype in _saved(*scores.shape, options)]
+        return scores.new_zeros(scores.shape[0]), *empty
+    order, rise, kept = _smoothed_order(scores, seeds, settings)
+    wide = wide_type(scores)
+    x_target = target_scores(scores, target)
+    bad, impossible = not_finite_above(order[:, 0], x_target)[:, None], (x_target == -torch.inf)[:, None]
+    absent = order[:, settings.ks] == -torch.inf
+    gap = margins.to(wide)[:, None] + (centre(order).to(wide) - x_target.to(wide))[:, None] + rise
+    hinges = (settings.scale * gap).relu().masked_fill(absent, 0.0)
+    hinges = hinges.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+    shares = torch.tensor(settings.weights, dtype=wide, device=scores.device)
+    slope = torch.where((gap > 0) & ~absent, settings.scale * shares, 0.0).masked_fill(bad, torch.nan)
+    loss = torch.where(shares > 0, shares * hinges, 0.0).sum(1)
+    return loss.to(scores.dtype), slope.to(torch.float64), kept
+
+
+def _smoothed_order(scores: Tensor, seeds: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest scores, descending, E[(x + epsilon Z)_[k+1]] less their `centre` (rows, ks), and what to save."""
+    ks, depth = settings.ks, max(settings.ks) + 1
+    if settings.by_quadrature:
+        order = scores.topk(depth, dim=1).values
+        return order, *expected_order(scores, order, centre(order), ks, settings.epsilon)
+    if settings.epsilon == 0:
+        order, index = ordered_topk(scores, depth)
+        rise = order[:, ks].to(wide_type(scores)) - centre(order).to(wide_type(scores))[:, None]
+        return order, rise, index[:, None, ks]
+    return sampled_order(scores, seeds, ks, settings.epsilon, settings.draws)
+
+
+def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+    """grad * d loss / d scores: -slope on y, and slope spread over the classes that may be (k+1)-th."""
+    settings = _Settings(*options)
+    slope, kept = saved
+    wide = wide_type(scores)
+    slope = slope.to(wide)
+    push = (grad.to(wide)[:, None] * slope).masked_fill(slope == 0, 0.0)
+    # A row with NaN or +inf has a NaN slope, and a NaN gradient everywhere.
+    result = (slope.sum(1) * 0.0).to(scores.dtype)[:, None].repeat(1, scores.shape[1])
+    if settings.by_quadrature:
+        for place, k in enumerate(settings.ks):
+            expected_order_gradient(result, push[:, place], scores, kept[:, place], k, settings.epsilon)
+    else:
+        spread = (push / kept.shape[1])[:, None, :].expand(kept.shape).flatten(1)
+        result.scatter_add_(1, kept.flatten(1), spread.to(scores.dtype))
+    pull = push.sum(1).masked_fill(target_scores(scores, target) == -torch.inf, 0.0)
+    return result.scatter_add_(1, target[:, None], -pull.to(scores.dtype)[:, None])
+
+
+def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+    """The loss a row up to a constant: the hinges' slopes are given, and so is which class is (k+1)-th."""
+    settings = _Settings(*options)
+    slope, kept = saved[0].to(scores.dtype), saved[1]
+    x_target = target_scores(scores, target)
+    x_target = torch.where(x_target == -torch.inf, 0.0, x_target)
+    loss = torch.zeros_like(x_target)
+    for place, k in enumerate(settings.ks):
+        if settings.by_quadrature:
+            level = expected_order_formula(scores, kept[:, place], k, settings.epsilon)
+        else:
+            level = scores.gather(1, kept[:, :, place]).mean(1)
+        silent = slope[:, place] == 0
+        loss = loss + torch.where(silent, 0.0, slope[:, place] * (torch.where(silent, 0.0, level) - x_target))
+    return loss
+
+
+NOISED = Room(
+    name="noised",
+    options="int[] ks, float[] weights, float epsilon, int? samples, float scale",
+    extras=("margins", "seeds"),
+    saved=_saved,
+    forward=forward,
+    backward=backward,
+    formula=formula,
+)

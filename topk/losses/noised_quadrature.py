@@ -1,0 +1,214 @@
+"""The expected order statistic E[(x + epsilon Z)_[k+1]] by quadrature (book, chapters 7 and 10).
+
+In units of epsilon, and from a centre, let z be the scores and F(v) = Pr[at most k of the z_i + Z_i exceed v], a sum
+over a Poisson-binomial distribution with probabilities P_i(v) = Phi(z_i - v). For any c,
+
+    E = c + integral of (1{v > c} - F(v)) dv,        dE / dz_i = integral of Pr[S without i = k] phi(z_i - v) dv.
+
+Both integrands are smooth but for the step at c, and die off like a normal tail, so the trapezoid rule converges
+faster than any power; with c half-way between two nodes it integrates the step exactly. The grid is
+c + s/16 * 7 * (j + 1/2), from -7 s below to 8.75 s above: c solves sum P_i = k + 1/2, so that it is near the median,
+and s = sqrt(sum P (1 - P)) / sum phi is about the standard deviation, the slower tail being above. The grid moves with
+the scores, but E does not depend on it, so that the gradient is taken with the grid held.
+
+A class whose P is below 1e-13 at every node is out of reach and left out where that saves work (on the CPU).
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from topk.losses import polynomials
+from topk.losses.room import row_chunks, wide_type
+
+BELOW, ABOVE = 16, 20
+"""Nodes below and above c."""
+
+_SPACING = 7.0 / 16.0  # of the nodes, in units of s
+_ROOT_STEPS = 8
+_OUT_OF_REACH = 7.35  # Phi(-7.35) = 1e-13
+_LANES = 2**13  # polynomials advanced together by one step of the recursion
+_CHUNK = 2**20  # probabilities worked on at a time
+
+
+def expected_order(
+    scores: Tensor, order: Tensor, centre: Tensor, ks: list[int], epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """E[(x + epsilon Z)_[k+1]] - centre for every k (rows, ks), and the grids (rows, ks, 3): centre, c, spacing."""
+    rows, classes = scores.shape
+    rise = scores.new_zeros((rows, len(ks)), dtype=wide_type(scores))
+    grids = scores.new_zeros((rows, len(ks), 3), dtype=torch.float64)
+    grids[:, :, 0] = centre[:, None]
+    for here in row_chunks(rows, classes * (BELOW + ABOVE), _CHUNK):
+        z = (scores[here] - centre[here, None]) / epsilon
+        for place, k in enumerate(ks):
+            middle, spread = _middle(z, (order[here, k] - centre[here]) / epsilon, k)
+            spacing = _SPACING * spread
+            nodes = _nodes(middle, spacing)
+            near = _within_reach(z, nodes)[0]
+            under = _success_counts(near, nodes, k).sum(0).view(nodes.shape)  # F at the nodes
+            steps = torch.arange(nodes.shape[1], device=z.device) >= BELOW
+            rise[here, place] = epsilon * (middle + spacing * (steps.to(under.dtype) - under).sum(1))
+            grids[here, place, 1:] = torch.stack((middle, spacing), 1).to(grids.dtype)
+    return rise, grids
+
+
+def _middle(z: Tensor, kth: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """c and s (rows,): safeguarded Newton steps on the logarithm of sum P; `kth` is the (k+1)-th largest z.
+
+    Any c and s near the ones defined do, for E does not depend on them.
+    """
+    wide, normal = wide_type(z), NormalDist()
+    goal = k + 0.5
+    kth = torch.where(kth.isfinite(), kth, 0.0).to(wide)
+    low = kth - normal.inv_cdf(goal / (k + 1))
+    high = kth - normal.inv_cdf(0.5 / (z.shape[1] - k))
+    middle = kth
+    for _ in range(_ROOT_STEPS):
+        total, _, density = _moments(z, middle)
+        low, high = torch.where(total > goal, middle, low), torch.where(total < goal, middle, high)
+        step = middle + total / density * (total / goal).log()
+        middle = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+    _, variance, density = _moments(z, middle)
+    spread = variance.sqrt() / density
+    return middle, torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
+
+
+def _moments(z: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sum P, sum P (1 - P) and sum phi (rows,) at one level a row."""
+    distance = (level.to(z.dtype)[:, None] - z).mul_(math.sqrt(0.5))
+    probability = distance.erfc().mul_(0.5)
+    total = probability.sum(1).to(level.dtype)
+    variance = total - torch.linalg.vecdot(probability, probability).to(level.dtype)
+    density = distance.square_().neg_().exp_().sum(1).to(level.dtype) / math.sqrt(2 * math.pi)
+    return total, variance, density
+
+
+def _nodes(middle: Tensor, spacing: Tensor) -> Tensor:
+    steps = torch.arange(-BELOW, ABOVE, device=middle.device, dtype=middle.dtype) + 0.5
+    return middle[:, None] + spacing[:, None] * steps
+
+
+def _within_reach(z: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The scores that matter at some node, and their classes; None for all of them."""
+    if not z.is_cpu:
+        return z, None
+    count = int((z > (nodes[:, :1] - _OUT_OF_REACH).to(z.dtype)).sum(1).amax(0)) if z.shape[0] else 0
+    if 2 * count > z.shape[1]:
+        return z, None
+    near = z.topk(max(1, count), dim=1)
+    return near.values, near.indices
+
+
+def _probabilities(z: Tensor, nodes: Tensor) -> Tensor:
+    """Phi(z - v) for z (..., rows) and nodes (rows, nodes): (..., rows times nodes)."""
+    distance = nodes.to(z.dtype) - z[..., None]
+    return distance.mul_(math.sqrt(0.5)).erfc_().mul_(0.5).flatten(-2)
+
+
+def _success_counts(z: Tensor, nodes: Tensor, k: int) -> Tensor:
+    """Pr[S = j] for j = 0..k at every node (k + 1, rows times nodes)."""
+    rows, classes = z.shape
+    lanes = min(max(1, _LANES // max(1, nodes.numel())), max(1, classes // (4 * (k + 1))))
+    steps = -(-classes // lanes)
+    padded = torch.nn.functional.pad(z, (0, lanes * steps - classes), value=-torch.inf)
+    trials = _probabilities(padded.view(rows, lanes, steps).permute(2, 1, 0), nodes)
+    return polynomials.success_counts(trials, k, wide_type(z))
+
+
+# --- gradient --------------------------------------------------------------------------------------------------------
+
+
+def expected_order_gradient(
+    result: Tensor, push: Tensor, scores: Tensor, grids: Tensor, k: int, epsilon: float
+) -> None:
+    """Adds push * dE / dx to `result`, a sum over the nodes of phi(z_i - v) Pr[S without i = k]."""
+    rows, classes = scores.shape
+    limit = min(classes, _upper_limit(k))
+    for here in row_chunks(rows, (BELOW + ABOVE) * max(classes, limit * (k + 1) // 2), _CHUNK):
+        centre, middle, spacing = grids[here].to(wide_type(scores)).unbind(1)
+        nodes = _nodes(middle, spacing)
+        z, index = _within_reach((scores[here] - centre.to(scores.dtype)[:, None]) / epsilon, nodes)
+        field = _inclusion_integral(z, nodes, k, limit)
+        field = (field.to(push.dtype) * (push[here] * spacing)[:, None]).to(result.dtype)
+        field = field.masked_fill((push[here] == 0)[:, None], 0.0)
+        if index is None:
+            result[here] += field
+        else:
+            result[here].scatter_add_(1, index, field)
+
+
+def _upper_limit(k: int) -> int:
+    """With P > 1/2 for more classes than this, Pr[S <= k] < 1e-13: such nodes contribute nothing."""
+    return int(2 * k + 16 * math.sqrt(k) + 60)
+
+
+def _inclusion_integral(z: Tensor, nodes: Tensor, k: int, limit: int) -> Tensor:
+    """sum over nodes of phi(z_i - v) Pr[S without i = k] (rows, classes).
+
+    The classes with P > 1/2 at the lowest node are the head: they are left out by prefixes and suffixes. A class of
+    the tail is divided out of the product, g_j = f_j / (1 - P) - w g_{j-1} with w = P / (1 - P) <= 1, which does not
+    amplify errors.
+    """
+    rows, classes = z.shape
+    size = min(limit, classes)
+    if z.is_cpu and rows:
+        size = min(size, int((z > nodes[:, :1].to(z.dtype)).sum(1).amax(0)))
+    head, index = z.topk(size, dim=1)
+    without_head = z.scatter(1, index, -torch.inf)
+    tail = _success_counts(without_head, nodes, k)
+    full, at_head = _leave_one_out(_probabilities(head.T, nodes).to(tail.dtype), tail)
+    odds = _probabilities(without_head.T, nodes).clamp_(max=0.5)
+    odds.div_(1.0 - odds)
+    coefficients = full.to(z.dtype)
+    left_out = coefficients[0].expand_as(odds).clone()
+    for coefficient in coefficients[1:]:
+        torch.addcmul(coefficient, odds, left_out, value=-1.0, out=left_out)
+    left_out.mul_(odds.add_(1.0)).mul_(_densities(z.T, nodes))
+    integral = left_out.unflatten(1, nodes.shape).sum(2).T.contiguous()
+    at_head = at_head.to(z.dtype).mul_(_densities(head.T, nodes)).unflatten(1, nodes.shape).sum(2)
+    return integral.scatter_(1, index, at_head.T)
+
+
+def _densities(z: Tensor, nodes: Tensor) -> Tensor:
+    """phi(z - v), laid out like `_probabilities`."""
+    distance = nodes.to(z.dtype) - z[..., None]
+    return distance.square_().mul_(-0.5).exp_().mul_(1.0 / math.sqrt(2 * math.pi)).flatten(-2)
+
+
+def _leave_one_out(head: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Pr[S = j], j = 0..k, and for every class of the head (size, ...) Pr[S without it = k]: only positive numbers."""
+    now = torch.zeros_like(tail)
+    now[0] = 1.0
+    prefixes = [now]
+    for trial in head[:-1]:
+        prefixes.append(_with_trial(prefixes[-1], trial))
+    now = tail
+    left_out = torch.empty_like(head)
+    for i in range(head.shape[0] - 1, -1, -1):
+        left_out[i] = (prefixes[i] * now.flip(0)).sum(0)
+        now = _with_trial(now, head[i])
+    return now, left_out
+
+
+def _with_trial(counts: Tensor, trial: Tensor) -> Tensor:
+    """Pr[S = j] with one more trial."""
+    longer = counts * (1.0 - trial)
+    longer[1:].addcmul_(counts[:-1], trial)
+    return longer
+
+
+# --- the same number once more, for second derivatives ---------------------------------------------------------------
+
+
+def expected_order_formula(scores: Tensor, grids: Tensor, k: int, epsilon: float) -> Tensor:
+    """E up to a constant a row, from one balanced tree of products; the grid is held."""
+    centre, middle, spacing = grids.to(scores.dtype).unbind(1)
+    z = (scores - centre[:, None]) / epsilon
+    distance = (z[:, None, :] - _nodes(middle, spacing)[:, :, None]).clamp(-30.0, 30.0)
+    factors = torch.stack((torch.special.ndtr(-distance), torch.special.ndtr(distance)))
+    return -epsilon * spacing * polynomials.tree(factors, k).sum((0, 2))
