@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import topk
 from topk import reference
 from topk.svm import MaxTopkSVM, SmoothTopkSVM
 
@@ -69,9 +70,8 @@ def test_smooth_topk_at_small_temperatures_is_as_close_as_it_is_to_the_truth(tau
     ours = value_and_gradient(SmoothTopkSVM(50, tau=tau), scores, target)
     pairs = list(zip(scores, target.tolist(), strict=True))
     value = torch.stack([reference.smooth_topk_loss_log_space(x, y, 5, tau) for x, y in pairs]).mean().float()
-    gradient = torch.stack([reference.smooth_topk_gradient_log_space(x, y, 5, tau) for x, y in pairs]).float() / len(
-        pairs
-    )
+    gradients = [reference.smooth_topk_gradient_log_space(x, y, 5, tau) for x, y in pairs]
+    gradient = torch.stack(gradients).float() / len(pairs)
     for found in (ours, theirs):
         torch.testing.assert_close(found[0], value, rtol=0, atol=1e-4)
     torch.testing.assert_close(ours[1], gradient, rtol=0, atol=1e-6 / len(pairs))
@@ -87,3 +87,72 @@ def test_smooth_topk_on_its_hard_branch_is_our_hard_loss(k: int, tau: float) -> 
     theirs = value_and_gradient(peer("difftopk").SmoothHardTopKLoss(20, k, tau=tau), scores, target)
     for found, expected in zip(value_and_gradient(MaxTopkSVM(20, k=k), scores, target), theirs, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+# --- pytopk ----------------------------------------------------------------------------------------------------------
+
+COUNTS = [500, 240, 120, 60, 30, 15, 8, 4, 2, 1]
+
+
+def linear_rows(rows: int, classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores whose hinge no moderate noise can open or close: there the mean over draws is the loss of the mean."""
+    scores, target = torch.randn(rows, classes), torch.randint(classes, (rows,))
+    scores.scatter_(1, target[:, None], torch.where(torch.arange(rows) % 4 == 0, 40.0, -40.0)[:, None])
+    return scores, target
+
+
+@pytest.mark.parametrize("k", [1, 2, 5, 9])
+@pytest.mark.parametrize("epsilon", [0.01, 1.0])
+def test_noised_losses_for_the_same_noise(k: int, epsilon: float) -> None:
+    """pytopk's functional forms with given normals, against the definition with the same normals."""
+    functional, noised = peer("pytopk.functional"), peer("pytopk.noised_topk")._noised_topk
+    scores, target, noise = torch.randn(6, 10), torch.randint(10, (6,)), torch.randn(6, 10, 4)
+    margins = topk.class_margins(torch.tensor(COUNTS), 0.3)
+
+    def balanced(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.bal_noised_topk_loss(x, y, k, epsilon, noised, noise)
+
+    def imbalanced(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return functional.imbal_noised_topk_loss(x, y, k, margins, epsilon, noised, noise, 50)
+
+    for theirs, options in ((balanced, (1.0, 1.0)), (imbalanced, (margins, 50.0))):
+
+        def defined(x: torch.Tensor, y: torch.Tensor, options: tuple = options) -> torch.Tensor:
+            rows = zip(x, y.tolist(), noise.double(), strict=True)
+            return torch.stack([reference.noised_topk_loss(s, t, k, z, epsilon, *options) for s, t, z in rows]).mean()
+
+        expected = value_and_gradient(theirs, scores, target)
+        found = value_and_gradient(defined, scores.double(), target)
+        for ours, their in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours.float(), their, rtol=1e-4, atol=1e-5)
+
+
+def test_class_margins_are_those_of_the_imbalanced_loss() -> None:
+    theirs = peer("pytopk").ImbalNoisedTopK(k=2, epsilon=0.1, max_m=0.3, cls_num_list=COUNTS)
+    torch.testing.assert_close(topk.class_margins(torch.tensor(COUNTS), 0.3).float(), theirs.m_list)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("kind", ["balanced", "imbalanced"])
+def test_noised_losses_agree_in_expectation(k: int, kind: str) -> None:
+    """Both packages' draws, averaged, against our quadrature: values and gradients within 4 standard errors."""
+    epsilon, samples, rows = 0.7, 20_000, 8
+    scores, target = linear_rows(rows, 10)
+    if kind == "balanced":
+        theirs = peer("pytopk").BalNoisedTopK(k, epsilon, n_sample=samples)
+        options: dict[str, Any] = {}
+    else:
+        theirs = peer("pytopk").ImbalNoisedTopK(k, epsilon, 0.3, COUNTS, scale=3, n_sample=samples)
+        options = {"margins": topk.class_margins(torch.tensor(COUNTS), 0.3), "scale": 3.0}
+
+    def ours(x: torch.Tensor, y: torch.Tensor, samples: int | None = samples) -> torch.Tensor:
+        return topk.noised_topk_loss(x, y, k, epsilon=epsilon, samples=samples, **options)
+
+    value, gradient = value_and_gradient(lambda x, y: ours(x, y, None), scores.double(), target)
+    share = gradient * rows / options.get("scale", 1.0)  # how often a class is the (k+1)-th, less [j = y]
+    gradient_error = 4 * (share.abs() * (1 - share.abs())).clamp(min=1 / samples).div(samples).sqrt() / rows
+    value_error = 4 * epsilon / math.sqrt(samples * rows)  # an order statistic varies no more than one class's noise
+    for loss in (theirs, ours):
+        found_value, found_gradient = value_and_gradient(loss, scores, target)
+        assert (found_value - value).abs() <= options.get("scale", 1.0) * value_error
+        assert bool(((found_gradient - gradient).abs() <= options.get("scale", 1.0) * gradient_error).all())

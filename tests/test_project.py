@@ -108,7 +108,7 @@ def test_readme_example_runs_from_the_wheel(wheel_environment: Path, tmp_path: P
     done = _run_alone(wheel_environment, "import topk; print(topk.__file__)", tmp_path)
     assert str(wheel_environment.parent.parent) in done.stdout, "the checkout was imported instead of the wheel"
     example = _blocks("python")[0]
-    assert len([line for line in example.splitlines() if line.strip()]) <= 16
+    assert len([line for line in example.splitlines() if line.strip()]) <= 12
     done = _run_alone(wheel_environment, example, tmp_path)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+)\s+top-1 ([\d.]+)%\s+top-5 ([\d.]+)%", done.stdout, flags=re.M)

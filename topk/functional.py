@@ -118,9 +118,9 @@ def transition_topk_loss(
     width = check_number("width", width, above=0.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, least=0.0, most=1.0)
     ignore_index = check_ignore_index(ignore_index)
-    mix = _transition_weights(transition, scores, target, ks, ignore_index)
+    mix = (_transition_weights(transition, scores, target, ks, ignore_index),)
     options = (width, label_smoothing)
-    return _reduced("transition", scores, target, ks, weights, options, weight, ignore_index, reduction, backend, (mix,))
+    return _reduced("transition", scores, target, ks, weights, options, weight, ignore_index, reduction, backend, mix)
 
 
 def _transition_weights(

@@ -59,9 +59,9 @@ def _compute_type(scores: Tensor) -> torch.dtype:
 def _rows_in_use(scores: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Valid targets for every row, which rows are ignored and which are wrong (None: no row)."""
     classes = scores.shape[1]
-    if scores.is_cpu and target.numel() > 0 and not 0 <= ignore_index < classes:
-        low, high = target.aminmax()
-        if 0 <= int(low) and int(high) < classes:  # the usual case, for two operations
+    if scores.is_cpu and target.numel() > 0 and (ignore_index < 0 or ignore_index >= classes):
+        low, high = map(int, target.aminmax())
+        if low >= 0 and high < classes:  # the usual case, for two operations
             return target, None, None
     ignored = target == ignore_index
     wrong = ((target < 0) | (target >= classes)) & ~ignored

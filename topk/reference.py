@@ -10,6 +10,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +70,82 @@ def smooth_topk_gradient_log_space(
     slope = torch.sigmoid(margin / tau + log_e[k] - log_e[k - 1] - scores[target].double() / (k * tau))
     gradient = slope / k * (inclusion[0] - inclusion[1])
     return torch.cat((gradient[:target], -slope[None] / k, gradient[target:]))
+
+
+# --- noised hinge (chapter 7) ----------------------------------------------------------------------------------------
+
+
+def noised_topk_loss(
+    scores: Tensor,
+    target: int,
+    k: int,
+    noise: Tensor,
+    epsilon: float = 1.0,
+    margins: float | Tensor = 1.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """The (k+1)-th largest of scores + epsilon noise, averaged over the samples; noise (classes, samples) is given."""
+    samples = [(scores.double() + epsilon * column).sort(descending=True).values[k] for column in noise.double().T]
+    return _noised_hinge(scores, target, torch.stack(samples).mean(), margins, scale)
+
+
+def noised_topk_loss_expected(
+    scores: Tensor, target: int, k: int, epsilon: float = 1.0, margins: float | Tensor = 1.0, scale: float = 1.0
+) -> Tensor:
+    """The same with the expectation over the noise."""
+    return _noised_hinge(scores, target, expected_order_statistic(scores, k, epsilon), margins, scale)
+
+
+def _noised_hinge(scores: Tensor, target: int, following: Tensor, margins: float | Tensor, scale: float) -> Tensor:
+    margin = margins[target].double() if isinstance(margins, Tensor) else margins
+    return torch.relu(scale * (margin + following - scores[target].double()))
+
+
+def order_statistic_below(scores: Tensor, k: int, epsilon: float, levels: Tensor) -> Tensor:
+    """Pr[(x + epsilon Z)_[k+1] <= level]: at most k of the independent noised scores exceed it; one class at a time."""
+    exceeding = torch.zeros((k + 1, *levels.shape), dtype=torch.float64)
+    exceeding[0] = 1.0
+    for x in scores.double():
+        p = torch.special.ndtr((x - levels) / epsilon)
+        exceeding = torch.cat((exceeding[:1] * (1 - p), exceeding[1:] * (1 - p) + exceeding[:-1] * p))
+    return exceeding.sum(0)
+
+
+def expected_order_statistic(scores: Tensor, k: int, epsilon: float, nodes: int = 20_001) -> Tensor:
+    """E[(x + epsilon Z)_[k+1]] = low + the integral of Pr[it exceeds v] from low to where that vanishes."""
+    kth = float(scores.detach().double().sort(descending=True).values[k])
+    low, high = kth - 12.0 * epsilon, kth + 12.0 * epsilon
+    levels = torch.linspace(low, high, nodes, dtype=torch.float64)
+    return low + torch.trapezoid(1.0 - order_statistic_below(scores, k, epsilon, levels), levels)
+
+
+def philox4x32(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The counter-based generator Philox 4x32 with 10 rounds (Salmon, Moraes, Dror and Shaw, 2011)."""
+    a, b, c, d = counter
+    left_key, right_key = key
+    for _ in range(10):
+        left, right = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (right >> 32) ^ b ^ left_key, right % 2**32, (left >> 32) ^ d ^ right_key, left % 2**32
+        left_key, right_key = (left_key + 0x9E3779B9) % 2**32, (right_key + 0xBB67AE85) % 2**32
+    return a, b, c, d
+
+
+def philox_normals(seed: int, rows: int, classes: int, samples: int) -> Tensor:
+    """The noise of the devices' path, number by number: (rows, classes, samples) in float64.
+
+    The key is the seed's low and high 32 bits, the counter (class, row, sample // 4, 0). Of the four words w the
+    first two give samples 0 and 1 (mod 4) by Box-Muller, r cos t and r sin t with r = sqrt(-2 log((w_0 + 1/2) / 2^32))
+    and t = 2 pi w_1 / 2^32, the other two samples 2 and 3. The words are rounded to float32, as w_0 + 1/2 is.
+    """
+    noise = np.empty((rows, classes, samples))
+    key = (seed % 2**32, seed >> 32)
+    for row, column, sample in itertools.product(range(rows), range(classes), range(samples)):
+        words = np.array(philox4x32((column, row, sample // 4, 0), key), dtype=np.uint32).astype(np.float32)
+        first, second = words[:2] if sample % 4 < 2 else words[2:]
+        radius = math.sqrt(-2.0 * math.log(float(first + np.float32(0.5)) / 2.0**32))
+        angle = 2.0 * math.pi * float(second) / 2.0**32
+        noise[row, column, sample] = radius * (math.sin(angle) if sample % 2 else math.cos(angle))
+    return torch.from_numpy(noise)
 
 
 # --- differentiable top-k cross-entropy (chapter 8) ------------------------------------------------------------------
@@ -262,9 +339,7 @@ def best_classes(scores: Tensor) -> list[int]:
     return sorted(range(len(values)), key=lambda index: (-values[index], index))
 
 
-def topk_hinge_loss(
-    scores: Tensor, target: int, k: int, variant: str = "calibrated", margin: float = 1.0
-) -> Tensor:
+def topk_hinge_loss(scores: Tensor, target: int, k: int, variant: str = "calibrated", margin: float = 1.0) -> Tensor:
     """Every variant by sorting; only the absent, -inf, is treated apart: it leaves the loss at 0, or adds nothing."""
     x = scores.double()
     mine, order = x[target], best_classes(scores)
@@ -286,7 +361,7 @@ def topk_hinge_loss(
     if variant == "beta":
         return torch.relu(largest).mean()
     if x[wrong[k - 1]] == -torch.inf:
-        return zero
+        return 0.0 * mine
     return torch.relu(largest.mean())
 
 
@@ -301,7 +376,12 @@ def transition_weight(scores: Tensor, target: int, k: int, width: float = 1.0) -
 
 
 def transition_topk_loss(
-    scores: Tensor, target: int, k: int, a: Tensor | float | None = None, width: float = 1.0, label_smoothing: float = 0.0
+    scores: Tensor,
+    target: int,
+    k: int,
+    a: Tensor | float | None = None,
+    width: float = 1.0,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """(1 - a) CE + a G from the softmax, with a held fixed; a = None takes it from the margin."""
     x = scores.double()

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -109,6 +108,8 @@ def _run_one(stem: str, profile: str, jobs: int) -> tuple[NotebookNode, list[str
     source = read(ROOT / "notebooks" / f"{stem}.md")
     nbformat.write(source, folder / "in.ipynb")
     print(f"  {stem} ...", flush=True)
+    log = os.open(folder / "kernel.log", os.O_WRONLY | os.O_CREAT)
+    os.dup2(log, 2)  # what kernels say about themselves is no part of the progress
     start = time.perf_counter()
     failures = []
     try:
@@ -117,7 +118,7 @@ def _run_one(stem: str, profile: str, jobs: int) -> tuple[NotebookNode, list[str
             str(folder / "out.ipynb"),
             parameters={"profile": profile},
             cwd=str(empty),
-            progress_bar=sys.stderr.isatty() and jobs == 1,
+            progress_bar=False,
             kernel_name="python3",
         )
     except PapermillExecutionError:

@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 
 from book.pipeline import pages
 from book.pipeline.chapters import plain, read, with_outputs
-from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, chapter_number, config, twins
+from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, address, chapter_number, config, twins, version
 
 _DOCTREES = BUILD / ".doctrees"
 _CLEAN = BUILD / "clean"  # exists only after a build without complaints
@@ -31,7 +31,7 @@ def build(outputs: dict[str, NotebookNode]) -> Path:
     """The site from these outputs (by stem); returns the front page. Raises BookError with Sphinx's complaints."""
     _stage(outputs)
     _forget_an_unclean_build()
-    command = [sys.executable, "-m", "jupyter_book", "build", str(STAGE), "--path-output", str(ROOT)]
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(STAGE), "--path-output", str(ROOT)]
     process = subprocess.Popen(
         [*command, "-n", "-W", "--keep-going"],
         stdout=subprocess.PIPE,
@@ -90,7 +90,7 @@ def _stage(outputs: dict[str, NotebookNode]) -> None:
     for path in (ROOT / "book").rglob("*"):
         part = path.relative_to(ROOT)
         if path.is_file() and path.suffix in _KEPT_SUFFIXES and "pipeline" not in part.parts:
-            wanted[part] = path.read_bytes()
+            wanted[part] = _filled(path)
     notebooks = {}
     for twin in twins():
         notebook = with_outputs(read(twin), outputs[twin.stem])
@@ -107,6 +107,14 @@ def _stage(outputs: dict[str, NotebookNode]) -> None:
         if not path.exists() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+
+
+def _filled(path: Path) -> bytes:
+    """A page, with the address and the version where it names them."""
+    content = path.read_bytes()
+    if path.suffix == ".md":
+        return content.replace(b"@ADDRESS@", address().encode()).replace(b"@VERSION@", version().encode())
+    return content
 
 
 def _staged_config() -> dict[str, object]:

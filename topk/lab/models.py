@@ -5,7 +5,7 @@ Images enter as (rows, channels, height, width), features as (rows, features); s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,16 @@ from torch.nn import functional as F
 
 from topk.lab.settings import check_name, completed
 
-__all__ = ["CosineHead", "build", "complete", "parameters", "replace_head"]
+__all__ = [
+    "CosineHead",
+    "SmallNet",
+    "build",
+    "complete",
+    "load_body",
+    "parameters",
+    "replace_head",
+    "torchvision_state",
+]
 
 _IMAGE_HEAD = {"head": "linear", "scale": 1.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -162,7 +171,7 @@ def _perceptron(features: int, classes: int, full: Mapping[str, Any]) -> nn.Modu
 
 
 def _resnet18(channels: int, classes: int, full: Mapping[str, Any]) -> nn.Module:
-    from torchvision.models import resnet18
+    from torchvision.models import resnet18  # type: ignore[import-untyped]
 
     net: nn.Module = resnet18(weights=None)
     if full["stem"] == "cifar" or channels != 3:
@@ -186,12 +195,12 @@ def _published(full: Mapping[str, Any], classes: int) -> nn.Module:
 
 
 def _torchvision(name: str, weights: str | None) -> nn.Module:
-    import torchvision
+    import torchvision  # type: ignore[import-untyped]
 
     check_name("model.name: torchvision's", name, torchvision.models.list_models(module=torchvision.models))
     net: nn.Module = torchvision.models.get_model(name, weights=None)
     if weights is not None:
-        net.load_state_dict(torchvision_state(name, weights), strict=False if _is_file(weights) else True)
+        load_body(net, torchvision_state(name, weights))
     return net
 
 
@@ -199,10 +208,10 @@ def torchvision_state(name: str, weights: str) -> dict[str, Tensor]:
     """The weights of a torchvision model: a local file's, or the published ones of that name, downloaded once."""
     import torchvision
 
-    if _is_file(weights):
+    if Path(weights).is_file():
         return load_state(Path(weights))
     published = torchvision.models.get_model_weights(name)
-    check_name(f"weights of {name} (neither a file)", weights, [*published.__members__, "DEFAULT"])
+    check_name(f"weights of {name} (no file of that name)", weights, ["DEFAULT", *published.__members__])
     state: dict[str, Tensor] = published[weights].get_state_dict(progress=True, check_hash=True, weights_only=True)
     return state
 
@@ -216,12 +225,8 @@ def _timm(name: str, weights: str | None) -> nn.Module:
         check_name("model.name: timm's", name, timm.list_models())
     net: nn.Module = timm.create_model(name, pretrained=weights == "DEFAULT")
     if weights is not None and weights != "DEFAULT":
-        net.load_state_dict(load_state(Path(weights)), strict=False)
+        load_body(net, load_state(Path(weights)))
     return net
-
-
-def _is_file(weights: str) -> bool:
-    return Path(weights).is_file()
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -232,11 +237,31 @@ def load_state(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
-def replace_head(net: nn.Module, make: Any) -> None:
+def load_body(net: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads everything but the scores' layer; `state` may also be that of `net.features` alone."""
+    head, _ = _last_linear(net)
+    expected = {name for name in net.state_dict() if not name.startswith(f"{head}.")}
+    body = {name: value for name, value in state.items() if not name.startswith(f"{head}.")}
+    if hasattr(net, "features") and not any(name.startswith("features.") for name in body):
+        body = {f"features.{name}": value for name, value in body.items()}
+    missing = {name for name in expected - set(body) if not name.endswith("num_batches_tracked")}
+    if missing or set(body) - expected:
+        raise ValueError(
+            f"weights do not fit {type(net).__name__}: it lacks {sorted(set(body) - expected)[:3]} of theirs, "
+            f"they lack {sorted(missing)[:3]} of its {len(expected)} tensors"
+        )
+    net.load_state_dict(body, strict=False)
+
+
+def replace_head(net: nn.Module, make: Callable[[int], nn.Module]) -> None:
     """Puts `make(features)` in the place of the last linear layer, the one that computes a classifier's scores."""
-    found = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
-    if not found:
-        raise ValueError(f"model {type(net).__name__} has no linear layer that could be replaced by another head")
-    name, layer = found[-1]
+    name, layer = _last_linear(net)
     parent, _, place = name.rpartition(".")
     setattr(net.get_submodule(parent), place, make(layer.in_features))
+
+
+def _last_linear(net: nn.Module) -> tuple[str, nn.Linear]:
+    found = [(name, layer) for name, layer in net.named_modules() if isinstance(layer, nn.Linear)]
+    if not found:
+        raise ValueError(f"model {type(net).__name__} has no linear layer whose scores another head could replace")
+    return found[-1]

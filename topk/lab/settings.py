@@ -26,7 +26,8 @@ def check_name(what: str, name: object, known: Iterable[str]) -> str:
     if isinstance(name, str) and name in names:
         return name
     close = difflib.get_close_matches(str(name), names, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {', '.join(names)}"
+    listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"expected one of {listed}"
     raise ValueError(f"{what} is unknown: {name!r}; {hint}")
 
 

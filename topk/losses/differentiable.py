@@ -38,9 +38,7 @@ from topk.losses.room import (
     not_finite_above,
     ordered_topk,
     row_chunks,
-    target_scores,
     wide_type,
-    without_target,
 )
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
@@ -52,6 +50,7 @@ CROSS_ENTROPY_OVER = ("kept", "all")
 _SLOPE_1, _FLOOR = 1.0 - 2e-7, 1e-7  # log1(v) = log(_SLOPE_1 v + _FLOOR)
 _BUDGET = 2**20  # numbers worked on at a time, or _BUDGET_SHARE for each of the batch's kept scores if that is more
 _BUDGET_SHARE = 64
+_HALF = torch.tensor(0.5, dtype=torch.float64)
 _RIDGE = 1e-13  # keeps the implicit gradient of an almost hard transport plan solvable
 
 
@@ -82,8 +81,8 @@ OPTIONS = (
 
 
 def _lowest(kind: torch.dtype) -> float:
-    """What -inf plays as: so low that F is exactly 0 or 1, and its square still a number."""
-    return -1e150 if kind == torch.float64 else -1e18
+    """What -inf plays as: so low that against any other score F is exactly 0 or 1, and its slope 0."""
+    return -1e160 if kind == torch.float64 else -1e20
 
 
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -117,18 +116,16 @@ def _parts(settings: _Settings, classes: int) -> _Parts:
 def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,), the indices of the kept scores (none when all are) and, if wanted, d loss / d kept scores."""
     settings = _Settings(*options)
-    rows = scores.shape[0]
     kept, index, own, bad = _select(scores, target, settings.kept)
-    impossible = kept == -torch.inf
-    values = kept.T.to(wide_type(scores)).masked_fill(bad, 0.0)
-    loss, slope = _loss_of_kept(values, own, scores, settings, _hit_in_chunks)
-    x_target = target_scores(scores, target)
-    loss = loss.masked_fill(x_target == -torch.inf, torch.inf if settings.ks else 0.0).masked_fill(bad, torch.nan)
-    if slope is None:
-        return loss.to(scores.dtype), index, scores.new_empty((rows, 0))
-    slope = slope.T.to(scores.dtype, memory_format=torch.contiguous_format)
-    slope = slope.masked_fill(impossible, 0.0).masked_fill(bad[:, None], torch.nan)
-    return loss.to(scores.dtype), index, slope
+    values = kept.T.to(wide_type(scores), memory_format=torch.contiguous_format)
+    values = values.masked_fill(bad, torch.nan)  # on every wire, so that every slope is NaN
+    loss, slopes = _loss_of_kept(values, own, scores, settings, _hit_in_chunks)
+    lost = values.gather(0, own[None])[0] == -torch.inf
+    loss = loss.masked_fill_(lost, torch.inf if settings.ks else 0.0).to(scores.dtype)
+    if slopes is None:
+        return loss, index, scores.new_empty((scores.shape[0], 0))
+    slopes = slopes.masked_fill_(values == -torch.inf, 0.0)
+    return loss, index, slopes.T.to(scores.dtype, memory_format=torch.contiguous_format)
 
 
 def _select(scores: Tensor, target: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -137,11 +134,11 @@ def _select(scores: Tensor, target: Tensor, kept: int) -> tuple[Tensor, Tensor, 
     if kept == classes:  # nothing to select: the scores enter in class order
         return scores, target.new_empty((rows, 0)), target, not_finite_above(scores.amax(1))
     values, index = ordered_topk(scores, kept)
-    x_target = target_scores(scores, target)
-    bad = not_finite_above(values[:, 0], x_target)
-    others, index = without_target(values, index, target)
-    values, index = torch.cat((x_target[:, None], others), 1), torch.cat((target[:, None], index), 1)
-    return values, index, torch.zeros_like(target), bad
+    mine = index == target[:, None]
+    passed = mine.cumsum(1) > mine  # beyond the target's place in the order, if it has one
+    index = torch.where(passed, index, torch.cat((target[:, None], index[:, :-1]), 1))
+    entering = scores.gather(1, index)
+    return entering, index, torch.zeros_like(target), not_finite_above(torch.maximum(values[:, 0], entering[:, 0]))
 
 
 def _loss_of_kept(
@@ -172,12 +169,13 @@ def _loss_of_kept(
 
 def _cross_entropy(values: Tensor, own: Tensor, scores: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
     """log softmax_y (rows,), and softmax minus one-hot (kept, rows) or what of it `backward` does not add itself."""
+    own_value = values.gather(0, own[None])
+    minus_one = torch.where(own_value.isnan(), torch.nan, -1.0)
     if _over_all(settings, scores.shape[1]):
-        own_log = values.gather(0, own[None])[0] - _log_sum(scores).to(values.dtype)
-        return own_log, torch.zeros_like(values).scatter_(0, own[None], -1.0)
+        own_log = own_value[0] - _log_sum(scores).to(values.dtype)
+        return own_log, torch.zeros_like(values).scatter(0, own[None], minus_one)
     log_softmax = values.clamp(min=_lowest(values.dtype)).log_softmax(0)
-    own_log = log_softmax.gather(0, own[None])
-    return own_log[0], log_softmax.exp().scatter_add(0, own[None], torch.full_like(own_log, -1.0))
+    return log_softmax.gather(0, own[None])[0], log_softmax.exp().scatter_add(0, own[None], minus_one)
 
 
 def _over_all(settings: _Settings, classes: int) -> bool:
@@ -220,10 +218,9 @@ def _hit_in_chunks(
         return values.new_zeros(rows), torch.zeros_like(values) if settings.slopes else None
     function, cost = _HITS[settings.method]
     budget = max(_BUDGET, _BUDGET_SHARE * kept * rows)
-    chunks = list(row_chunks(rows, cost(kept, len(shares), settings), budget))
-    if len(chunks) == 1:
-        return function(values, own, shares, settings)
-    hits, slopes = zip(*(function(values[:, c], own[c], shares, settings) for c in chunks), strict=True)
+    chunks = row_chunks(rows, cost(kept, len(shares), settings), budget)
+    with torch.inference_mode():  # hundreds of small operations: each a little cheaper
+        hits, slopes = zip(*(function(values[:, c], own[c], shares, settings) for c in chunks), strict=True)
     return torch.cat(hits), torch.cat(slopes, 1) if settings.slopes else None
 
 
@@ -236,7 +233,7 @@ def _swap(difference: Tensor, settings: _Settings) -> Tensor:
     if settings.distribution == "cauchy":
         # Rounded so that a huge d gives exactly 0 or 1.
         scale = (1.0 + 2.0 * torch.finfo(d.dtype).eps) / math.pi
-        return (d.atan() * scale).clamp(-0.5, 0.5) + 0.5
+        return torch.add(_HALF, d.atan(), alpha=scale).clamp(0.0, 1.0)
     if settings.distribution == "logistic":
         return d.sigmoid()
     if settings.distribution == "logistic_phi":
@@ -274,77 +271,46 @@ def _density(difference: Tensor, settings: _Settings) -> Tensor:
 # --- sorting networks ------------------------------------------------------------------------------------------------
 
 
-class _Stage(NamedTuple):
-    """One layer on the slots of a pool: reads the places `low` and `high`, writes the blocks `smaller` and `larger`.
+class _Circuit(NamedTuple):
+    """A network on the slots of a pool: the wires' first values, then each layer's smaller and larger ones.
 
-    Evenly spaced places are a slice, others an index tensor. `unread`: written, but read by no later layer.
+    Nothing is overwritten on the way up, and a wire that no comparator touches needs no copy.
+
+    lows, highs: the slots each layer reads, as a slice where they are evenly spaced, else as an index tensor.
+    pairs: the number of comparators of each layer. blocks: the wires, then every layer's pairs twice.
+    unread: the slots that no layer reads. outputs: the slots of rank 1, 2, ...
     """
 
-    pairs: int
-    low: slice | Tensor
-    high: slice | Tensor
-    smaller: slice
-    larger: slice
-    unread: slice | Tensor | None
-
-
-class _Circuit(NamedTuple):
-    """A network's stages, the size of their pool, and the slots of rank 1, 2, ... at the end."""
-
-    stages: list[_Stage]
-    slots: int
+    lows: list[slice | Tensor]
+    highs: list[slice | Tensor]
+    pairs: list[int]
+    blocks: list[int]
+    unread: Tensor
     outputs: Tensor
 
 
 @lru_cache(maxsize=64)
 def _circuit(method: str, wires: int, ranks: int, device: torch.device) -> _Circuit:
-    """Assigns slots to the network. A layer never writes where it reads, and a slot serves again once it is read.
-
-    So the sweep back, which goes through the same places the other way round, never loses a slope either.
-    """
-    layers = network(method, wires, ranks)
+    """The network with its index tensors on the device."""
     slot = list(range(wires))
-    busy = [True] * wires
-    stages: list[_Stage] = []
+    unread = set(slot)
+    lows: list[slice | Tensor] = []
+    highs: list[slice | Tensor] = []
+    layers = network(method, wires, ranks)
+    pairs = [len(layer) for layer in layers]
+    first = wires
     with torch.inference_mode(False):  # what is cached must serve every mode
-        for number, layer in enumerate(layers):
-            pairs = len(layer)
-            low, high = [slot[a] for a, _ in layer], [slot[b] for _, b in layer]
-            first = _first_gap(busy, 2 * pairs)
-            busy += [False] * (first + 2 * pairs - len(busy))
-            busy[first : first + 2 * pairs] = [True] * (2 * pairs)
-            for place in (*low, *high):
-                busy[place] = False
-            needed = {wire for later in layers[number + 1 :] for pair in later for wire in pair}
-            needed |= set(range(wires - ranks, wires))
-            unread = []
+        for layer in layers:
+            unread -= {slot[wire] for pair in layer for wire in pair}
+            lows.append(_places([slot[a] for a, _ in layer], device))
+            highs.append(_places([slot[b] for _, b in layer], device))
             for i, (a, b) in enumerate(layer):
-                slot[a], slot[b] = first + i, first + pairs + i
-                unread += [slot[wire] for wire in (a, b) if wire not in needed]
-            for place in unread:
-                busy[place] = False
-            stages.append(
-                _Stage(
-                    pairs,
-                    _places(low, device),
-                    _places(high, device),
-                    slice(first, first + pairs),
-                    slice(first + pairs, first + 2 * pairs),
-                    _places(sorted(unread), device) if unread else None,
-                )
-            )
+                slot[a], slot[b] = first + i, first + len(layer) + i
+            unread |= {slot[wire] for pair in layer for wire in pair}
+            first += 2 * len(layer)
         outputs = torch.tensor([slot[wires - rank] for rank in range(1, ranks + 1)], device=device)
-    return _Circuit(stages, len(busy), outputs)
-
-
-def _first_gap(busy: list[bool], length: int) -> int:
-    """Where the first `length` free slots in a row begin; the pool may grow."""
-    run = 0
-    for place, taken in enumerate(busy):
-        run = 0 if taken else run + 1
-        if run == length:
-            return place + 1 - length
-    return len(busy) - run
+        idle = torch.tensor(sorted(unread), device=device)
+    return _Circuit(lows, highs, pairs, [wires, *(size for size in pairs for _ in range(2))], idle, outputs)
 
 
 def _places(slots: list[int], device: torch.device) -> slice | Tensor:
@@ -358,21 +324,12 @@ def _read(pool: Tensor, places: slice | Tensor) -> Tensor:
     return pool[places] if isinstance(places, slice) else pool.index_select(0, places)
 
 
-def _clear(pool: Tensor, places: slice | Tensor) -> None:
+def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, sign: float) -> None:
+    """start + sign * change into places of the pool."""
     if isinstance(places, slice):
-        pool[places].zero_()
+        torch.add(start, change, alpha=sign, out=pool[places])
     else:
-        pool.index_fill_(0, places, 0.0)
-
-
-def _blend(start: Tensor, end: Tensor, weight: Tensor, pool: Tensor, places: slice | Tensor, moved: Tensor) -> None:
-    """Writes start + weight (end - start) to places of the pool, with `moved` added to the values' part."""
-    if isinstance(places, slice):
-        torch.lerp(start, end, weight, out=pool[places]).select(1, 0).add_(moved)
-        return
-    result = torch.lerp(start, end, weight)
-    result.select(1, 0).add_(moved)
-    pool.index_copy_(0, places, result)
+        pool.index_copy_(0, places, torch.add(start, change, alpha=sign))
 
 
 def _network_hit(
@@ -381,26 +338,26 @@ def _network_hit(
     """Values and the target's distribution run through the layers side by side: a pool (slots, 2, rows)."""
     kept, rows = values.shape
     circuit = _circuit(settings.method, kept, len(shares), values.device)
-    pool = values.new_empty((circuit.slots, 2, rows))
+    pool = values.new_empty((sum(circuit.blocks), 2, rows))
     pool[:kept, 0] = (values * settings.inverse_temperature).clamp_(min=_lowest(values.dtype))
     pool[:kept, 1].zero_().scatter_(0, own[None], 1.0)
-    pairs = [stage.pairs for stage in circuit.stages]
-    differences = values.new_empty((sum(pairs), 2, rows))
-    of_layer = differences.split_with_sizes(pairs)
-    of_values = differences[:, :1].split_with_sizes(pairs)
+    differences = values.new_empty((sum(circuit.pairs), 2, rows))
+    blocks = pool.split_with_sizes(circuit.blocks)
+    of_layer = differences.split_with_sizes(circuit.pairs)
+    of_values = differences[:, :1].split_with_sizes(circuit.pairs)
     stay = []
-    for i, stage in enumerate(circuit.stages):
-        low, high = _read(pool, stage.low), _read(pool, stage.high)
+    for i, (low_places, high_places) in enumerate(zip(circuit.lows, circuit.highs, strict=True)):
+        low, high = _read(pool, low_places), _read(pool, high_places)
         torch.sub(high, low, out=of_layer[i])
         probability = _swap(of_values[i], settings)
-        torch.lerp(high, low, probability, out=pool[stage.smaller])
-        torch.lerp(low, high, probability, out=pool[stage.larger])
+        torch.lerp(high, low, probability, out=blocks[2 * i + 1])
+        torch.lerp(low, high, probability, out=blocks[2 * i + 2])
         stay.append(probability)
     share = torch.tensor(shares, dtype=values.dtype, device=values.device)
     hit = share @ pool[:, 1].index_select(0, circuit.outputs)
     if not settings.slopes:
         return hit, None
-    return hit, _network_slopes(circuit, pool, differences, stay, share, settings)[:kept]
+    return hit, _network_slopes(circuit, pool, differences, stay, share, settings)
 
 
 def _network_slopes(
@@ -413,24 +370,26 @@ def _network_slopes(
 
     The slopes are written over the pool: its values are needed no more, and fresh memory is slow to touch.
     """
-    pairs = [stage.pairs for stage in circuit.stages]
-    density = _density(differences[:, 0], settings).split_with_sizes(pairs)
-    of_layer = differences.split_with_sizes(pairs)
-    pool.index_fill_(0, circuit.outputs, 0.0)
+    pool.index_fill_(0, circuit.unread, 0.0)
     pool.select(1, 1).index_copy_(0, circuit.outputs, share[:, None].expand(-1, pool.shape[2]))
+    blocks = pool.split_with_sizes(circuit.blocks)
+    density = _density(differences[:, 0], settings).split_with_sizes(circuit.pairs)
+    of_values = differences[:, 0].split_with_sizes(circuit.pairs)
+    of_target = differences[:, 1].split_with_sizes(circuit.pairs)
     for i in reversed(range(len(stay))):
-        stage = circuit.stages[i]
-        if stage.unread is not None:
-            _clear(pool, stage.unread)
-        smaller, larger = pool[stage.smaller], pool[stage.larger]
-        moved = torch.sub(larger, smaller).mul_(of_layer[i]).sum(1).mul_(density[i])
-        _blend(smaller, larger, stay[i], pool, stage.high, moved)
-        _blend(larger, smaller, stay[i], pool, stage.low, moved.neg_())
-    return pool[:, 0] * settings.inverse_temperature
+        smaller, larger = blocks[2 * i + 1], blocks[2 * i + 2]
+        lead = larger - smaller
+        lead_values, lead_target = lead.unbind(1)
+        moved = torch.addcmul(lead_values * of_values[i], lead_target, of_target[i]).mul_(density[i])
+        lead.mul_(stay[i])
+        lead_values.add_(moved)
+        _write(pool, circuit.lows[i], larger, lead, -1.0)
+        _write(pool, circuit.highs[i], smaller, lead, 1.0)
+    return pool[: circuit.blocks[0], 0] * settings.inverse_temperature
 
 
 def _network_cost(kept: int, ranks: int, settings: _Settings) -> int:
-    return 4 * kept + 14 * sum(len(layer) for layer in network(settings.method, kept, ranks))
+    return 2 * kept + 9 * sum(len(layer) for layer in network(settings.method, kept, ranks))
 
 
 # --- NeuralSort and SoftSort -----------------------------------------------------------------------------------------
@@ -444,7 +403,7 @@ def _neuralsort_hit(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits beta ((n + 1 - 2 r) v_j - sum_l |v_j - v_l|) of Grover et al. (2019), n the number of possible classes."""
     beta = settings.inverse_temperature
-    possible = values > -torch.inf
+    possible = values != -torch.inf
     count = possible.sum(0)
     absent = values.shape[0] - count
     values = torch.where(possible, values, 0.0)
@@ -473,7 +432,7 @@ def _softsort_hit(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits -beta |v_[r] - v_j| of Prillo and Eisenschlos (2020); among ties the earlier wire has the better rank."""
     beta = settings.inverse_temperature
-    possible = values > -torch.inf
+    possible = values != -torch.inf
     count = possible.sum(0)
     order = values.argsort(dim=0, descending=True, stable=True)
     values = torch.where(possible, values, 0.0)
@@ -539,18 +498,20 @@ def _sinkhorn_hit(
     values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
 ) -> tuple[Tensor, Tensor | None]:
     """hit = sum_r share_r T_yr, and its slopes by the implicit function theorem."""
-    exponent = _exponents(values, settings)
+    bad = values[0].isnan()
+    exponent = _exponents(values.masked_fill(bad, 0.0), settings)
     plan = _plan(exponent, *_potentials(exponent, settings))
     mass = _own_mass(plan, own, shares)
+    hit = mass.sum(1).masked_fill_(bad, torch.nan)
     if not settings.slopes:
-        return mass.sum(1), None
+        return hit, None
     pull = torch.zeros_like(mass).scatter_(1, own[:, None], mass.sum(1, keepdim=True))
     column_pull = _solve(plan, mass - _apply(plan.mT, pull))
     row_pull = pull - _apply(plan, column_pull)
     bend = plan.mul_(row_pull[:, :, None] + column_pull[:, None]).neg_()
     bend.scatter_add_(1, own[:, None, None].expand(-1, 1, bend.shape[2]), mass[:, None])
-    slopes = _apply(bend, _anchors(values)) * (2.0 * settings.inverse_temperature)
-    return mass.sum(1), slopes.T
+    slopes = _apply(bend, _anchors(values)).mul_(2.0 * settings.inverse_temperature).T
+    return hit, slopes.masked_fill(bad, torch.nan)
 
 
 def _anchors(values: Tensor) -> Tensor:
@@ -559,7 +520,7 @@ def _anchors(values: Tensor) -> Tensor:
 
 def _exponents(values: Tensor, settings: _Settings) -> Tensor:
     """M (rows, kept, ranks). Impossible classes share the last ranks among themselves and take no other."""
-    possible = (values > -torch.inf).T
+    possible = (values != -torch.inf).T
     best = values.detach().amax(0).nan_to_num(neginf=0.0)
     centred = torch.where(possible, values.T - best[:, None], 0.0)
     exponent = centred[:, :, None] * (_anchors(values) * (2.0 * settings.inverse_temperature))

@@ -57,10 +57,9 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     t is the last of these classes' score; it serves entropy's backward.
     """
     ks, _, variant, _ = options
+    rows, classes = scores.shape
     if not ks:
-        empty = [
-            scores.new_zeros(shape, dtype=dtype or scores.dtype) for shape, dtype in _saved(*scores.shape, options)
-        ]
+        empty = [scores.new_zeros(s, dtype=kind or scores.dtype) for s, kind in _saved(rows, classes, options)]
         return empty[2].clone(), *empty
     values, index = ordered_topk(scores, ks[-1] + 1)
     x_target = target_scores(scores, target)
@@ -96,7 +95,7 @@ def _piecewise(
             place = slice(k, k + 1) if variant == "calibrated" else slice(k - 1, k)
             rate = 1.0 / k if variant == "smooth_limit" else 1.0
             gap = margin + rate * lead[:, place]
-            term, slope = gap.relu().squeeze(1), rate * (gap > 0)
+            term, slope = gap.relu().squeeze(1), rate * (gap > 0).to(wide)
         loss = loss + weight * term
         slopes[:, place] += weight * slope
     return loss, slopes, -slopes.sum(1)
@@ -108,12 +107,12 @@ def _alpha(z: Tensor, lower: Tensor) -> tuple[Tensor, Tensor]:
     chosen = torch.ones_like(z, dtype=torch.bool)
     chosen[:, -1] = (last > 0) | ((last == 0) & lower[:, -1])
     mean = (torch.where(chosen, z, 0.0).sum(1) / k).masked_fill(last == -torch.inf, 0.0)
-    return mean.relu(), (chosen & (mean > 0)[:, None]) / k
+    return mean.relu(), (chosen & (mean > 0)[:, None]).to(z.dtype) / k
 
 
 def _beta(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of relu over the k largest z: z_y = 0 adds nothing wherever it stands."""
-    return z.relu().mean(1), (z > 0) / z.shape[1]
+    return z.relu().mean(1), (z > 0).to(z.dtype) / z.shape[1]
 
 
 def _truncated_entropy(
@@ -132,7 +131,7 @@ def _truncated_entropy(
         others = suffix[:, k - 1]
         gap = others + origin - x_target.to(wide)
         loss = loss + weight * softplus(gap, threshold=50.0)
-        missed = weight * gap.sigmoid()
+        missed = weight * gap.sigmoid().masked_fill(others == -torch.inf, 0.0)
         at_target = at_target - missed
         # With no class left the slopes are 0, not exp(-inf + inf).
         others = others.clamp(min=torch.finfo(wide).min)

@@ -66,9 +66,10 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     """loss (rows,), the hinges' slopes (rows, ks), and the grids (rows, ks, 3) or the indices (rows, draws, ks)."""
     margins, seeds = extras
     settings = _Settings(*options)
+    rows, classes = scores.shape
     if not settings.ks:
-        empty = [scores.new_zeros(shape, dtype=dtype) for shape, dtype in _saved(*scores.shape, options)]
-        return scores.new_zeros(scores.shape[0]), *empty
+        empty = [scores.new_zeros(shape, dtype=dtype) for shape, dtype in _saved(rows, classes, options)]
+        return scores.new_zeros(rows), *empty
     order, rise, kept = _smoothed_order(scores, seeds, settings)
     wide = wide_type(scores)
     x_target = target_scores(scores, target)

@@ -169,8 +169,8 @@ def _inclusion_integral(z: Tensor, nodes: Tensor, k: int, limit: int) -> Tensor:
     for coefficient in coefficients[1:]:
         torch.addcmul(coefficient, odds, left_out, value=-1.0, out=left_out)
     left_out.mul_(odds.add_(1.0)).mul_(_densities(z.T, nodes))
-    integral = left_out.unflatten(1, nodes.shape).sum(2).T.contiguous()
-    at_head = at_head.to(z.dtype).mul_(_densities(head.T, nodes)).unflatten(1, nodes.shape).sum(2)
+    integral = left_out.view(classes, *nodes.shape).sum(2).T.contiguous()
+    at_head = at_head.to(z.dtype).mul_(_densities(head.T, nodes)).view(size, *nodes.shape).sum(2)
     return integral.scatter_(1, index, at_head.T)
 
 

@@ -16,8 +16,8 @@ For b we need no normal distribution function a class: g(a) = -log Phi(a) exp(a^
 
 (With h = phi / Phi, -h' = h (a + h) >= a h, hence h(a) >= a times the integral of h from a on, which is a times
 -log Phi(a); and g' = exp(a^2/2) (a (-log Phi(a)) - h(a)).) For a < 0 the bound at max(a, 0), with g read as
--log Phi(a_0) when a_0 < 0, holds as well. Where all the intervals of a row together are shorter than `_NEGLIGIBLE`
-nothing is done: with a small epsilon the head is all there is.
+-log Phi(a_0) when a_0 < 0, holds as well. Classes so far down that all of them together are `_NEGLIGIBLE` are left
+out; with a small epsilon hardly any others remain.
 
 Elsewhere noise is counted, not drawn: a pure function of (seed, row, class, sample), without host synchronisation.
 """
@@ -28,16 +28,19 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from topk.losses.room import finite_or_zero, row_chunks, wide_type
 
-HEAD = 64
-"""The least number of classes of a row that are drawn plainly."""
+HEAD = 80
+"""The least number of classes of a row that are drawn plainly, unless fewer are enough."""
 
-_NEGLIGIBLE = 1e-12  # expected number of points a row that are not worth looking for
+_BLOCK = 16  # intervals searched together
+_PROBES = 8  # rows looked at to choose the head
+_NEGLIGIBLE = 1e-12  # expected number of points a row that are not looked for
 _CHUNK = 2**18  # noised scores worked on at a time on the CPU
 _COUNTED_CHUNK = 2**24  # and elsewhere
-_ROUNDING = 1.0001  # what the bounds in float32 are lengthened by, so that they stay bounds
+_ROUNDING = 1e-4  # added to the bounds' logarithms, so that they stay bounds in float32
 _WORD = 0xFFFFFFFF
 
 
@@ -54,16 +57,17 @@ def sampled_order(
     for seed, group in zip(seeds, scores.split(size) if size else (), strict=False):
         if scores.is_cpu:
             generator = torch.Generator().manual_seed(int(seed))
-            cost = max(scores.shape[1], samples * head_size(depth, scores.shape[1]))
-            chunks = row_chunks(size, cost, _CHUNK)
-            parts += [_drawn(group[rows], generator, depth, epsilon, samples) for rows in chunks]
+            head = head_size(group, depth, epsilon)
+            chunks = row_chunks(size, max(scores.shape[1], samples * head), _CHUNK)
+            parts += [_drawn(group[rows], generator, head, depth, epsilon, samples) for rows in chunks]
         else:
             chunks = row_chunks(size, scores.shape[1] * samples, _COUNTED_CHUNK)
             parts += [_counted(group[rows], seed, rows.start, depth, epsilon, samples) for rows in chunks]
-    order = torch.cat([part[0] for part in parts])
-    value = torch.cat([part[1][:, :, ks] for part in parts], 1)
-    index = torch.cat([part[2][:, :, ks] for part in parts], 1)
-    return order, value.mean(0, dtype=wide_type(scores)), index.transpose(0, 1).contiguous()
+    order, value, index = (
+        torch.cat(column, dim) for column, dim in zip(zip(*parts, strict=True), (0, 1, 1), strict=True)
+    )
+    rise = torch.stack([value[:, :, k].mean(0, dtype=wide_type(scores)) for k in ks], 1)
+    return order, rise, torch.stack([index[:, :, k].T for k in ks], 2)
 
 
 def centre(order: Tensor) -> Tensor:
@@ -72,78 +76,97 @@ def centre(order: Tensor) -> Tensor:
     return torch.where(deepest.isfinite(), deepest, finite_or_zero(order[:, 0]))
 
 
-def head_size(depth: int, classes: int) -> int:
-    """How many classes of a row are drawn plainly: all of them where that is not much more work."""
-    head = max(HEAD, 4 * depth)
-    return head if classes > 4 * head else classes
+def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
+    """How many classes of a row to draw plainly: all of them where that is not much more work.
+
+    Fewer are enough where the scores fall off quickly in units of epsilon; as many as 1/64 of the classes torch.topk
+    finds in half the time. What is chosen depends on the scores alone, not on the noise, or it would bias the result.
+    """
+    rows, classes = scores.shape
+    head, few = max(HEAD, 4 * depth), classes // 64
+    if classes <= 4 * head:
+        return classes
+    if not 2 * depth <= few < head:
+        return head
+    probe = scores[:: max(1, rows // _PROBES)].topk(few, dim=1).values
+    fall = (probe[:, depth - 1] - probe[:, -1]).nanmedian()
+    return few if bool(fall > epsilon) else head
 
 
 # --- drawn noise, on the CPU -----------------------------------------------------------------------------------------
 
 
 def _drawn(
-    scores: Tensor, generator: torch.Generator, depth: int, epsilon: float, samples: int
+    scores: Tensor, generator: torch.Generator, head: int, depth: int, epsilon: float, samples: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The largest scores (rows, depth); the largest noised ones less `centre`, their classes (samples, rows, depth)."""
-    rows, classes = scores.shape
-    top, place = scores.topk(head_size(depth, classes), dim=1)
-    order = top[:, :depth]
+    top, place = scores.topk(head, dim=1, sorted=False)
+    order = top.topk(depth, dim=1).values
     middle = centre(order)
     noised = torch.randn((samples, *top.shape), generator=generator, dtype=scores.dtype)
     noised.mul_(epsilon).add_(top - middle[:, None])
     value, slot = noised.topk(depth, dim=2)
     index = place.expand(samples, *place.shape).gather(2, slot)
-    if top.shape[1] == classes:
+    if head == scores.shape[1]:
         return order, value, index
-    # How far the nearest class outside the head is below the level that it would have to reach.
-    lowest = value[:, :, -1].amin(0)
-    nearest = (lowest - (top[:, -1] - middle)).double() / epsilon
-    expected = -torch.special.log_ndtr(nearest)
-    open_to_others = (expected * (samples * (classes - top.shape[1])) > _NEGLIGIBLE) & nearest.isfinite()
-    chosen = open_to_others.nonzero().squeeze(1)
-    if chosen.numel() == 0:
-        return order, value, index
-    rising = expected * (nearest.clamp(min=0.0).square() / 2).exp()
-    if chosen.numel() == rows:
-        return order, *_let_in(scores, place, middle, rising, value, index, generator, epsilon)
-    some = (scores[chosen], place[chosen], middle[chosen], rising[chosen], value[:, chosen], index[:, chosen])
-    new_value, new_index = _let_in(*some, generator, epsilon)
-    return order, value.index_copy(1, chosen, new_value), index.index_copy(1, chosen, new_index)
+    return order, *_let_in(scores - middle[:, None], top.amin(1) - middle, place, value, index, generator, epsilon)
 
 
 def _let_in(
     scores: Tensor,
+    least: Tensor,
     place: Tensor,
-    middle: Tensor,
-    rising: Tensor,
     value: Tensor,
     index: Tensor,
     generator: torch.Generator,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    """Merges the head's order statistics with the classes outside `place` that exceed them in some sample."""
-    samples, rows, depth = value.shape
-    floor = value[:, :, -1]
-    lengths = (scores - middle[:, None]).sub_(floor.amin(0)[:, None]).div_(epsilon)
-    lengths.clamp_(max=0.0).square_().mul_(-0.5).exp_().mul_((rising * _ROUNDING).to(scores.dtype)[:, None])
-    sample, cell, distance = _first_points(lengths.scatter_(1, place, 0.0).flatten(), samples, generator)
+    """Merges the head's order statistics with the classes outside `place` that exceed them in some sample.
+
+    `least` is the head's smallest score; `scores` is overwritten.
+    """
+    samples, rows, _ = value.shape
+    lowest = value[:, :, -1].amin(0)
+    reach = epsilon * math.sqrt(2.0 * math.log(samples * scores.shape[1] / _NEGLIGIBLE))
+    others = (scores > (lowest - reach)[:, None]).scatter_(1, place, False)
+    within_reach = int(others.sum())
+    if within_reach == 0:
+        return value, index
+    nearest = (lowest - least).to(torch.float64) / epsilon
+    highest = (-torch.special.log_ndtr(nearest)).log() + nearest.clamp(min=0.0).square() / 2 + _ROUNDING
+    highest = highest.to(scores.dtype)
+    if within_reach < scores.numel() // 8:
+        cells = others.flatten().nonzero().squeeze(1)
+        row = cells // scores.shape[1]
+        depths = (scores.flatten()[cells] - lowest[row]).div_(math.sqrt(2.0) * epsilon).clamp_(max=0.0)
+        lengths = torch.addcmul(highest[row], depths, depths, value=-1.0).exp_()
+        sample, interval, distance = _first_points(lengths, samples, generator)
+        cell = cells[interval]
+    else:
+        depths = (scores - lowest[:, None]).div_(math.sqrt(2.0) * epsilon).clamp_(max=0.0)
+        lengths = torch.addcmul(highest[:, None], depths, depths, value=-1.0, out=depths).exp_()
+        lengths.masked_fill_(others.logical_not_(), 0.0)
+        sample, cell, distance = _first_points(lengths.flatten(), samples, generator)
+    row = cell // scores.shape[1]
     # -log Phi(z) = distance, in the upper tail.
     noise = torch.special.ndtri(-torch.expm1(-distance)).neg_()
-    row = cell // scores.shape[1]
-    noised = (scores.flatten()[cell] - middle[row]).to(noise.dtype).add_(noise, alpha=epsilon).to(scores.dtype)
-    group = sample * rows + row
-    counting = (noised > floor.flatten()[group]).nonzero().squeeze(1)
-    noised, cell, row, group = noised[counting], cell[counting], row[counting], group[counting]
-    # The points come group by group, so that a place in the group is a place in the list less the group's first.
+    noised = scores.flatten()[cell].add_(noise.to(scores.dtype), alpha=epsilon)
+    return _merged(value, index, noised, cell - row * scores.shape[1], sample * rows + row)
+
+
+def _merged(value: Tensor, index: Tensor, noised: Tensor, classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """The order statistics once more, with further classes of the groups, which are listed in ascending order."""
+    samples, rows, depth = value.shape
+    counting = (noised > value[:, :, -1].flatten()[group]).nonzero().squeeze(1)
+    noised, classes, group = noised[counting], classes[counting], group[counting]
     sizes = torch.bincount(group, minlength=samples * rows)
-    slot = torch.arange(group.shape[0]) - (sizes.cumsum(0) - sizes)[group] + depth
-    width = depth + int(sizes.max())
-    values = value.new_full((samples * rows, width), -torch.inf)
-    classes = index.new_zeros((samples * rows, width))
-    values[:, :depth], classes[:, :depth] = value.flatten(0, 1), index.flatten(0, 1)
-    values[group, slot], classes[group, slot] = noised, cell - row * scores.shape[1]
+    slot = torch.arange(group.shape[0]) - (sizes.cumsum(0) - sizes)[group]
+    values = value.new_full((samples * rows, depth + int(sizes.max())), -torch.inf)
+    indices = index.new_zeros(values.shape)
+    values[:, :depth], indices[:, :depth] = value.flatten(0, 1), index.flatten(0, 1)
+    values[group, depth + slot], indices[group, depth + slot] = noised, classes
     best, slot = values.topk(depth, dim=1)
-    return best.view(value.shape), classes.gather(1, slot).view(value.shape)
+    return best.view(value.shape), indices.gather(1, slot).view(value.shape)
 
 
 def _first_points(lengths: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,7 +174,9 @@ def _first_points(lengths: Tensor, samples: int, generator: torch.Generator) -> 
 
     Returns the copy, the interval and the distance from its start, in the order of the line.
     """
-    ends = lengths.cumsum(0, dtype=torch.float64)
+    blocks = pad(lengths, (0, -lengths.shape[0] % _BLOCK)).view(-1, _BLOCK)
+    sizes = blocks.sum(1, dtype=torch.float64)
+    ends = sizes.cumsum(0)
     total = ends[-1]
     count = int(torch.poisson(total * samples, generator=generator))
     gaps = torch.empty(count + 1, dtype=torch.float64).exponential_(generator=generator)
@@ -159,12 +184,17 @@ def _first_points(lengths: Tensor, samples: int, generator: torch.Generator) -> 
     spots = spots[:-1] * (samples * total / spots[-1])
     copy = (spots / total).long().clamp_(max=samples - 1)
     spots = torch.addcmul(spots, copy, total, value=-1.0)
-    interval = torch.searchsorted(ends, spots, right=True).clamp_(max=lengths.shape[0] - 1)
-    distance = spots - (ends[interval] - lengths[interval])
-    key = copy * lengths.shape[0] + interval
+    block = torch.searchsorted(ends, spots, right=True).clamp_(max=ends.shape[0] - 1)
+    spots = spots - (ends[block] - sizes[block])
+    ends = blocks.index_select(0, block).cumsum(1, dtype=torch.float64)
+    interval = (ends <= spots[:, None]).sum(1).clamp_(max=_BLOCK - 1)
+    ends = ends.gather(1, interval[:, None]).squeeze(1)
+    interval += block * _BLOCK
+    distance = spots - (ends - blocks.flatten()[interval])
+    key = copy * blocks.numel() + interval
     first = torch.ones_like(key, dtype=torch.bool)
     first[1:] = key[1:] != key[:-1]
-    first &= lengths[interval] > 0  # rounding at the line's end
+    first &= blocks.flatten()[interval] > 0  # rounding at a block's end
     chosen = first.nonzero().squeeze(1)
     return copy[chosen], interval[chosen], distance[chosen].clamp_(min=1e-14)
 

@@ -22,6 +22,8 @@ SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 CHUNK = 2**18
 """Elements worked on at a time: the buffer stays in cache, far below the size of the scores."""
 
+_GROUP = 8  # classes compared before `largest` selects
+
 _LOG2_E = math.log2(math.e)  # powers of 2, because torch.exp takes a hundred times longer where its result is denormal
 
 
@@ -60,6 +62,30 @@ def wide_type(scores: Tensor) -> torch.dtype:
     return scores.dtype if scores.device.type == "mps" else torch.float64
 
 
+def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """torch.topk along the classes, in two steps where that is two to four times faster: on the CPU, for few of many.
+
+    The `count` largest lie in the `count` groups of eight whose best are largest, and to find a group's best is cheap.
+    """
+    rows, classes = scores.shape
+    groups = classes // _GROUP
+    if not scores.is_cpu or classes < 2 * _GROUP * count:
+        values, index = scores.topk(count, dim=1)
+        return values, index
+    best = scores[:, : _GROUP * groups].unflatten(1, (_GROUP, groups)).amax(1)
+    group = best.topk(count, dim=1, sorted=False).indices
+    members = torch.arange(0, _GROUP * groups, groups)
+    index = torch.cat(
+        (
+            (group[:, None] + members[:, None]).flatten(1),
+            torch.arange(_GROUP * groups, classes).expand(rows, -1),  # the few classes of no group
+        ),
+        1,
+    )
+    values, place = scores.gather(1, index).topk(count, dim=1)
+    return values, index.gather(1, place)
+
+
 def without_target(values: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Drops the target from the columns of a selection, or the last column where the target is not in it."""
     # From the slot where the target sits, if it does, everything moves up by one.
@@ -72,7 +98,7 @@ def largest_wrong(scores: Tensor, target: Tensor, depth: int) -> tuple[Tensor, T
 
     Which of several tied classes is returned first is left open: use it where ties cannot matter.
     """
-    return without_target(*scores.topk(depth + 1, dim=1), target)
+    return without_target(*largest(scores, depth + 1), target)
 
 
 def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -81,7 +107,7 @@ def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     torch.topk leaves the order and the choice among equals open, and a stable sort of every row costs ten times
     as much. So the rows with a tie are repaired: all of them where looking for ties would synchronise with a device.
     """
-    values, index = scores.topk(min(count + 1, scores.shape[1]), dim=1)
+    values, index = largest(scores, min(count + 1, scores.shape[1]))
     tied = values[:, 1:] == values[:, :-1]
     values, index = values[:, :count], index[:, :count]
     if scores.is_cpu and not bool(tied.any()):

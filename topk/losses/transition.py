@@ -74,7 +74,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
         flags[:, :1] = taken / count
     loss = loss.squeeze(1)
     if not (scores.is_cpu and math.isfinite(float(loss.sum()))):
-        loss = _mended(loss, corrections, flags, mix, values[:, 0], x_target.squeeze(1))
+        loss = _mended(loss, corrections, flags, values[:, 0], x_target.squeeze(1))
     return loss, places, corrections, flags, mix
 
 
@@ -87,7 +87,7 @@ def _checked(mix: Tensor) -> Tensor:
 
 
 def _from_lead(lead: Tensor, width: float) -> Tensor:
-    step = lead.div_(width).clamp_(0.0, 1.0)
+    step = lead.div_(width).clamp_(0.0, 1.0).nan_to_num_()  # -inf minus -inf: an impossible y leads nobody
     return step * step * torch.rsub(step, 3.0, alpha=2.0)
 
 
@@ -108,11 +108,10 @@ def _without_smoothing(log_p: Tensor, hit: Tensor, mix: Tensor, options: Options
     return loss.addcmul_(at_target, log_p[:, -1:]), corrections
 
 
-def _mended(loss: Tensor, corrections: Tensor, flags: Tensor, mix: Tensor, largest: Tensor, x_target: Tensor) -> Tensor:
+def _mended(loss: Tensor, corrections: Tensor, flags: Tensor, largest: Tensor, x_target: Tensor) -> Tensor:
     """The loss with NaN in bad rows and +inf where y is impossible, whose gradient is p alone."""
     impossible = (x_target == -torch.inf)[:, None]
     corrections.masked_fill_(impossible, 0.0)
-    mix.masked_fill_(impossible, 0.0)
     dead = largest == -torch.inf
     flags[:, 0].masked_fill_(dead, 0.0)
     flags[:, 1].masked_fill_(dead, 1.0)
