@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := triton,lab,book,test,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu bench clean
+.PHONY: help setup lint test test-slow test-gpu bench book site serve notebooks notebook-check address browser-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -36,6 +36,28 @@ test-gpu: .venv/.ready  ## the tests that need a CUDA device
 
 bench: .venv/.ready  ## time and memory beside the peers on this machine, into bench/results/
 	$(BIN)/python -m bench --suite cpu
+
+# Variables of the book: JOBS (notebooks at a time), PORT, MATHJAX (folder of a local copy of the npm package mathjax).
+book: .venv/.ready  ## run every chapter that changed in its smallest size, build the book strictly, print its address
+	$(BIN)/python -m book.pipeline build $(if $(JOBS),--jobs $(JOBS))
+
+site: .venv/.ready  ## the book from the committed outputs, nothing runs
+	$(BIN)/python -m book.pipeline site
+
+serve: book  ## build the book and open it in a browser
+	$(BIN)/python -m book.pipeline serve $(if $(PORT),--port $(PORT))
+
+notebooks: .venv/.ready  ## write the committed .ipynb again, with outputs of the laptop profile
+	$(BIN)/python -m book.pipeline notebooks $(if $(JOBS),--jobs $(JOBS))
+
+notebook-check: .venv/.ready  ## every .ipynb agrees with its text twin and has its outputs
+	$(BIN)/python -m book.pipeline check
+
+address: .venv/.ready  ## after a change of the address in _config.yml: write it into every generated place
+	$(BIN)/python -m book.pipeline address
+
+browser-check: .venv/.ready  ## the built pages in a real browser (needs playwright and chromium)
+	$(BIN)/python -m book.pipeline.browser
 
 clean:  ## remove what was built, keep .venv
 	rm -rf _build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notices would tear every progress bar
 
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+from torch.profiler import ProfilerActivity, profile
 
 
 def peak_temporaries(call: Callable[[], Any]) -> int:
@@ -22,4 +22,4 @@ def peak_temporaries(call: Callable[[], Any]) -> int:
     if not events:
         raise RuntimeError("the profiler reported no allocation: this torch cannot measure memory")
     events.sort(key=lambda event: event.start_ns())
-    return max(0, *itertools.accumulate(event.nbytes() for event in events))
+    return int(max(0, *itertools.accumulate(event.nbytes() for event in events)))

@@ -53,7 +53,10 @@ def test_ldam_equals_the_definition(scale: float) -> None:
     expected = rows(lambda row, y: reference.ldam_loss(row, y, float(margins[y]), scale), target)
     same(found, value_and_gradient(expected, scores))
     one_for_all = value_and_gradient(ldam(target, margins=0.3, scale=scale), scores)
-    same(one_for_all, value_and_gradient(ldam(target, margins=torch.full((7,), 0.3, dtype=torch.float64), scale=scale), scores))
+    same(
+        one_for_all,
+        value_and_gradient(ldam(target, margins=torch.full((7,), 0.3, dtype=torch.float64), scale=scale), scores),
+    )
 
 
 def test_ldam_is_cross_entropy_of_shifted_scores() -> None:

@@ -89,6 +89,55 @@ def test_smooth_topk_on_its_hard_branch_is_our_hard_loss(k: int, tau: float) -> 
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
+# --- difftopk's differentiable top-k cross-entropy --------------------------------------------------------------------
+
+
+class TestDifftopkCrossEntropy:
+    """Its networks built on torch-sparse need a package of their own and are left out."""
+
+    def compare(
+        self, theirs: str, ours: str, k: list[float], classes: int, m: int | None, mode: str, **options: Any
+    ) -> None:
+        names = {"sm": "softmax", "smce": "cross_entropy", "sort": "sort"}
+        scores, target = torch.randn(16, classes), torch.randint(classes, (16,))
+        options = {"distribution": "cauchy", "inverse_temperature": 0.8, **options}
+        loss = peer("difftopk").TopKCrossEntropyLoss(theirs, p_k=k, n=classes, m=m, top1_mode=mode, **options)
+        options |= {"method": ours, "m": m or classes, "top1": names[mode]}
+        mixture = {rank + 1: weight for rank, weight in enumerate(k) if weight}
+
+        def mine(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return topk.differentiable_topk_loss(x, y, mixture, **options)
+
+        expected = value_and_gradient(loss, scores, target)
+        for found, peers in zip(value_and_gradient(mine, scores, target), expected, strict=True):
+            torch.testing.assert_close(found, peers, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("mode", ["sm", "smce", "sort"])
+    @pytest.mark.parametrize(
+        ("theirs", "ours"),
+        [
+            ("odd_even", "odd_even"),
+            ("bitonic__non_sparse", "bitonic"),
+            ("neuralsort", "neuralsort"),
+            ("softsort", "softsort"),
+        ],
+    )
+    @pytest.mark.parametrize("k", [[0, 0, 0, 0, 1.0], [0.5, 0, 0, 0, 0.5], [0.2] * 5], ids=str)
+    @pytest.mark.parametrize(("classes", "m"), [(40, 16), (30, 10), (9, None), (16, None)])
+    def test_values_and_gradients(
+        self, theirs: str, ours: str, k: list[float], classes: int, m: int | None, mode: str
+    ) -> None:
+        self.compare(theirs, ours, k, classes, m, mode)
+
+    @pytest.mark.parametrize("theirs", ["odd_even", "bitonic__non_sparse"])
+    @pytest.mark.parametrize(
+        "distribution", ["logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal", "optimal"]
+    )
+    def test_distributions(self, theirs: str, distribution: str) -> None:
+        ours = theirs.removesuffix("__non_sparse")
+        self.compare(theirs, ours, [0.5, 0, 0, 0.5], 30, 16, "sm", distribution=distribution, art_lambda=0.4)
+
+
 # --- pytopk ----------------------------------------------------------------------------------------------------------
 
 COUNTS = [500, 240, 120, 60, 30, 15, 8, 4, 2, 1]

@@ -180,7 +180,7 @@ class TopKMeter:
     """Counts ranks over batches and processes; every accuracy afterwards comes from these counts.
 
     The counts are integers, so any partition of the rows gives the same numbers to the last bit. They take
-    8 bytes times classes times (2 + len(ks)); with `by_class=False` 8 bytes times classes.
+    8 bytes times classes times (2 + len(ks)); with `by_class=False` 8 bytes times classes::
 
         meter = TopKMeter(classes=1000, ks=(1, 5, 20))
         for scores, target in batches:

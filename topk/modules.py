@@ -44,7 +44,9 @@ class _Loss(nn.Module):
     def _check(self) -> None:
         """Meets bad keywords here rather than at the first batch: an empty batch runs every check."""
         keywords = self.keywords()
-        tensors = [value for value in keywords.values() if isinstance(value, Tensor) and value.dim() == 1]
+        # Those with a number a class, not one a k.
+        given_by_class = (keywords.get(name) for name in ("weight", "margins"))
+        tensors = [value for value in given_by_class if isinstance(value, Tensor) and value.dim() == 1]
         ks = check_k(keywords["k"])[0] if "k" in keywords else [1]
         classes = tensors[0].shape[0] if tensors else max(ks) + 1
         given = keywords.get("generator")

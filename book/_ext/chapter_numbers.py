@@ -1,6 +1,7 @@
 """A Sphinx extension: a chapter's number is that of its file, so 10_poisson_binomial is chapter 10 in every build.
 
 Equations and theorems take their numbers from it (10.1, 10.2, ...), and pages without a number stay without one.
+It also drops the scripts of Thebe, which Jupyter Book adds twice and this book does not use.
 """
 
 from __future__ import annotations
@@ -45,7 +46,17 @@ def _number(toc: nodes.Node, number: tuple[int, ...], found: dict[str, tuple[int
                     _number(wrapper, (*number, count), found)
 
 
+def _without_thebe(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: object) -> None:
+    kept = []
+    for script in context.get("script_files", []):
+        text = f"{getattr(script, 'filename', script)} {getattr(script, 'attributes', {})}"
+        if "thebe" not in text.lower():
+            kept.append(script)
+    context["script_files"] = kept
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     TocTreeCollector.assign_section_numbers = _assign_section_numbers  # type: ignore[method-assign]
+    app.connect("html-page-context", _without_thebe, priority=900)
     return {"parallel_read_safe": True}

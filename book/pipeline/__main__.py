@@ -56,7 +56,7 @@ def check() -> None:
     print(f"{len(twins())} notebooks agree with their twins")
 
 
-def texts() -> None:
+def address() -> None:
     """Writes the texts and set-up cells of the committed notebooks again and keeps their outputs."""
     for twin in twins():
         path = twin.with_suffix(".ipynb")
@@ -92,12 +92,12 @@ def main() -> int:
         command.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="notebooks at a time")
         if name == "notebooks":
             command.add_argument("names", nargs="*", help="beginnings of file names, such as 06; none: all")
-    for name, function in (("site", build_site), ("check", check), ("texts", texts)):
+    for name, function in (("site", build_site), ("check", check), ("address", address)):
         commands.add_parser(name, help=function.__doc__)
     commands.add_parser("serve", help=serve.__doc__).add_argument("--port", type=int, default=8000)
     arguments = vars(parser.parse_args())
     functions = {"build": build, "notebooks": notebooks, "site": build_site, "check": check}
-    functions |= {"texts": texts, "serve": serve}
+    functions |= {"address": address, "serve": serve}
     try:
         functions[arguments.pop("command")](**arguments)
     except BookError as error:

@@ -1,7 +1,7 @@
 """Batches of a split, in an order and with an augmentation that only depend on the seed (chapter 14).
 
-`Batches` holds the split on the device and needs no worker processes; `StreamedBatches` decodes image files in worker
-processes, for data that does not fit. Both are iterated the same way, one epoch at a time:
+`Batches` holds the split on the device and needs no worker processes; `topk.lab.streaming` decodes image files in
+worker processes, for data that does not fit. Both are iterated the same way, one epoch at a time:
 
     for inputs, labels in batches: ...
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from topk.lab.data import Split
 
 
-class _Epochs(ABC):
+class Epochs(ABC):
     """What both kinds share: the order of an epoch, the place in it, the stretches of the ranks."""
 
     def __init__(
@@ -88,7 +88,7 @@ class _Epochs(ABC):
         """Batches from `position` on; everything random of the epoch is drawn before the first one."""
 
 
-class Batches(_Epochs):
+class Batches(Epochs):
     """Batches of a split that lies on the device: uint8 images, augmented and normalised, or rows of features.
 
     Args:
@@ -125,6 +125,8 @@ class Batches(_Epochs):
         super().__init__(
             len(split.labels), batch, shuffle=shuffle, seed=seed, drop_last=drop_last, rank=rank, ranks=ranks
         )
+        if not isinstance(split.inputs, np.ndarray):
+            raise TypeError("split must hold arrays; images in files go through topk.lab.streaming")
         self.device = torch.device(device)
         self.inputs = as_tensor(split.inputs).to(self.device)
         self.labels = as_tensor(split.labels).to(self.device)

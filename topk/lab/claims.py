@@ -16,7 +16,6 @@ import os
 import platform
 import re
 import tempfile
-import time
 import uuid
 from collections.abc import Iterator
 from functools import cache

@@ -42,7 +42,7 @@ DIVERGING = "PuOr"
 """For fields with two signs."""
 
 _WIDTH_PER_INCH = 100  # CSS pixels
-_DOTS_PER_INCH = 170
+_DOTS_PER_INCH = 144
 _TABLE_ROWS = 12
 
 

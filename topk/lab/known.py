@@ -47,13 +47,24 @@ CIFAR100_SUPERCLASSES: Mapping[str, tuple[str, ...]] = {
 KNOWN: Mapping[str, Known] = {
     "cifar100": Known(
         parts={"train": ("train-0", "train-1"), "test": ("test",)},
-        digests={},
+        digests={
+            "train-0": "276a4cd8331eadf663ca1ccc0797f7922c8971656c8f420371e25a89383d4bca",
+            "train-1": "e9de84ebf8f368cabcfc162d1a540de6af2793aea0e7329a0479d0ba8f4145bb",
+            "test": "9b80fbbef08a00213617d1faddcdf5bb78db55ca2b7afd62fc607138eb38389d",
+        },
         mean=(0.50708, 0.48655, 0.44092),
         std=(0.26733, 0.25644, 0.27615),
     ),
     "imagenet64": Known(
         parts={"train": ("train-0", "train-1"), "test": ("val",)},
-        digests={},
-        classes_digest="",
+        digests={
+            "train-0": "c0bbf6954d45c1169cd969ab5a38994e6e12384ffac58fc1ed3efc5d007460b8",
+            "train-1": "104d9cfcd730703f27c48eb3659d3c084430998d4834eba0405ee6694140b3f8",
+            "val": "96b2bfad74c90c29258fd7e5b3e491c51a0d3c16e27b4a2c2fe2550958fa373d",
+        },
+        mean=(0.47966, 0.4478, 0.39727),
+        std=(0.27652, 0.26903, 0.28167),
+        tolerance=5e-4,
+        classes_digest="fef8863d4f46dcf56afa76caebeb72f67e7f6b10681fffca34abcd0a54eb7bc6",
     ),
 }

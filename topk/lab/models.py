@@ -17,10 +17,12 @@ from topk.lab.settings import check_name, completed
 
 __all__ = [
     "CosineHead",
+    "LinearHead",
     "SmallNet",
     "build",
     "complete",
     "load_body",
+    "load_state",
     "parameters",
     "replace_head",
     "torchvision_state",
@@ -80,7 +82,7 @@ def build(settings: Mapping[str, Any], classes: int, input_shape: tuple[int, ...
     for size in input_shape:
         features *= size
     if name == "linear":
-        return nn.Sequential(nn.Flatten(), nn.Linear(features, classes))
+        return nn.Sequential(nn.Flatten(), LinearHead(features, classes))
     if name == "cosine":
         return nn.Sequential(nn.Flatten(), CosineHead(features, classes, full["scale"]))
     if name == "mlp":
@@ -110,11 +112,21 @@ class CosineHead(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(rows, features) to (rows, classes)."""
-        return self.scale * F.linear(F.normalize(inputs), F.normalize(self.weight))
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self.scale * F.linear(F.normalize(inputs.float()), F.normalize(self.weight))
 
     def extra_repr(self) -> str:
         """Sizes and scale."""
         return f"features={self.weight.shape[1]}, classes={self.weight.shape[0]}, scale={self.scale:g}"
+
+
+class LinearHead(nn.Linear):
+    """A linear layer whose scores are float32 under autocast too: the eight bits of bfloat16 make ties of near ranks."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(rows, features) to (rows, classes)."""
+        with torch.autocast(inputs.device.type, enabled=False):
+            return F.linear(inputs.float(), self.weight, self.bias)
 
 
 class SmallNet(nn.Module):
@@ -157,7 +169,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 def _head(features: int, classes: int, full: Mapping[str, Any]) -> nn.Module:
     if full["head"] == "cosine":
         return CosineHead(features, classes, full["scale"])
-    return nn.Linear(features, classes)
+    return LinearHead(features, classes)
 
 
 def _perceptron(features: int, classes: int, full: Mapping[str, Any]) -> nn.Module:

@@ -20,7 +20,8 @@ above.
 
 What is exported also has a `packed.json`:
 
-    {"format": "topk packed", "version": 1, "name": set, "layout": "sheets" | "jpegs" | "arrays", "size": pixels or null,
+    {"format": "topk packed", "version": 1, "name": set, "layout": "sheets" | "jpegs" | "arrays",
+     "size": side of the images in pixels, or null,
      "train": [names of all training parts], "test": [...], "rows": {part: [rows of each class]},
      "sha256": {file within the folder: digest}}
 
@@ -69,8 +70,8 @@ class Part:
     """A part of a split, its rows read when they are needed.
 
     `blocks` gives the inputs in order, as blocks of rows of the given shape and type. `encoded`, for JPEGs, is the
-    part's bytes and offsets. `digest` identifies the content where the encoding is the reference (JPEGs: decoders differ
-    in the last bit); None where the rows themselves are, which then are hashed on their way.
+    part's bytes and offsets. `digest` identifies the content where the encoding is the reference (JPEGs: decoders
+    differ in the last bit); None where the rows themselves are, which then are hashed on their way.
     """
 
     name: str
@@ -181,8 +182,8 @@ def _layout(folder: Path, description: Mapping[str, Any] | None) -> str:
         if found(folder):
             return layout
     raise PackedError(
-        f"{folder} holds no packed data set: neither sheets (train-0/00-name.webp) nor JPEGs (train-0.jpegs, index.npz) "
-        f"nor arrays (train.inputs.npy)"
+        f"{folder} holds no packed data set: neither sheets (train-0/00-name.webp) nor JPEGs (train-0.jpegs, "
+        f"index.npz) nor arrays (train.inputs.npy)"
     )
 
 

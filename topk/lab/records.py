@@ -135,7 +135,8 @@ def save(folder: Path | str, record: Record) -> Path:
 def write_json(path: Path, content: Mapping[str, Any], replace: bool = True) -> None:
     """Writes a JSON file that is complete or absent, whatever happens meanwhile, and is on the disk afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    lines = [f"{json.dumps(name)}: {json.dumps(content[name], sort_keys=True, allow_nan=False)}" for name in content]
+    text = "{\n" + ",\n".join(lines) + "\n}\n"
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "w") as file:
@@ -177,7 +178,9 @@ def read(path: Path) -> Record:
     try:
         record = json.loads(path.read_text())
         if path.stem != (record.get("key") if isinstance(record, dict) else None):
-            raise ValueError(f"key must be the file's name, got {record.get('key') if isinstance(record, dict) else record!r}")
+            raise ValueError(
+                f"key must be the file's name, got {record.get('key') if isinstance(record, dict) else record!r}"
+            )
         return validate(migrated(record))
     except ValueError as error:
         raise ValueError(f"{path} is no record: {error}") from None
@@ -198,7 +201,7 @@ def migrated(record: Record) -> Record:
 
 
 def validate(record: Any) -> Record:
-    """The record, if it follows the schema above; otherwise ValueError names the place, the value and what it must be."""
+    """The record, if it follows the schema; otherwise ValueError names the place, the value and what it must be."""
     _check_keys("the record", record, ("schema", "key", "config", "result", "probe", "provenance"), ("others",))
     _check("schema", record["schema"], record["schema"] == SCHEMA, f"{SCHEMA}")
     _check("config", record["config"], isinstance(record["config"], dict), "a mapping")

@@ -29,7 +29,7 @@ def cifar100(folder: Path, *, download: bool = False, parts: Sequence[str] | Non
     Rows are ordered by class and, within a class, as published; the first 250 training images of each class make
     `train-0`, the others `train-1`, which is how the packed form has them.
     """
-    from torchvision.datasets import CIFAR100
+    from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
 
     try:
         train, test = (CIFAR100(folder, train=train, download=download) for train in (True, False))
@@ -115,7 +115,7 @@ def _tiny_validation(folder: Path, labels: Path, classes: Sequence[str]) -> list
     number = {name: label for label, name in enumerate(classes)}
     found = []
     for line in labels.read_text(encoding="utf-8").splitlines():
-        name, wnid = (line.split("\t") + [""])[:2]
+        name, wnid = [*line.split("\t"), ""][:2]
         if name not in there or wnid not in number:
             raise PackedError(f"{labels} names {name!r} of class {wnid!r}, which is not there")
         found.append((f"val/images/{name}", number[wnid]))

@@ -78,7 +78,10 @@ def _mixtures(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.nda
     centres = centres.reshape(shape.classes, shape.modes, shape.dimension)
     mode = (uniform(bits, len(labels)) * shape.modes).astype(np.int64)
     spread = (0.05 + 0.45 * shape.difficulty) * count ** (-1 / shape.dimension) * 2
-    return centres[labels, mode] + spread * normal(bits, len(labels) * shape.dimension).reshape(-1, shape.dimension)
+    points: np.ndarray = centres[labels, mode] + spread * normal(bits, mode.size * shape.dimension).reshape(
+        -1, shape.dimension
+    )
+    return points
 
 
 def _segments(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
@@ -88,7 +91,8 @@ def _segments(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.nda
     turn = (uniform(bits, len(labels)) * per_class).astype(np.int64)
     slot = turn * shape.classes + place[turn, labels]
     ends = 0.25 * max(0.0, 2 * shape.difficulty - 1) * normal(bits, len(labels))
-    return ((slot + uniform(bits, len(labels)) + ends) / (shape.classes * per_class) * 4 - 2)[:, None]
+    points: np.ndarray = (slot + uniform(bits, len(labels)) + ends) / (shape.classes * per_class) * 4 - 2
+    return points[:, None]
 
 
 def _rings(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.ndarray:

@@ -29,12 +29,13 @@ from tqdm import tqdm
 from topk.arguments import check_choice, check_count, check_number
 from topk.lab import checkpoints, models, objectives
 from topk.lab.augment import Augment
-from topk.lab.batches import Batches
+from topk.lab.batches import Epochs
 from topk.lab.evaluation import Evaluation
 from topk.lab.optimisation import Average, learning_rate, optimizer
 from topk.lab.processes import Processes, joined
 from topk.lab.settings import completed
 from topk.lab.speed import faster_in_bf16
+from topk.lab.streaming import batches_of
 from topk.metrics import TopKMeter
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ class _Run:
 
     # --- what the loop is made of ---
 
-    def _batches(self, split: Split, *, training: bool) -> Batches:
+    def _batches(self, split: Split, *, training: bool) -> Epochs:
         settings, ranks, rows = self.settings, self.processes.count, len(split.labels)
         images = split.inputs.ndim == 4
         if training and (settings["batch"] % ranks or rows < ranks):
@@ -322,7 +323,7 @@ class _Run:
         if training and not rows:
             raise ValueError("data must have training rows, got none")
         augment = Augment(settings["crop"], settings["flip"], settings["cutout"]) if training and images else None
-        return Batches(
+        return batches_of(
             split,
             settings["batch"] // ranks if training else max(settings["batch"] // ranks, _EVALUATED_AT_ONCE),
             mean=self.data.mean if images else (),
@@ -340,7 +341,7 @@ class _Run:
     def choose_precision(self) -> None:
         """Decides on bf16; all processes take the first one's measurement."""
         self.bf16 = self.settings["precision"] == "bf16"
-        if self.settings["precision"] != "auto" or not self.batches.images:
+        if self.settings["precision"] != "auto" or self.data.train.inputs.ndim != 4:
             return
         self.bf16 = self.device.type == "cuda"
         if self.device.type == "cpu":
@@ -404,7 +405,7 @@ class _Run:
         return True
 
 
-def _pace(batches: Batches, work: Callable[[Tensor, Tensor], object], device: torch.device) -> float:
+def _pace(batches: Epochs, work: Callable[[Tensor, Tensor], object], device: torch.device) -> float:
     """Seconds a batch: the fastest of a few, after two that set things up, in `_PACED` seconds at most."""
     times: list[float] = []
     began = time.monotonic()

@@ -21,6 +21,7 @@ from topk.lab.provenance import cores
 
 Train = Callable[..., Mapping[str, Any]]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_READY = "ready"
 _KINDLY = 5.0  # seconds between asking a worker to end and ending it
 
 
@@ -51,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended: with a record or with an error (type, message, traceback); the log's text if it was elsewhere."""
+    """How a job ended: a record, or an error (type, message, traceback); the log's text if it was written elsewhere."""
 
     key: str
     record: dict[str, Any] | None = None
@@ -94,14 +95,15 @@ def described(error: BaseException) -> dict[str, str]:
 
 def _result(job: Job) -> Mapping[str, Any]:
     if job.notebook is not None:
-        from topk.lab.papers import run_notebook
+        from topk.lab.notebook_runs import run_notebook
 
         return run_notebook(job.notebook, job.config["parameters"], job.folder)
     if job.train is not None:
         return job.train(job.config, folder=job.folder, progress=False)
     from topk.lab import training
 
-    return training.train(job.config, folder=job.folder, progress=False)
+    result: Mapping[str, Any] = training.train(job.config, folder=job.folder, progress=False)
+    return result
 
 
 class LocalEngine:
@@ -115,7 +117,6 @@ class LocalEngine:
         self.slots = workers or len(self._gpus) or cores()
         self.threads = max(1, cores() // self.slots)
         self._workers: list[_Worker | None] = [None] * self.slots
-        self._closing = False
 
     def start(self, job: Job) -> None:
         """Hands the job to an idle worker, which is started if need be."""
@@ -148,14 +149,15 @@ class LocalEngine:
         """Ends every worker, kindly first."""
         alive = [worker for worker in self._workers if worker is not None]
         for worker in alive:
-            worker.process.terminate()
+            worker.pipe.close()  # an idle worker ends by itself
+            if worker.job is not None:
+                worker.process.terminate()
         deadline = time.monotonic() + _KINDLY
         for worker in alive:
             worker.process.join(max(0.0, deadline - time.monotonic()))
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
-            worker.pipe.close()
         self._workers = [None] * self.slots
 
 
@@ -166,6 +168,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.job: Job | None = None
+        self.ready = False
         wanted = dict.fromkeys(_THREADS, str(threads)) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         self.process = context.Process(target=_serve, args=(theirs, threads), name="topk-sweep")
         with _environment(wanted):  # before the child imports torch, which reads it
@@ -179,18 +182,25 @@ class _Worker:
 
     def outcome(self) -> Outcome | None:
         """What the worker sent, or how it died; None if neither is true yet."""
-        assert self.job is not None
         try:
-            if self.pipe.poll():
-                outcome: Outcome = self.pipe.recv()
-                self.job = None
-                return outcome
+            while self.pipe.poll():
+                sign: Outcome | str = self.pipe.recv()
+                if isinstance(sign, Outcome):
+                    self.job = None
+                    return sign
+                self.ready = True
         except (EOFError, OSError):
             self.process.join(_KINDLY)
         if self.process.is_alive():
             return None
-        key, self.job = self.job.key, None
-        return Outcome(key, error={"type": "WorkerDied", "message": self._death(), "traceback": ""})
+        if not self.ready:
+            raise RuntimeError(f"{self._death()} before it could run anything; what it printed tells why")
+        job, self.job = self.job, None
+        return (
+            None
+            if job is None
+            else Outcome(job.key, error={"type": "WorkerDied", "message": self._death(), "traceback": ""})
+        )
 
     def _death(self) -> str:
         code = self.process.exitcode or 0
@@ -226,11 +236,14 @@ def visible_gpus() -> list[str]:
 def _serve(pipe: Connection, threads: int) -> None:
     """A worker's life: jobs in, outcomes out. It ends with the sweep that started it, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the sweep decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
+    from tqdm import tqdm
 
+    tqdm.set_lock(threading.RLock())  # its own would be shared with processes, and outlive a killed one
     torch.set_num_threads(threads)
+    pipe.send(_READY)
     while True:
         try:
             job: Job = pipe.recv()

@@ -117,14 +117,16 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     """loss (rows,), the indices of the kept scores (none when all are) and, if wanted, d loss / d kept scores."""
     settings = _Settings(*options)
     kept, index, own, bad = _select(scores, target, settings.kept)
+    if not settings.ks:  # nothing can be missed, whatever the scores
+        bad = torch.zeros_like(bad)
     values = kept.T.to(wide_type(scores), memory_format=torch.contiguous_format)
-    values = values.masked_fill(bad, torch.nan)  # on every wire, so that every slope is NaN
+    values = values.masked_fill(bad, 0.0)
     loss, slopes = _loss_of_kept(values, own, scores, settings, _hit_in_chunks)
     lost = values.gather(0, own[None])[0] == -torch.inf
-    loss = loss.masked_fill_(lost, torch.inf if settings.ks else 0.0).to(scores.dtype)
+    loss = loss.masked_fill_(lost, torch.inf if settings.ks else 0.0).masked_fill_(bad, torch.nan).to(scores.dtype)
     if slopes is None:
         return loss, index, scores.new_empty((scores.shape[0], 0))
-    slopes = slopes.masked_fill_(values == -torch.inf, 0.0)
+    slopes = slopes.masked_fill_(values == -torch.inf, 0.0).masked_fill_(bad, torch.nan)
     return loss, index, slopes.T.to(scores.dtype, memory_format=torch.contiguous_format)
 
 
@@ -170,7 +172,7 @@ def _loss_of_kept(
 def _cross_entropy(values: Tensor, own: Tensor, scores: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
     """log softmax_y (rows,), and softmax minus one-hot (kept, rows) or what of it `backward` does not add itself."""
     own_value = values.gather(0, own[None])
-    minus_one = torch.where(own_value.isnan(), torch.nan, -1.0)
+    minus_one = torch.full_like(own_value, -1.0)
     if _over_all(settings, scores.shape[1]):
         own_log = own_value[0] - _log_sum(scores).to(values.dtype)
         return own_log, torch.zeros_like(values).scatter(0, own[None], minus_one)
@@ -403,7 +405,7 @@ def _neuralsort_hit(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits beta ((n + 1 - 2 r) v_j - sum_l |v_j - v_l|) of Grover et al. (2019), n the number of possible classes."""
     beta = settings.inverse_temperature
-    possible = values != -torch.inf
+    possible = values > -torch.inf
     count = possible.sum(0)
     absent = values.shape[0] - count
     values = torch.where(possible, values, 0.0)
@@ -432,7 +434,7 @@ def _softsort_hit(
 ) -> tuple[Tensor, Tensor | None]:
     """Logits -beta |v_[r] - v_j| of Prillo and Eisenschlos (2020); among ties the earlier wire has the better rank."""
     beta = settings.inverse_temperature
-    possible = values != -torch.inf
+    possible = values > -torch.inf
     count = possible.sum(0)
     order = values.argsort(dim=0, descending=True, stable=True)
     values = torch.where(possible, values, 0.0)
@@ -498,20 +500,17 @@ def _sinkhorn_hit(
     values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
 ) -> tuple[Tensor, Tensor | None]:
     """hit = sum_r share_r T_yr, and its slopes by the implicit function theorem."""
-    bad = values[0].isnan()
-    exponent = _exponents(values.masked_fill(bad, 0.0), settings)
+    exponent = _exponents(values, settings)
     plan = _plan(exponent, *_potentials(exponent, settings))
     mass = _own_mass(plan, own, shares)
-    hit = mass.sum(1).masked_fill_(bad, torch.nan)
     if not settings.slopes:
-        return hit, None
+        return mass.sum(1), None
     pull = torch.zeros_like(mass).scatter_(1, own[:, None], mass.sum(1, keepdim=True))
     column_pull = _solve(plan, mass - _apply(plan.mT, pull))
     row_pull = pull - _apply(plan, column_pull)
     bend = plan.mul_(row_pull[:, :, None] + column_pull[:, None]).neg_()
     bend.scatter_add_(1, own[:, None, None].expand(-1, 1, bend.shape[2]), mass[:, None])
-    slopes = _apply(bend, _anchors(values)).mul_(2.0 * settings.inverse_temperature).T
-    return hit, slopes.masked_fill(bad, torch.nan)
+    return mass.sum(1), _apply(bend, _anchors(values)).mul_(2.0 * settings.inverse_temperature).T
 
 
 def _anchors(values: Tensor) -> Tensor:
@@ -520,7 +519,7 @@ def _anchors(values: Tensor) -> Tensor:
 
 def _exponents(values: Tensor, settings: _Settings) -> Tensor:
     """M (rows, kept, ranks). Impossible classes share the last ranks among themselves and take no other."""
-    possible = (values != -torch.inf).T
+    possible = (values > -torch.inf).T
     best = values.detach().amax(0).nan_to_num(neginf=0.0)
     centred = torch.where(possible, values.T - best[:, None], 0.0)
     exponent = centred[:, :, None] * (_anchors(values) * (2.0 * settings.inverse_temperature))

@@ -134,7 +134,7 @@ def _let_in(
         return value, index
     nearest = (lowest - least).to(torch.float64) / epsilon
     highest = (-torch.special.log_ndtr(nearest)).log() + nearest.clamp(min=0.0).square() / 2 + _ROUNDING
-    highest = highest.to(scores.dtype)
+    highest = highest.to(scores.dtype).nan_to_num_(nan=-torch.inf)  # a row that is broken anyway
     if within_reach < scores.numel() // 8:
         cells = others.flatten().nonzero().squeeze(1)
         row = cells // scores.shape[1]

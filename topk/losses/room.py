@@ -117,7 +117,7 @@ def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         lowest = torch.where(boundary[:, None], _lowest_ties(scores, values, index), index)
         return values, _lower_first(values, lowest)
     index, tied = index.clone(), tied.any(1)
-    for rows in boundary.nonzero().squeeze(1).split(max(1, CHUNK // scores.shape[1])):
+    for rows in boundary.nonzero().squeeze(1).split(max(1, CHUNK // (8 * scores.shape[1]))):
         index[rows] = _lowest_ties(scores[rows], values[rows], index[rows])
     index[tied] = _lower_first(values[tied], index[tied])
     return values, index

@@ -65,17 +65,27 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     loss, corrections = _without_smoothing(log_p.gather(1, places), index[:, :-1] == target[:, None], mix, options)
     flags = loss.new_zeros((rows, 2))
     if smoothing > 0.0:
-        taken = smoothing * (sum(weights) - (mix * mix.new_tensor(weights)).sum(1, keepdim=True))
-        possible = scores > -torch.inf
-        count = possible.sum(1, keepdim=True)
-        mean = torch.where(possible, log_p, 0.0).sum(1, keepdim=True) / count
-        loss += taken * (log_p.gather(1, target[:, None]) - mean)
+        taken = smoothing * (sum(weights) - sum(w * mix[:, i, None] for i, w in enumerate(weights)))
+        mine = log_p.gather(1, target[:, None])
+        mean, count = _mean_of_possible(log_p)
+        loss += taken * (mine - mean)
         corrections[:, -1:] += taken
         flags[:, :1] = taken / count
     loss = loss.squeeze(1)
     if not (scores.is_cpu and math.isfinite(float(loss.sum()))):
         loss = _mended(loss, corrections, flags, values[:, 0], x_target.squeeze(1))
     return loss, places, corrections, flags, mix
+
+
+def _mean_of_possible(log_p: Tensor) -> tuple[Tensor, Tensor | int]:
+    """The mean of log p over the classes that are not masked by -inf, and their number; spoils `log_p`."""
+    total = log_p.sum(1, keepdim=True)
+    if log_p.is_cpu and math.isfinite(float(total.sum())):
+        return total / log_p.shape[1], log_p.shape[1]
+    masked = log_p == -torch.inf
+    total = log_p.masked_fill_(masked, 0.0).sum(1, keepdim=True)
+    count = log_p.copy_(~masked).sum(1, keepdim=True)  # counted here, since the sum of a mask makes it an int64 first
+    return total / count, count
 
 
 def _checked(mix: Tensor) -> Tensor:
@@ -129,7 +139,7 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
     places, corrections, flags, _ = saved
     result = scores.softmax(1).mul_((grad * sum(weights))[:, None])
     if smoothing > 0.0:
-        result.sub_(torch.where(scores == -torch.inf, 0.0, grad[:, None] * flags[:, :1]))
+        result.sub_(grad[:, None] * flags[:, :1]).masked_fill_(scores == -torch.inf, 0.0)
     result.scatter_add_(1, places, grad[:, None] * corrections)
     dead = flags[:, 1:] > 0.0
     return result if scores.is_cpu and not bool(dead.any()) else result.masked_fill_(dead, 0.0)

@@ -1,0 +1,150 @@
+"""The book: its pages, labels, references and address. What the pipeline itself must catch is tried on broken input."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+pytest.importorskip("jupytext")
+from book.pipeline import chapters, checks, execute, layout, pages  # noqa: E402
+
+ROOT = layout.ROOT
+TWIN = """\
+---
+kernelspec: {name: python3, display_name: Python 3, language: python}
+---
+
+# A chapter
+
+Text.
+
+```{code-cell} ipython3
+:tags: [parameters]
+
+profile = "smoke"
+```
+
+"""
+
+
+@pytest.fixture
+def small_book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty notebooks folder in place of the book's own."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    for module in (layout, checks):
+        monkeypatch.setattr(module, "NOTEBOOKS", folder)
+    monkeypatch.setattr(execute, "ROOT", tmp_path)
+    monkeypatch.setattr(execute, "SCRATCH", tmp_path / "scratch")
+    monkeypatch.setattr(execute, "EXECUTED", tmp_path / "executed")
+    (tmp_path / "topk").mkdir()
+    return folder
+
+
+def test_every_page_is_in_the_table_of_contents_and_exists() -> None:
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    files = [toc["root"], *(entry["file"] for part in toc["parts"] for entry in part["chapters"])]
+    assert len(files) == len(set(files))
+    written = {f"book/{path.stem}" for path in (ROOT / "book").glob("*.md")}
+    written |= {f"notebooks/{path.stem}" for path in layout.twins()}
+    generated = {f"book/{name.removesuffix('.md')}" for name in ("api.md", "equations.md", "status.md")}
+    assert set(files) == written | generated
+
+
+def test_every_label_has_a_function_and_a_test() -> None:
+    assert pages.gaps() == []
+
+
+def test_a_gap_in_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pages.equation_table()
+    label = next(iter(table))
+    wrong = {
+        **{key: value for key, value in table.items() if key != label},
+        "eq-nowhere": {"function": "topk.nothing", "test": "tests/test_smooth.py::test_nothing"},
+    }
+    monkeypatch.setattr(pages, "equation_table", lambda: wrong)
+    complaints = "\n".join(pages.gaps())
+    for part in (label, "eq-nowhere", "topk.nothing", "test_nothing"):
+        assert part in complaints
+
+
+def test_the_address_is_written_by_hand_in_one_place() -> None:
+    address = layout.address()
+    for path in [*layout.twins(), *(ROOT / "book").rglob("*.md"), *(ROOT / "book" / "pipeline").glob("*.py")]:
+        assert address not in path.read_text(), path
+    assert address in chapters.setup_source()
+    assert f"@v{layout.version()}" in chapters.setup_source()
+
+
+def test_setup_cell_does_nothing_here() -> None:
+    names: dict[str, object] = {}
+    exec(chapters.setup_source(), names)
+    assert "package" not in names
+
+
+def test_references_are_complete() -> None:
+    for key, entry in chapters.bibliography().items():
+        fields = entry.fields
+        assert "doi" in fields or fields.get("url", "").startswith("https://"), key
+        assert re.fullmatch(r"\d{4}", fields["year"]), key
+    text = "".join(twin.read_text() for twin in layout.twins())
+    cited = {key.strip() for keys in re.findall(r"\{cite:[pt]\}`([^`]+)`", text) for key in keys.split(",")}
+    assert cited <= set(chapters.bibliography())
+
+
+def test_plain_markdown() -> None:
+    text = chapters.plain_text(
+        ":::{admonition} Exercise 1\n:class: exercise\nWhy?\n:::\n\n:::{dropdown} Solution\nBecause.\n:::\n\n"
+        "See {cite:p}`berrada2018smooth`.",
+        1,
+    )
+    assert "> **Exercise 1**" in text
+    assert "<summary>Solution</summary>" in text
+    assert "Berrada et al., 2018" in text
+    assert ":::" not in text
+    assert "{" not in text
+    with pytest.raises(layout.BookError, match="no plain form"):
+        chapters.plain_text(":::{margin}\nText\n:::", 1)
+    with pytest.raises(layout.BookError, match="never closed"):
+        chapters.plain_text(":::{note}\nText", 1)
+
+
+def run(folder: Path, code: str) -> tuple[nbformat.NotebookNode, list[str]]:
+    (folder / "01_small.md").write_text(f"{TWIN}```{{code-cell}} ipython3\n{code}\n```\n")
+    return execute._run_one("01_small", "smoke", 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("import warnings\nwarnings.warn('look out')", "a warning"),
+        ("[].append(1)", "no output"),
+        ("print(' ')", "an empty output"),
+    ],
+)
+def test_a_bad_cell_is_named(small_book: Path, code: str, message: str) -> None:
+    _, complaints = run(small_book, code)
+    assert len(complaints) == 1
+    assert "notebooks/01_small.md, cell 4" in complaints[0]
+    assert message in complaints[0]
+
+
+def test_a_good_notebook_runs_once(small_book: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    executed, complaints = run(small_book, "import os\nprint(profile, sorted(os.listdir()))")
+    assert complaints == []
+    assert chapters.code_cells(executed)[-1].outputs[0].text == "smoke []\n"
+    assert executed.metadata["run"]["profile"] == "smoke"
+    twin = small_book / "01_small.md"
+    execute._store(executed, execute.EXECUTED / f"01_small.smoke.{execute.key(chapters.read(twin), 'smoke')}.ipynb")
+    execute.run_all([twin], "smoke", 1)
+    assert "1 unchanged, 0 to run" in capsys.readouterr().out
+    before = execute.key(chapters.read(twin), "smoke")
+    twin.write_text(twin.read_text().replace("Text.", "Other text."))
+    assert execute.key(chapters.read(twin), "smoke") == before
+    twin.write_text(twin.read_text().replace("sorted", "list"))
+    assert execute.key(chapters.read(twin), "smoke") != before
