@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := triton,lab,book,test,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu bench book site serve notebooks notebook-check address browser-check clean
+.PHONY: help setup lint test test-slow test-gpu test-cluster bench book site serve notebooks notebook-check address browser-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -33,6 +33,16 @@ test-slow: .venv/.ready  ## the tests that take minutes: inductor, sampling stat
 
 test-gpu: .venv/.ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(PYTEST)
+
+# Ray has an environment of its own, which borrows every other package from .venv.
+.venv-cluster/.ready: .venv/.ready
+	test -x .venv-cluster/bin/python || $(BIN)/python -m venv .venv-cluster
+	extra=$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])') && .venv-cluster/bin/python -m pip install --disable-pip-version-check "$$extra"
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+	@touch $@
+
+test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes on this machine
+	.venv-cluster/bin/python -m pytest -m '' tests/test_lab_cluster.py $(PYTEST)
 
 bench: .venv/.ready  ## time and memory beside the peers on this machine, into bench/results/
 	$(BIN)/python -m bench --suite cpu

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 pytest.importorskip("jupytext")
-from book.pipeline import chapters, checks, execute, layout, pages  # noqa: E402
+from book.pipeline import chapters, checks, execute, layout, pages
 
 ROOT = layout.ROOT
 TWIN = """\

@@ -14,7 +14,7 @@ from memory import peak_temporaries
 
 import topk
 from topk import reference
-from topk.losses import differentiable, networks
+from topk.losses import differentiable, networks, room
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")
@@ -250,6 +250,23 @@ def test_sinkhorn_warns_when_it_has_not_arrived() -> None:
         topk.differentiable_topk_loss(scores / 100, target, method="sinkhorn")
 
 
+@pytest.mark.parametrize(("classes", "count"), [(5, 5), (80, 5), (83, 5), (1000, 17), (1003, 17), (1000, 100)])
+def test_selection_keeps_the_lower_class_of_a_tie(classes: int, count: int) -> None:
+    """Whether it is made in one step or, few of many, in two."""
+    scores = torch.randn(40, classes)
+    scores[10:20] = scores[10:20].mul(2.0).round()
+    scores[20:25] = -torch.inf
+    scores[25:30, ::3] = torch.inf
+    scores[30:] = torch.linspace(-1.0, 1.0, classes)
+    scores[35:] *= -1.0
+    values, index = room.ordered_topk(scores, count)
+    expected = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
+    torch.testing.assert_close(index, expected, rtol=0, atol=0)
+    torch.testing.assert_close(values, scores.gather(1, expected), rtol=0, atol=0)
+    strided = room.ordered_topk(torch.stack((scores, scores), 2)[:, :, 1], count)
+    torch.testing.assert_close(strided[1], expected, rtol=0, atol=0)
+
+
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
@@ -299,7 +316,9 @@ def test_pruning_leaves_out_what_cannot_be_seen() -> None:
 # --- derivatives, registration, memory -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("method", "distribution"), OPERATORS)
+@pytest.mark.parametrize(
+    ("method", "distribution"), [pair for pair in OPERATORS if pair[0] == "odd_even" or pair[1] == "cauchy"]
+)
 def test_gradcheck(method: str, distribution: str) -> None:
     scores = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([1, 4])
@@ -343,6 +362,16 @@ def test_opcheck(method: str, slopes: bool) -> None:
         _, saved = torch.ops.topk.differentiable_fwd(*arguments)
         arguments = (torch.rand(5), scores, target, [], saved, -100, "torch", *options)
         torch.library.opcheck(torch.ops.topk.differentiable_bwd.default, arguments)
+
+
+def test_the_meter_of_memory_sees_temporaries() -> None:
+    def use() -> torch.Tensor:
+        large = torch.zeros(2**20)
+        more = large + 1
+        del large
+        return more + 1
+
+    assert 2 * 2**22 <= peak_temporaries(use) < 2.1 * 2**22
 
 
 @pytest.mark.parametrize("method", METHODS[:5])

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from topk.lab import cache, data, features, models
+from topk.lab import cache, data, features, models, training
 from topk.lab.__main__ import main
 from topk.lab.filling import store
 
@@ -155,6 +155,10 @@ def test_features_are_extracted_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         expected = net.features(planes).mean((2, 3))
     np.testing.assert_allclose(found.test.inputs, expected.numpy(), rtol=1e-3, atol=1e-5)
+
+    config = {"data": {"name": "features", "set": name}, "model": {"name": "linear"}, "loss": {"name": "cross_entropy"}}
+    result = training.train(config | {"training": {"epochs": 1, "batch": 4}}, device="cpu", progress=False)
+    assert result["weights"] == hashed
 
     def never(*_: Any) -> None:
         raise AssertionError("extracted again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +93,7 @@ BASE = "data: {name: synthetic/rings}\nmodel: {name: linear}\nloss: {name: focal
         ("data: [1]\n", r"'data' is there twice"),
         ("seed: !!python/object/apply:os.system ['touch hacked']\n", "is not YAML that a sweep may have"),
         ("seed: [1\n", "is not YAML that a sweep may have"),
-        ("grid:\n  seed: [" + "1," * 10_001 + "]\n", r"line 5: a sweep has at most 10000 runs, this grid has 10001"),
+        ("grid:\n  seed: [" + "1," * 10_001 + "]\n", r"line 4: a sweep has at most 10000 runs, this grid has 10001"),
         ("notebook: ../x.ipynb\n", r"line 4: notebook must be the name of an .ipynb file beside the sweep's"),
         ("notebook: x.ipynb\n", r"line 4: there is no notebook"),
         ("notebook: '$(touch x).ipynb'\n", r"line 4: notebook must be the name"),
@@ -106,7 +108,7 @@ def test_mistakes_are_named_with_their_line(tmp_path: Path, text: str, message: 
 
 
 def test_aliases_that_explode_are_refused(tmp_path: Path) -> None:
-    bomb = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefg", "bcdefgh"))
+    bomb = "a: &a [x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in pairwise("abcdefgh"))
     for text in (bomb, "a: &a [*a]\n"):
         with pytest.raises(ValueError, match="too large once its aliases"):
             grid.read(sweep_file(tmp_path, text))
@@ -201,16 +203,11 @@ def test_a_late_look_at_a_stale_claim_wins_nothing(tmp_path: Path, monkeypatch: 
     assert quick.beat() == []
 
 
-RACE = """
-import sys, time
-from topk.lab.claims import Claims
-claims, begin = Claims(sys.argv[1]), float(sys.argv[2])
-while time.time() < begin:
-    pass
-for number in range(150):
-    if claims.take(f"n{number}"):
-        print(number)
-"""
+def _race(folder: Path, begin: float, told: Any) -> None:
+    mine = claims.Claims(folder)
+    while time.time() < begin:
+        pass
+    told.send([number for number in range(150) if mine.take(f"n{number}")])
 
 
 def test_processes_that_race_for_stale_claims_never_share_one(tmp_path: Path) -> None:
@@ -219,12 +216,15 @@ def test_processes_that_race_for_stale_claims_never_share_one(tmp_path: Path) ->
         assert left.take(f"n{number}")
         path = left.folder / f"n{number}.0"
         path.write_text(json.dumps({**json.loads(path.read_text()), "started": "1"}))
-    begin = str(time.time() + 6)
-    runs = [
-        subprocess.Popen([sys.executable, "-c", RACE, tmp_path, begin], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
-    taken = Counter(number for run in runs for number in run.communicate()[0].split())
+    begin, context = time.time() + 0.5, multiprocessing.get_context("fork")
+    racers, taken = [], Counter[int]()
+    for _ in range(4):
+        ours, theirs = context.Pipe()
+        racers.append((context.Process(target=_race, args=(tmp_path, begin, theirs)), ours))
+        racers[-1][0].start()
+    for racer, ours in racers:
+        taken.update(ours.recv())
+        racer.join()
     assert set(taken.values()) == {1}
     # Two that meet at the same instant may both step back; a sweep asks again a second later.
     assert len(taken) > 140
@@ -267,7 +267,7 @@ def test_failing_and_dying_runs_stop_nobody(
     assert threads == {max(1, cores() // 2)}
     text = sweeps.summary(sweep, results, report)
     assert "3 ran, 2 failed" in text
-    assert f"failed: hinge k=2 margin=1 variant=calibrated, seed 13: Arithmetic" in text
+    assert "failed: hinge k=2 margin=1 variant=calibrated, seed 13: Arithmetic" in text
 
     again = sweeps.run(sweep, results, lab_stubs.Inline(), train=lab_stubs.train, progress=False)
     assert len(again.recorded) == 3
@@ -338,7 +338,7 @@ def go():
     sweep = grid.read(sys.argv[1])
     with sweeps._terminated_like_interrupted():
         report = sweeps.run(sweep, sys.argv[2], engine, train=lab_stubs.train, silence=30)
-    print(len(report.ran), len(report.elsewhere), len(report.left), report.interrupted, flush=True)
+    print(len(report.ran), len(report.recorded + report.elsewhere), len(report.left), report.interrupted, flush=True)
 
 if __name__ == "__main__":
     go()
@@ -376,19 +376,26 @@ def test_two_sweeps_share_the_work_and_one_that_dies_is_replaced(tmp_path: Path,
     _wait_for(lambda: len(records.paths(results)) >= 5)
     assert next(iter(sweep.configs)) not in {path.stem for path in records.paths(results)}
     victim.kill()
-    told_by = [other.communicate(timeout=60)[0].split() for other in others]
+    told_by = [other.communicate(timeout=60)[0].splitlines()[-1].split() for other in others]
     assert len(records.load(results)) == 41
     starts = Counter(line.split()[1] for line in told.read_text().splitlines())
     assert starts.pop(str(hangs)) == 2
     assert set(starts.values()) == {1}, "nothing ran twice"
     assert len(starts) == 40
-    ran, elsewhere, left = zip(*(map(int, words[:3]) for words in told_by), strict=True)
+    ran, others_ran, left = zip(*(map(int, words[:3]) for words in told_by), strict=True)
     assert (sum(ran), sum(left)) == (41, 0)
-    assert all(a + b == 41 for a, b in zip(ran, elsewhere, strict=True)), "each waits for the other's last run"
+    assert all(a + b == 41 for a, b in zip(ran, others_ran, strict=True)), "each waits for the other's last run"
     assert min(ran) > 0
 
 
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "sign",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_sweep_keeps_what_it_has(tmp_path: Path, told: Path, sign: signal.Signals) -> None:
     seeds_sweep(tmp_path, 1, 2, lab_stubs.HANGS, 3)
     results = tmp_path / "results"
@@ -430,15 +437,19 @@ def notebook(tmp_path: Path) -> Path:
 
 
 def test_a_notebook_is_swept_through_papermill(tmp_path: Path, notebook: Path) -> None:
-    file = sweep_file(tmp_path, "notebook: 05_some.ipynb\ngrid: {rate: [2, 3], seed: [4]}\n")
-    sweep = grid.read(file, "smoke")
-    assert [config["parameters"] for config in sweep.configs.values()] == [
-        {"profile": "smoke", "rate": rate, "seed": 4} for rate in (2, 3)
-    ]
-    report = sweeps.run(sweep, tmp_path / "results", lab_stubs.Inline(), progress=False)
+    sweep = grid.read(sweep_file(tmp_path, "notebook: 05_some.ipynb\ngrid: {rate: [2], seed: [4]}\n"), "smoke")
+    parameters = {"profile": "smoke", "rate": 2, "seed": 4}
+    assert [config["parameters"] for config in sweep.configs.values()] == [parameters]
+    sweeps.run(sweep, tmp_path / "results", lab_stubs.Inline(), progress=False)
     (row,) = records.load(tmp_path / "results").to_dict("records")
     assert (row["top1"], row["seen"], row["seed"], row["parameters.rate"]) == (0.2, "smoke", 4, 2)
     assert records.check(tmp_path / "results") == {}
+
+
+@pytest.mark.slow
+def test_a_notebook_that_fails_leaves_its_executed_copy(tmp_path: Path, notebook: Path) -> None:
+    sweep = grid.read(sweep_file(tmp_path, "notebook: 05_some.ipynb\ngrid: {rate: [2, 3]}\n"), "smoke")
+    report = sweeps.run(sweep, tmp_path / "results", workers.LocalEngine(2), progress=False)
     (failure,) = report.failed.items()
     assert "a rate of 3" in (tmp_path / "results" / f"{failure[0]}.failed.json").read_text()
     assert (tmp_path / "results" / sweeps.WORK / failure[0] / "executed.ipynb").exists()

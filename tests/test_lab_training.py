@@ -19,7 +19,7 @@ from lab_sets import features, images
 from torch.nn import functional as F
 
 import topk
-from topk.lab import checkpoints, objectives, training
+from topk.lab import checkpoints, objectives, speed, training
 from topk.lab.evaluation import Evaluation
 from topk.lab.optimisation import Average, learning_rate, optimizer
 
@@ -305,7 +305,7 @@ def test_images_with_everything_on() -> None:
     assert result["precision"] == "float32"
 
 
-def test_precision_is_bf16_only_where_asked_or_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_is_bf16_only_where_asked_or_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configuration(model="small", epochs=1)
     config["model"]["width"] = 4
     results = {}
@@ -315,9 +315,32 @@ def test_precision_is_bf16_only_where_asked_or_faster(monkeypatch: pytest.Monkey
         results[faster] = run(config, images())["precision"]
     assert results == {False: "float32", True: "bf16"}
     monkeypatch.undo()
-    config["training"]["precision"] = "auto"
+    monkeypatch.setenv("TOPK_DATA", str(tmp_path))
     assert run(config, images())["precision"] in ("float32", "bf16")
     assert run(configuration(precision="auto"))["precision"] == "float32"
+
+
+def test_probe_is_kept_for_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOPK_DATA", str(tmp_path))
+    model, inputs = torch.nn.Linear(4, 3), torch.rand(8, 4)
+    taken = {False: 1.0, True: 0.5}
+    asked = []
+
+    def seconds(_: Any, __: Any, bf16: bool) -> float:
+        asked.append(bf16)
+        return taken[bf16]
+
+    monkeypatch.setattr(speed, "_seconds", seconds)
+    monkeypatch.setattr(speed, "_found", {})
+    assert speed.faster_in_bf16(model, inputs, "one")
+    assert len(asked) == 6
+    monkeypatch.setattr(speed, "_found", {})  # another process
+    taken[True] = 9.0
+    assert speed.faster_in_bf16(model, inputs, "one")
+    assert len(asked) == 6
+    assert not speed.faster_in_bf16(model, inputs, "two")
+    assert len(asked) == 8  # hopeless at once
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_estimate_is_a_time() -> None:

@@ -144,6 +144,8 @@ def make_row(kind: str, classes: int, spread: float) -> Tensor:
         return spread * torch.randn(classes, generator=generator)
     if kind == "tied":
         return torch.zeros(classes)
+    if kind == "cluster":
+        return torch.where(torch.arange(classes) % 16 == 3, 0.0, -spread)
     if kind == "steps":
         return spread * torch.randint(4, (classes,), generator=generator).float()
     return torch.linspace(-spread, spread, classes)[torch.randperm(classes, generator=generator)]
@@ -161,6 +163,8 @@ THINNED = [  # kind, spread, classes, head, depth, epsilon
     ("tied", 1.0, 400, 20, 3, 1.0),
     ("tied", 1.0, 100, 4, 2, 0.01),
     ("steps", 1.0, 200, 12, 6, 0.7),
+    ("cluster", 100.0, 200, 6, 6, 1.0),  # the others of the cluster need no noise to count
+    ("tied", 1.0, 30, 3, 3, 1.0),
     ("linear", 3.0, 50, 5, 2, 0.5),
     ("linear", 1.0, 9, 2, 2, 1.0),
 ]
@@ -209,6 +213,7 @@ def test_thinning_is_exact(kind: str, spread: float, classes: int, head: int, de
 def test_thinning_leaves_impossible_and_broken_rows_alone() -> None:
     scores = torch.randn(9, 600)
     scores[1, 4:] = -torch.inf
+    scores[1, 0] = -30.0
     scores[2, 40:] = -torch.inf
     scores[3, 5] = torch.nan
     scores[4, 5] = torch.inf

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 
 pytest.importorskip("jupytext")
-from book.pipeline import chapters, checks, layout  # noqa: E402
+from book.pipeline import chapters, checks, layout
 
 TWINS = layout.twins()
 each_twin = pytest.mark.parametrize("twin", TWINS, ids=[twin.stem for twin in TWINS])

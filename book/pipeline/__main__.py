@@ -101,7 +101,9 @@ def main() -> int:
     try:
         functions[arguments.pop("command")](**arguments)
     except BookError as error:
-        print(f"\n{error}\n\nthe book is not in order: {len(str(error).splitlines())} complaint(s) above", file=sys.stderr)
+        print(
+            f"\n{error}\n\nthe book is not in order: {len(str(error).splitlines())} complaint(s) above", file=sys.stderr
+        )
         return 1
     return 0
 

@@ -25,45 +25,7 @@ from book.pipeline.layout import HTML, ROOT
 SIZES = {"wide": (1280, 900), "phone": (390, 844)}
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
-_FACTS = """() => {
-  const text = (node) => (node.textContent || "").trim().slice(0, 60);
-  const visible = (node) => node.getClientRects().length > 0;
-  const article = document.querySelector(".bd-article, article") || document.body;
-  const raw = [];
-  const walker = document.createTreeWalker(article, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode;
-    if (node.parentElement.closest("code, pre, script, style, mjx-container, svg")) continue;
-    if (/\\$\\$|\\\\(frac|mathbb|sum|tau)\\b|\\{(eq|cite:p|prf:ref)\\}/.test(node.textContent)) raw.push(text(node));
-  }
-  return {
-    wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-    untypeset: [...document.querySelectorAll(".math")].filter((n) => visible(n) && !n.querySelector("mjx-container")).map(text),
-    errors: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map(text),
-    raw: raw,
-    undescribed: [...article.querySelectorAll("img")].filter((n) => !n.alt || /\\.(png|svg)$/.test(n.alt)).map((n) => n.src.slice(-60)),
-    knobs: [...article.querySelectorAll(".topk-knobs")].map((n) => n.querySelectorAll("input[type=range]").length),
-    launch: [...document.querySelectorAll("a[href*='colab.research.google.com']")].map((n) => n.href),
-    links: [...document.querySelectorAll("a[href]")].map((n) => n.href),
-    anchors: [...document.querySelectorAll("[id]")].map((n) => n.id),
-  };
-}"""
-
-_CONTRAST = """() => {
-  const parse = (c) => (c.match(/[\\d.]+/g) || []).map(Number);
-  const light = (c) => { const f = c.slice(0, 3).map((v) => { v /= 255; return v <= 0.03928 ? v / 12.92 : Math.pow((v + 0.055) / 1.055, 2.4); });
-    return 0.2126 * f[0] + 0.7152 * f[1] + 0.0722 * f[2]; };
-  const behind = (n) => { for (; n; n = n.parentElement) { const c = parse(getComputedStyle(n).backgroundColor);
-    if (c.length && (c.length < 4 || c[3] > 0.5)) return c; } return [255, 255, 255]; };
-  const found = [];
-  for (const n of document.querySelectorAll(".bd-article p, .bd-article li, .bd-article td, .bd-article th, .bd-article h1, .bd-article h2, .bd-article summary, .bd-article a:not(.headerlink)")) {
-    if (!n.getClientRects().length || !(n.textContent || "").trim()) continue;
-    const a = light(parse(getComputedStyle(n).color)), b = light(behind(n));
-    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (ratio < 4.5) found.push(ratio.toFixed(1) + ": " + n.textContent.trim().slice(0, 40));
-  }
-  return found.slice(0, 3);
-}"""
+_FACTS = Path(__file__).with_name("browser.js").read_text()
 
 
 def check(chromium: str, shots: Path | None, chosen: list[str]) -> list[str]:
@@ -92,18 +54,13 @@ def check(chromium: str, shots: Path | None, chosen: list[str]) -> list[str]:
                 for name in pages:
                     where = f"{name} ({size}, {theme})"
                     page = context.new_page()
-                    page.on("console", lambda m, w=where: m.type == "error" and complaints.append(f"{w}: {m.text}"))
-                    page.on("pageerror", lambda error, w=where: complaints.append(f"{w}: {error}"))
-                    page.on("requestfailed", lambda r, w=where: complaints.append(f"{w}: did not load {r.url}"))
-                    page.on("response", lambda r, w=where: r.status >= 400 and complaints.append(f"{w}: {r.status} {r.url}"))
+                    _listen(page, where, complaints)
                     page.goto(f"{root}/{name}", wait_until="load")
                     page.wait_for_timeout(300)
                     if page.evaluate("!!document.querySelector('.math')"):
                         complaints += _typeset(page, where)
-                    found = page.evaluate(_FACTS)
-                    complaints += _page_complaints(where, found)
-                    complaints += [f"{where}: contrast {line}" for line in page.evaluate(_CONTRAST)]
-                    facts[name] = found
+                    facts[name] = page.evaluate(_FACTS)
+                    complaints += _page_complaints(where, facts[name])
                     if shots is not None:
                         shots.mkdir(parents=True, exist_ok=True)
                         page.screenshot(path=shots / f"{Path(name).stem}-{size}-{theme}.png", full_page=True)
@@ -113,6 +70,18 @@ def check(chromium: str, shots: Path | None, chosen: list[str]) -> list[str]:
         browser.close()
     server.shutdown()
     return complaints + _links(facts, root)
+
+
+def _listen(page: Any, where: str, complaints: list[str]) -> None:
+    """Writes down what the page logs as an error and what it cannot load."""
+
+    def note(text: str) -> None:
+        complaints.append(f"{where}: {text}")
+
+    page.on("console", lambda message: note(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: note(str(error)))
+    page.on("requestfailed", lambda request: note(f"did not load {request.url}"))
+    page.on("response", lambda answer: note(f"{answer.status} {answer.url}") if answer.status >= 400 else None)
 
 
 def _typeset(page: Any, where: str) -> list[str]:
@@ -132,6 +101,7 @@ def _page_complaints(where: str, found: dict[str, Any]) -> list[str]:
         ("errors", "formula with an error"),
         ("raw", "raw markup"),
         ("undescribed", "picture without a description"),
+        ("contrast", "little contrast"),
     ):
         complaints += [f"{where}: {words}: {item}" for item in found[kind]]
     if any(count == 0 for count in found["knobs"]):

@@ -26,7 +26,7 @@ from book.pipeline.chapters import code_cells, read
 from book.pipeline.checks import broken_cells
 from book.pipeline.layout import EXECUTED, ROOT, SCRATCH, BookError
 
-PACKAGES = ("torch", "triton", "numpy", "scipy", "matplotlib", "pandas", "ipykernel", "papermill", "nbclient")
+PACKAGES = ("torch", "triton", "numpy", "scipy", "matplotlib", "pandas", "ipykernel", "papermill", "jupyter-book")
 
 
 def versions() -> dict[str, str]:
@@ -41,7 +41,8 @@ def versions() -> dict[str, str]:
 
 
 @cache
-def _surroundings() -> bytes:
+def surroundings() -> bytes:
+    """A digest of the module's files and of the versions: outputs and API pages depend on it."""
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
     for path in sorted((ROOT / "topk").rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
@@ -52,7 +53,7 @@ def _surroundings() -> bytes:
 def key(notebook: NotebookNode, profile: str) -> str:
     """Equal keys, equal outputs."""
     code = json.dumps([cell.source for cell in code_cells(notebook)])
-    return hashlib.sha256(_surroundings() + f"{profile}\0{code}".encode()).hexdigest()[:16]
+    return hashlib.sha256(surroundings() + f"{profile}\0{code}".encode()).hexdigest()[:16]
 
 
 def run_all(chosen: Iterable[Path], profile: str, jobs: int) -> dict[str, NotebookNode]:
@@ -151,8 +152,21 @@ def _without_papermill(executed: NotebookNode, source: NotebookNode) -> Notebook
         if cell.cell_type == "code" and cell.execution_count is not None:
             count += 1
             cell.execution_count = count
+            cell.outputs = _joined(cell.outputs)
             for output in cell.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = count
     executed.cells, executed.metadata = cells, nbformat.from_dict(source.metadata)
     return executed
+
+
+def _joined(outputs: list[NotebookNode]) -> list[NotebookNode]:
+    """Printed text in one piece: how the kernel cuts it depends on the moment."""
+    joined: list[NotebookNode] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if output.output_type == "stream" and last is not None and last.get("name") == output.name:
+            last.text += output.text
+        else:
+            joined.append(output)
+    return joined

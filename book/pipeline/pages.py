@@ -76,8 +76,10 @@ def labels() -> dict[str, Path]:
 def gaps() -> list[str]:
     """What the table lacks, and what in it leads nowhere."""
     table, known = equation_table(), labels()
-    complaints = [f"{label} ({known[label].name}) is not in book/equations.yml" for label in known if label not in table]
-    complaints += [f"{label} in book/equations.yml is no label of a chapter" for label in table if label not in known]
+    complaints = [
+        f"{label} ({known[label].name}) is not in book/equations.yml" for label in known if label not in table
+    ]
+    complaints += [f"{label} in {EQUATIONS.name} is no label of a chapter" for label in table if label not in known]
     for label, entry in table.items():
         if entry.get("function") is not None and _resolve(entry["function"]) is None:
             complaints.append(f"{label}: there is no function {entry['function']}")
@@ -143,16 +145,19 @@ def status(notebooks: dict[str, NotebookNode]) -> str:
         cells = (run.get("profile", "–"), run.get("seconds", "–"), mine.get("torch", "–"), mine.get("python", "–"))
         lines.append(f"| {title} | {' | '.join(str(cell) for cell in cells)} |")
     packages = "\n".join(f"- {name} {number}" for name, number in versions.items())
-    return "\n\n".join(
-        (
-            "# Status",
-            "When each chapter's code last ran for this copy of the book. The profile `smoke` takes seconds and shows "
-            "that everything works; `laptop` takes minutes; `gpu` is the size of the papers.",
-            "\n".join(lines),
-            "## Versions",
-            packages,
+    return (
+        "\n\n".join(
+            (
+                "# Status",
+                "How each chapter's code last ran for this copy of the book. The profile `smoke` takes seconds and "
+                "shows that everything works; `laptop` takes minutes; `gpu` is the size of the papers.",
+                "\n".join(lines),
+                "## Versions",
+                packages,
+            )
         )
-    ) + "\n"
+        + "\n"
+    )
 
 
 def _title(notebook: NotebookNode) -> str:

@@ -1,12 +1,13 @@
 """Stages the book under `_build/` and builds it strictly; no tracked file changes.
 
 The stage holds the prose pages, the notebooks with their outputs, the generated pages and a `_config.yml` with what
-only this machine knows. Files whose content did not change keep their time, so a second build is quick.
+only this machine knows.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import os
 import re
 import shutil
@@ -20,20 +21,39 @@ from nbformat import NotebookNode
 
 from book.pipeline import pages
 from book.pipeline.chapters import plain, read, with_outputs
+from book.pipeline.execute import surroundings
 from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, address, chapter_number, config, twins, version
 
 _DOCTREES = BUILD / ".doctrees"
-_CLEAN = BUILD / "clean"  # exists only after a build without complaints
+_CLEAN = BUILD / "clean"  # what the last build without complaints was made of
+_FRONT = HTML / "book" / "preface.html"
 _KEPT_SUFFIXES = {".md", ".bib", ".css", ".js", ".svg", ".png", ".py"}
 
 
 def build(outputs: dict[str, NotebookNode]) -> Path:
-    """The site from these outputs (by stem); returns the front page. Raises BookError with Sphinx's complaints."""
-    _stage(outputs)
-    _forget_an_unclean_build()
-    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(STAGE), "--path-output", str(ROOT)]
+    """The site from these outputs (by stem); returns the front page. Raises BookError with Sphinx's complaints.
+
+    Always all pages or none: Sphinx warns only about pages it reads again, and every page shows the contents.
+    """
+    key = _stage(outputs)
+    if _CLEAN.exists() and _CLEAN.read_text() == key and _FRONT.exists():
+        print("pages: unchanged", flush=True)
+        return _FRONT
+    _CLEAN.unlink(missing_ok=True)
+    for folder in (_DOCTREES, BUILD / "jupyter_execute", HTML):
+        shutil.rmtree(folder, ignore_errors=True)
+    complaints = _run_sphinx()
+    if complaints:
+        raise BookError("\n".join(complaints))
+    _plain_downloads(outputs)
+    _CLEAN.write_text(key)
+    return _FRONT
+
+
+def _run_sphinx() -> list[str]:
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", str(STAGE)]
     process = subprocess.Popen(
-        [*command, "-n", "-W", "--keep-going"],
+        [*command, "--path-output", str(ROOT), "-n", "-W", "--keep-going"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -42,20 +62,13 @@ def build(outputs: dict[str, NotebookNode]) -> Path:
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
-        lines.append(line.rstrip())
-        if re.search(r"^(reading sources|writing output|build (succeeded|finished))", _uncoloured(line)):
-            print(f"  {_uncoloured(line).strip()[:100]}", flush=True)
+        lines.append(_uncoloured(line.rstrip()))
+        if re.match(r"(reading sources|writing output)\.\.\. \[|build (succeeded|finished)", lines[-1]):
+            print(f"  {lines[-1][:100]}", flush=True)
     code = process.wait()
-    log = _uncoloured("\n".join(lines))
-    (BUILD / "sphinx.log").write_text(log)
-    complaints = [_in_words(line) for line in log.split("\n") if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
-    if code != 0 and not complaints:
-        complaints = log.split("\n")[-30:]
-    if complaints:
-        raise BookError("\n".join(complaints))
-    _plain_downloads(outputs)
-    _CLEAN.touch()
-    return HTML / "book" / "preface.html"
+    (BUILD / "sphinx.log").write_text("\n".join(lines))
+    complaints = [_in_words(line) for line in lines if re.search(r"\b(WARNING|ERROR|CRITICAL)\b", line)]
+    return complaints or ([] if code == 0 else lines[-30:])
 
 
 def _uncoloured(text: str) -> str:
@@ -73,18 +86,11 @@ def _in_words(line: str) -> str:
     return re.sub(r"(notebooks/\w+\.ipynb):(\d{5,})", cell, line)
 
 
-def _forget_an_unclean_build() -> None:
-    """Sphinx warns only about pages it reads again: after a complaint everything has to be read again."""
-    if not _CLEAN.exists():
-        shutil.rmtree(_DOCTREES, ignore_errors=True)
-        shutil.rmtree(HTML, ignore_errors=True)
-    _CLEAN.unlink(missing_ok=True)
-
-
 # --- the stage -------------------------------------------------------------------------------------------------------
 
 
-def _stage(outputs: dict[str, NotebookNode]) -> None:
+def _stage(outputs: dict[str, NotebookNode]) -> str:
+    """Writes the stage; returns a digest of all that the pages depend on."""
     wanted: dict[Path, bytes] = {Path("_toc.yml"): (ROOT / "_toc.yml").read_bytes()}
     wanted[Path("_config.yml")] = yaml.safe_dump(_staged_config(), sort_keys=False).encode()
     for path in (ROOT / "book").rglob("*"):
@@ -107,6 +113,10 @@ def _stage(outputs: dict[str, NotebookNode]) -> None:
         if not path.exists() or path.read_bytes() != content:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
+    digest = hashlib.sha256(surroundings())
+    for part in sorted(wanted):
+        digest.update(f"{part}\0".encode() + wanted[part])
+    return digest.hexdigest()
 
 
 def _filled(path: Path) -> bytes:
@@ -177,4 +187,3 @@ def describe(page: Path) -> str:
     """What is printed at the end."""
     heaviest = max(weights().items(), key=lambda item: item[1])
     return f"heaviest page: {heaviest[0]}, {heaviest[1] / 1000:.0f} kB gzipped\n\nfront page: {page.as_uri()}"
-

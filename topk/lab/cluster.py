@@ -1,7 +1,8 @@
 """The Ray engine: a sweep's runs on many machines (extra `cluster`).
 
 The sweep's own machine holds the claims and writes the records; the others need torch, the data (`$TOPK_DATA`) and the
-same versions of Python and Ray. They get this package from the sweep's machine, so all run the same code.
+same versions of Python and Ray. They get this package from the sweep's machine; a run that finds another copy of it
+fails, rather than measure other code than its record says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import topk
+from topk.lab.provenance import source
 from topk.lab.workers import Job, Outcome, described, execute, output_to
 
 _LONGEST_LOG = 200_000  # characters that travel home
@@ -50,7 +52,7 @@ class RayEngine:
         text = None if job.notebook is None else job.notebook.read_text()
         away = dataclasses.replace(job, folder=None, log=None, notebook=None)
         name = None if job.notebook is None else job.notebook.name
-        self._running[self._execute.remote(away, name, text)] = job.key
+        self._running[self._execute.remote(away, name, text, source())] = job.key
 
     def wait(self, seconds: float) -> list[Outcome]:
         """Waits for any task; one whose machine or process died has failed."""
@@ -76,8 +78,10 @@ class RayEngine:
         self._ray.shutdown()
 
 
-def _execute_away(job: Job, notebook: str | None, text: str | None) -> Outcome:
+def _execute_away(job: Job, notebook: str | None, text: str | None, code: str) -> Outcome:
     """Runs a job in a temporary folder of this machine and sends its log home when it failed."""
+    if source() != code:
+        raise RuntimeError(f"another copy of topk is in the way on this machine: {topk.__file__}")
     with tempfile.TemporaryDirectory(prefix="topk-") as temporary:
         folder, log = Path(temporary), Path(temporary) / "log"
         work = folder / "work"

@@ -29,7 +29,7 @@ from topk.lab.settings import check_name
 if TYPE_CHECKING:
     from topk.lab.data import DataSet, Split
 
-__all__ = ["add_arguments", "backbone", "digest", "extract"]
+__all__ = ["add_arguments", "backbone", "digest", "extract", "pretrained"]
 
 VERSION = 1
 """Part of every set's origin: a change of what is computed needs another."""
@@ -111,6 +111,18 @@ def digest(state: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def pretrained(config: Mapping[str, Any]) -> str | None:
+    """The hash of the pretrained weights in a completed configuration: of its features or of its torchvision model."""
+    settings, model = config["data"], config["model"]
+    if settings["name"] == "features":
+        entry = cache.read(settings["set"])
+        origin = entry.about.get("origin") if entry is not None else None
+        return origin["weights"] if origin else None
+    if model["name"].startswith("torchvision/") and model["weights"] is not None:
+        return digest(models.torchvision_state(model["name"].partition("/")[2], model["weights"]))
+    return None
 
 
 def _parts_done(name: str, origin: Mapping[str, Any]) -> set[str]:

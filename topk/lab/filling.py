@@ -16,6 +16,9 @@ from topk.lab.packed import PackedError, Part, Source, in_order, split_of
 
 __all__ = ["export", "fill", "store"]
 
+# ImageNet's, which everybody uses for images that are never seen all at once.
+_USUAL_MEAN, _USUAL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 def fill(
     source: Source,
@@ -23,7 +26,7 @@ def fill(
     replace: bool = False,
     root: Path | None = None,
     origin: Mapping[str, Any] | None = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = lambda _: None,
 ) -> Entry:
     """Puts the parts of `source` into the cache, beside the parts that are there already.
 
@@ -109,8 +112,8 @@ def _about(source: Source, kind: str, facts: Known | None, old: Entry | None) ->
         "all_parts": {split: list(parts) for split, parts in everything.items()},
         "parts": {},
         "complete": {},
-        "mean": [],
-        "std": [],
+        "mean": list(_USUAL_MEAN) if kind == "files" else [],
+        "std": list(_USUAL_STD) if kind == "files" else [],
     }
 
 
@@ -168,11 +171,10 @@ def _write_split(
                 if about["kind"] == "images" and split == "train":
                     for channel in range(3):
                         levels[channel] += np.bincount(block[..., channel].reshape(-1), minlength=256)
-                yield block.astype(dtype, copy=False)
+                yield block
 
     rows = sum(len(part.labels) for part in parts)
-    dtype = max((part.dtype for part in parts), key=lambda dtype: dtype.itemsize)  # paths may differ in length
-    filler.write(f"{split}-inputs", (rows, *parts[0].shape[1:]), dtype, blocks())
+    filler.write(f"{split}-inputs", (rows, *parts[0].shape[1:]), parts[0].dtype, blocks())
     for digest in digests:
         name, value = digest.part.name, digest.value()
         if facts is not None and facts.digests.get(name, value) != value:

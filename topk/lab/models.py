@@ -121,7 +121,7 @@ class CosineHead(nn.Module):
 
 
 class LinearHead(nn.Linear):
-    """A linear layer whose scores are float32 under autocast too: the eight bits of bfloat16 make ties of near ranks."""
+    """A linear layer whose scores are float32 under autocast too: bfloat16 would tie scores that are merely near."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(rows, features) to (rows, classes)."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from IPython.display import HTML, Markdown, display
+from IPython.display import Markdown, display
 
 import topk
 from topk.lab import figures
@@ -101,7 +101,8 @@ def knobs(
     script = resources.files("topk.lab").joinpath("knobs.js").read_text()
     data = json.dumps(frame, separators=(",", ":")).replace("</", "<\\/")
     page = (
-        f'<div class="topk-knobs" role="group" aria-label="{alt}"><img alt="{alt}" src="data:image/png;base64,{picture}">'
+        f'<div class="topk-knobs" role="group" aria-label="{alt}">'
+        f'<img alt="{alt}" src="data:image/png;base64,{picture}">'
         f'<script type="application/json">{data}</script></div><script>{script}</script>'
     )
     display({"text/html": page, "text/plain": f"<interactive figure: {alt}>"}, raw=True)  # type: ignore[no-untyped-call]

@@ -140,7 +140,7 @@ def read(folder: Path, *, name: str | None = None, parts: Sequence[str] | None =
     if description:
         _check_digests(folder, description, wanted)
     reader = {"sheets": _read_sheets, "jpegs": _read_jpegs, "arrays": _read_arrays}[layout]
-    chosen = name or (description["name"] if description else folder.resolve().name)
+    chosen = name or (description["name"] if description else folder.resolve().name.lower())
     complete = {split: tuple(description[split]) for split in ("train", "test")} if description else {}
     return reader(folder, chosen, wanted, complete, description)
 
@@ -493,9 +493,18 @@ def _write_sheets(source: Source, folder: Path) -> None:
             raise PackedError(f"{part.name} cannot be sheets: a class has no images")
         (folder / part.name).mkdir()
         images = np.concatenate(list(part.blocks()))
-        for label, name in enumerate(source.classes):
-            file = f"{label:0{digits}}-{quote(name, safe='')[:200]}.webp"
-            _sheet(images[part.labels == label]).save(folder / part.name / file, "WEBP", lossless=True, quality=50)
+        paths = [
+            folder / part.name / f"{label:0{digits}}-{quote(name, safe='')[:200]}.webp"
+            for label, name in enumerate(source.classes)
+        ]
+        sheets = (images[part.labels == label] for label in range(len(paths)))
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            list(pool.map(_save_sheet, sheets, paths))
+
+
+def _save_sheet(images: np.ndarray, path: Path) -> None:
+    # The next effort makes files 3 % smaller and takes four times as long.
+    _sheet(images).save(path, "WEBP", lossless=True, quality=25, method=2)
 
 
 def _sheet(images: np.ndarray) -> Image.Image:
@@ -517,7 +526,7 @@ def _write_jpegs(source: Source, folder: Path) -> None:
         content, offsets = part.encoded
         content.tofile(folder / f"{part.name}.jpegs")
         index[f"{part.name}.offsets"], index[f"{part.name}.labels"] = offsets, part.labels
-    np.savez_compressed(folder / "index.npz", allow_pickle=False, **index)
+    np.savez_compressed(folder / "index.npz", **index)  # type: ignore[arg-type]
     _write_json(folder / "classes.json", _class_items(source))
 
 

@@ -366,7 +366,8 @@ def label(config: Config) -> str:
         return loss
     if not isinstance(loss, Mapping):
         return str(config.get("notebook", "?"))
-    named = flat({"loss": {name: value for name, value in loss.items() if name != "name" and value is not None}})
+    order = sorted(loss, key=lambda name: (name != "k", name))
+    named = flat({"loss": {name: loss[name] for name in order if name != "name" and loss[name] is not None}})
     return " ".join([str(loss.get("name")), *(f"{name[5:]}={value}" for name, value in named.items())])
 
 

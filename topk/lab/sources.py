@@ -82,14 +82,17 @@ def tree(folder: Path, name: str, size: int | None) -> Source:
     classes = tuple(sorted(item.name for item in os.scandir(folder / "train") if item.is_dir(follow_symlinks=False)))
     if not classes:
         raise PackedError(f"{folder / 'train'} has no folder for any class")
-    held_out = [part for part in ("test", "val") if (folder / part).is_dir()]
+    held_out = [part for part in ("test", "val") if (folder / part / classes[0]).is_dir()]
     if (folder / "val" / _TINY_LABELS).is_file():
         held_out = ["val"]  # Tiny-ImageNet's test images have no labels
     if not held_out:
-        raise PackedError(f"{folder} has neither val nor test")
+        raise PackedError(f"{folder} has neither val/{classes[0]} nor test/{classes[0]}")
     listed = {"train": _listed(folder, "train", classes), held_out[0]: _listed(folder, held_out[0], classes)}
-    make = _part_of_paths if size is None else partial(_part_of_files, size=size)
-    parts = tuple(make(folder, part, files) for part, files in listed.items())
+    if size is None:
+        longest = max(len(path.encode()) for files in listed.values() for path, _ in files)
+        parts = tuple(_part_of_paths(part, files, longest) for part, files in listed.items())
+    else:
+        parts = tuple(_part_of_files(folder, part, files, size) for part, files in listed.items())
     return Source(name, "arrays", classes, parts, all_parts={"train": ("train",), "test": (held_out[0],)})
 
 
@@ -122,7 +125,7 @@ def _tiny_validation(folder: Path, labels: Path, classes: Sequence[str]) -> list
     return sorted(found, key=lambda item: (item[1], item[0]))
 
 
-def _part_of_files(folder: Path, part: str, files: Sequence[tuple[str, int]], *, size: int) -> Part:
+def _part_of_files(folder: Path, part: str, files: Sequence[tuple[str, int]], size: int) -> Part:
     load: Callable[[str], np.ndarray] = partial(small_image, folder, size=size)
 
     def blocks() -> Iterator[np.ndarray]:
@@ -134,8 +137,8 @@ def _part_of_files(folder: Path, part: str, files: Sequence[tuple[str, int]], *,
     return Part(part, (len(files), size, size, 3), np.dtype(np.uint8), labels, blocks)
 
 
-def _part_of_paths(folder: Path, part: str, files: Sequence[tuple[str, int]]) -> Part:
-    paths = np.array([path.encode() for path, _ in files])
+def _part_of_paths(part: str, files: Sequence[tuple[str, int]], longest: int) -> Part:
+    paths = np.array([path.encode() for path, _ in files], dtype=f"S{longest}")
 
     def blocks() -> Iterator[np.ndarray]:
         yield paths

@@ -122,9 +122,7 @@ class StreamedBatches(Epochs):
                 )
 
 
-def batches_of(
-    split: Split, batch: int, *, workers: int | None = None, **settings: Any
-) -> Batches | StreamedBatches:
+def batches_of(split: Split, batch: int, *, workers: int | None = None, **settings: Any) -> Batches | StreamedBatches:
     """`StreamedBatches` for image files, `Batches` for arrays; the keywords are theirs."""
     if isinstance(split.inputs, ImageFiles):
         return StreamedBatches(split, batch, workers=workers, **settings)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shutil
 import signal
 import sys
@@ -87,9 +88,9 @@ class Results:
         if outcome.log:
             self.log(job.key).write_text(outcome.log)
         if outcome.record is None:
-            error = outcome.error or {}
+            error = outcome.error or {"type": "Nothing", "message": "neither a record nor an error came back"}
             self._write_failure(job, error)
-            return f"{error.get('type')}: {error.get('message')}"
+            return one_line(error)
         records.save(self.folder, outcome.record)
         for path in (self.failure_path(job.key), self.log(job.key)):
             path.unlink(missing_ok=True)
@@ -115,13 +116,17 @@ def _time(path: Path) -> int | None:
         return None
 
 
+def one_line(error: Mapping[str, str]) -> str:
+    """An error's type and the first line of its message."""
+    first, *_ = [*str(error["message"]).strip().splitlines(), ""]
+    return f"{error['type']}: {first}"
+
+
 def failure_line(path: Path) -> str:
     """A failure in one line; what cannot be read is a failure too."""
-    import json
-
     try:
         error = json.loads(path.read_text())["error"]
-        return f"{error['type']}: {str(error['message']).strip().splitlines()[0] if error['message'] else ''}"
+        return one_line(error)
     except (OSError, ValueError, KeyError, TypeError):
         return f"{path.name} cannot be read"
 

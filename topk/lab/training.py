@@ -31,6 +31,7 @@ from topk.lab import checkpoints, models, objectives
 from topk.lab.augment import Augment
 from topk.lab.batches import Epochs
 from topk.lab.evaluation import Evaluation
+from topk.lab.features import pretrained
 from topk.lab.optimisation import Average, learning_rate, optimizer
 from topk.lab.processes import Processes, joined
 from topk.lab.settings import completed
@@ -127,8 +128,8 @@ def train(
         ``epochs``: for each its ``epoch``, ``learning_rate`` (of the last step), ``training`` (mean ``loss``, ``top1``,
         ``top5`` of the batches as they were trained on) and what `Evaluation.summary` tells of the test split, or,
         where there is a validation split, ``validation`` with what it tells of that;
-        ``final``: the same of both at the end; ``seconds``, ``data_fingerprint``, ``parameters``, ``precision``,
-        ``processes``.
+        ``final``: the same of both at the end; ``seconds``, ``data_fingerprint``, ``parameters``, ``weights`` (the hash of
+        pretrained ones, see `topk.lab.features.pretrained`), ``precision``, ``processes``.
 
     Raises:
         DivergedError: the loss was NaN or infinite.
@@ -217,6 +218,7 @@ class _Run:
             "seconds": before + time.monotonic() - began,
             "data_fingerprint": self.data.fingerprint,
             "parameters": models.parameters(self.model),
+            "weights": pretrained(self.config),
             "precision": "bf16" if self.bf16 else "float32",
             "processes": self.processes.count,
         }

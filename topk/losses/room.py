@@ -24,7 +24,7 @@ CHUNK = 2**18
 
 _GROUP = 8  # classes compared before `largest` selects
 
-_LOG2_E = math.log2(math.e)  # powers of 2, because torch.exp takes a hundred times longer where its result is denormal
+LOG2_E = math.log2(math.e)  # powers of 2, because torch.exp takes a hundred times longer where its result is denormal
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def sum_exponentials(scores: Tensor, shift: Tensor, index: Tensor, rate: float =
     buffer = scores.new_empty((min(rows, max(1, CHUNK // classes)), classes))
     for part in row_chunks(rows, classes, CHUNK):
         field = torch.sub(scores[part], shift[part, None], out=buffer[: part.stop - part.start])
-        torch.sum(field.mul_(rate * _LOG2_E).exp2_().scatter_(1, index[part], 0.0), 1, out=total[part])
+        torch.sum(field.mul_(rate * LOG2_E).exp2_().scatter_(1, index[part], 0.0), 1, out=total[part])
     return total
 
 
@@ -166,7 +166,7 @@ def scaled_exponentials(
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     for part in row_chunks(rows, classes, CHUNK):
         field = torch.sub(scores[part], shift[part, None], out=result[part])
-        field.mul_(rate * _LOG2_E).exp2_().mul_(scale[part, None]).scatter_(1, index[part], values[part])
+        field.mul_(rate * LOG2_E).exp2_().mul_(scale[part, None]).scatter_(1, index[part], values[part])
     return result
 
 

@@ -35,6 +35,7 @@ from torch.nn.functional import softplus
 
 from topk.losses import polynomials
 from topk.losses.room import (
+    LOG2_E,
     Options,
     Room,
     Saved,
@@ -143,10 +144,10 @@ def _odds(
 ) -> Tensor:
     """w_i = exp((x_i - x_[k]) rate + tilt), written into `out`; `at_head` for the head and 0 for y."""
     kth, tilt, rate = exponent
-    torch.sub(scores, kth[:, None], out=out).mul_(rate)
+    torch.sub(scores, kth[:, None], out=out).mul_(rate * LOG2_E)
     if tilt is not None:
-        out.add_(tilt[:, None])
-    out.exp_()
+        out.add_(tilt[:, None] * LOG2_E)
+    out.exp2_()
     return out.scatter_(1, index, at_head).scatter_(1, target[:, None], 0.0)
 
 
