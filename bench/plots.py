@@ -57,7 +57,8 @@ def draw(path: Path) -> Path:
         axis.set_xlabel(along)
         axis.set_ylabel("forward and backward, ms (median)")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        if longest:
+            axis.legend(fontsize=7)
     picture = path.with_suffix(".png")
     figure.savefig(picture, dpi=130)
     plt.close(figure)

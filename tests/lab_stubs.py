@@ -65,10 +65,12 @@ class Inline:
 
 
 def train_and_tell_node(config: Mapping[str, Any], *, folder: Path | None, progress: bool) -> dict[str, Any]:
-    """Also tells which Ray node it ran on, and where Python looks for packages there."""
+    """Also tells which Ray node it ran on, and which copy of the package."""
     import ray
+
+    import topk
 
     node = ray.get_runtime_context().get_node_id()
     done = train(config, folder=folder, progress=progress)
     time.sleep(0.5)  # long enough that the other node takes the next run
-    return {**done, "final": {**done["final"], "node": node, "path": os.environ["PYTHONPATH"]}}
+    return {**done, "final": {**done["final"], "node": node, "package": topk.__file__}}

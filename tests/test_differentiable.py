@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_temporaries
+from bench.memory import peak_temporaries
 
 import topk
 from topk import reference

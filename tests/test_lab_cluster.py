@@ -64,7 +64,7 @@ def test_a_sweep_over_two_nodes_with_failures(cluster: str, tmp_path: Path) -> N
     assert "died" in report.failed[keys[lab_stubs.DIES]].lower()
     frame = records.load(results)
     assert frame["node"].nunique() == 2
-    assert frame["path"].str.contains("py_modules").all(), "the sweep's own package travelled"
+    assert frame["package"].str.contains("working_dir_files").all(), "the sweep's own package travelled"
     assert frame["commit"].nunique(dropna=False) == 1
     log = (results / f"{keys[lab_stubs.FAILS]}.log").read_text()
     assert log.startswith("the seed is 13\n")
@@ -92,7 +92,7 @@ def test_another_copy_of_the_package_is_refused(cluster: str, monkeypatch: pytes
     from topk.lab import cluster as room
     from topk.lab.workers import Job
 
-    monkeypatch.setattr(room, "source", lambda: "of another commit")
+    monkeypatch.setattr(room, "source", lambda _: "of another commit")
     engine = room.RayEngine(cluster, 1)
     engine.start(Job("a", next(iter(grid.read(TINY).configs.values()))))
     outcomes = engine.wait(60)

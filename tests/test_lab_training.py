@@ -501,6 +501,7 @@ class _Trap:
         return (os.mkdir, (os.environ["TOPK_TRAP"],))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_checkpoint_with_code_is_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOPK_TRAP", str(tmp_path / "sprung"))
     torch.save({"version": 1, "run": _Trap()}, tmp_path / checkpoints.NAME)

@@ -242,7 +242,7 @@ def test_the_head_is_chosen_by_the_scores() -> None:
     size = noised_sampling.head_size
     assert size(scores[:, :100], 6, 1.0) == 100
     assert size(scores, 6, 1.0) == noised_sampling.HEAD
-    assert size(scores, 21, 1.0) == 84
+    assert size(scores, 30, 1.0) == 120
     assert size(4 * scores, 6, 0.2) == 15
     assert size(scores[:0], 6, 0.2) in (15, noised_sampling.HEAD)
 

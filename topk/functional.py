@@ -288,8 +288,18 @@ def differentiable_topk_loss(
     # With gradients in sight, forward computes them on the way.
     slopes = torch.is_grad_enabled() and scores.requires_grad
     options = (
-        [each for each, _ in used], [p for _, p in used], method, distribution, inverse_temperature, art_lambda,
-        min(m, classes), top1, cross_entropy_over, iterations, tolerance, slopes,
+        [each for each, _ in used],
+        [p for _, p in used],
+        method,
+        distribution,
+        inverse_temperature,
+        art_lambda,
+        min(m, classes),
+        top1,
+        cross_entropy_over,
+        iterations,
+        tolerance,
+        slopes,
     )
     return _reduced("differentiable", scores, target, None, [], options, weight, ignore_index, reduction, backend)
 

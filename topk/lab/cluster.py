@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ import topk
 from topk.lab.provenance import source
 from topk.lab.workers import Job, Outcome, described, execute, output_to
 
+_PACKAGE = Path(topk.__file__).parent
 _LONGEST_LOG = 200_000  # characters that travel home
 
 
@@ -36,9 +38,10 @@ class RayEngine:
         except ImportError:
             raise ValueError("--engine ray needs the extra `cluster`: pip install 'topk-losses[cluster]'") from None
         self._ray = ray
-        package = str(Path(topk.__file__).parent)
-        environment = {"py_modules": [package], "excludes": ["__pycache__", "*.pyc"]}
-        ray.init(address=address, runtime_env=environment, log_to_driver=False, ignore_reinit_error=True)
+        with tempfile.TemporaryDirectory() as copy:  # uploaded by `init`; later edits do not reach the runs
+            package = shutil.copytree(_PACKAGE, Path(copy) / "topk", ignore=shutil.ignore_patterns("__pycache__"))
+            self._source = source(package)
+            ray.init(address=address, runtime_env={"working_dir": copy}, log_to_driver=False)
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
         self.slots = workers or gpus or max(1, int(resources.get("CPU", 1)) // threads)
@@ -52,7 +55,7 @@ class RayEngine:
         text = None if job.notebook is None else job.notebook.read_text()
         away = dataclasses.replace(job, folder=None, log=None, notebook=None)
         name = None if job.notebook is None else job.notebook.name
-        self._running[self._execute.remote(away, name, text, source())] = job.key
+        self._running[self._execute.remote(away, name, text, self._source)] = job.key
 
     def wait(self, seconds: float) -> list[Outcome]:
         """Waits for any task; one whose machine or process died has failed."""
@@ -80,8 +83,8 @@ class RayEngine:
 
 def _execute_away(job: Job, notebook: str | None, text: str | None, code: str) -> Outcome:
     """Runs a job in a temporary folder of this machine and sends its log home when it failed."""
-    if source() != code:
-        raise RuntimeError(f"another copy of topk is in the way on this machine: {topk.__file__}")
+    if source(_PACKAGE) != code:
+        raise RuntimeError(f"another copy of topk is in the way on this machine: {_PACKAGE}")
     with tempfile.TemporaryDirectory(prefix="topk-") as temporary:
         folder, log = Path(temporary), Path(temporary) / "log"
         work = folder / "work"

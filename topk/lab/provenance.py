@@ -49,10 +49,9 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-@cache
-def source() -> str:
-    """A digest of this package's code as it is on this machine."""
-    digest, folder = hashlib.sha256(), Path(topk.__file__).parent
+def source(folder: Path) -> str:
+    """A digest of a package's code."""
+    digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:20]

@@ -128,8 +128,8 @@ def train(
         ``epochs``: for each its ``epoch``, ``learning_rate`` (of the last step), ``training`` (mean ``loss``, ``top1``,
         ``top5`` of the batches as they were trained on) and what `Evaluation.summary` tells of the test split, or,
         where there is a validation split, ``validation`` with what it tells of that;
-        ``final``: the same of both at the end; ``seconds``, ``data_fingerprint``, ``parameters``, ``weights`` (the hash of
-        pretrained ones, see `topk.lab.features.pretrained`), ``precision``, ``processes``.
+        ``final``: the same of both at the end; ``seconds``, ``data_fingerprint``, ``parameters``, ``weights`` (the hash
+        of pretrained ones, see `topk.lab.features.pretrained`), ``precision``, ``processes``.
 
     Raises:
         DivergedError: the loss was NaN or infinite.

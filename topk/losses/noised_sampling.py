@@ -32,7 +32,7 @@ from torch.nn.functional import pad
 
 from topk.losses.room import finite_or_zero, row_chunks, wide_type
 
-HEAD = 80
+HEAD = 96
 """The least number of classes of a row that are drawn plainly, unless fewer are enough."""
 
 _BLOCK = 16  # intervals searched together
@@ -123,7 +123,7 @@ def _let_in(
 ) -> tuple[Tensor, Tensor]:
     """Merges the head's order statistics with the classes outside `place` that exceed them in some sample.
 
-    `least` is the head's smallest score; `scores` is overwritten.
+    `least` is the head's smallest score; like `scores` and `value` it is less `centre`.
     """
     samples, rows, _ = value.shape
     lowest = value[:, :, -1].amin(0)

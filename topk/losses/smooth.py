@@ -52,7 +52,7 @@ POWER_SUM_LIMIT = 8
 
 _NEWTON_STEPS = 3
 _LANES = 2**13  # polynomials advanced together by one step of the recursion
-_SUM_CHUNK = 2**17  # elements worked on at a time: buffers stay in cache, far below the size of the scores
+_SUM_CHUNK = 2**16  # elements worked on at a time: buffers stay in cache, far below the size of the scores
 _LANE_CHUNK = 2**17  # larger, since every step of the recursion costs one call
 
 
