@@ -1,6 +1,6 @@
 # `make test` and `make book` set everything up by themselves. Variables: PYTHON (3.11 or newer), PYTEST (extra flags).
 PYTHON ?= python3
-PYTEST ?=
+PYTEST ?= -n 2 --dist loadfile
 BIN := .venv/bin
 EXTRAS := triton,lab,book,test,peers
 

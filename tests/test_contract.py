@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -421,6 +422,14 @@ def test_bad_k(loss: Case, k: Any, error: type[Exception], message: str) -> None
     if not (isinstance(k, int) and k > CLASSES) and k != {CLASSES + 1: 1.0}:
         with pytest.raises(error, match=message):
             loss.module(**{**loss.keywords, "k": k})
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    scores, target = batch()
+    plain = topk.smooth_topk_loss(scores, target, 3, tau=0.5, ignore_index=2)
+    assert topk.smooth_topk_loss(scores, target, np.int64(3), tau=np.float32(0.5), ignore_index=np.int32(2)) == plain
+    relaxed = topk.differentiable_topk_loss(scores, target, {np.int64(3): np.float64(1.0)}, m=np.int64(6))
+    assert relaxed == topk.differentiable_topk_loss(scores, target, 3, m=6)
 
 
 SPECIFIC = [

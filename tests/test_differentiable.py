@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bench.memory import peak_temporaries
 
 import topk
+from bench.memory import peak_temporaries
 from topk import reference
 from topk.losses import differentiable, networks, room
 

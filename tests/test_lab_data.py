@@ -27,7 +27,7 @@ from topk.lab.batches import Batches
 from topk.lab.cache import CacheError
 from topk.lab.data import ImageFiles, Split
 from topk.lab.packed import PackedError, Part, Source
-from topk.lab.streaming import StreamedBatches, batches_of
+from topk.lab.streaming import StreamedBatches, batches_of, middle, random_cut
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("TOPK_TEST_DATA", ROOT.parent / "shared" / "data"))
@@ -1208,6 +1208,21 @@ def test_trees_can_be_streamed(tree: Path, cache_folder: Path) -> None:
     np.testing.assert_allclose(inputs[4].permute(1, 2, 0).numpy() * 255, np.asarray(expected), atol=1e-3)
     with pytest.raises(CacheError, match="copy that folder instead"):
         data.export("zoo", tree.parent / "out")
+
+
+def test_random_cuts_are_inside_and_of_the_promised_sizes() -> None:
+    bits = np.random.PCG64(0)
+    boxes = np.array([random_cut((60, 40), bits) for _ in range(2000)])
+    assert (boxes >= 0).all()
+    assert (boxes[:, 2] <= 60 + 1e-9).all()
+    assert (boxes[:, 3] <= 40 + 1e-9).all()
+    wide, high = (boxes[:, 2:] - boxes[:, :2]).T
+    share, ratio = wide * high / 2400, wide / high
+    assert 0.08 <= share.min() < 0.09
+    assert 0.9 < share.max() <= 1
+    assert 0.75 <= ratio.min() + 1e-9 < 0.77
+    assert 1.3 < ratio.max() <= 4 / 3 + 1e-9
+    assert random_cut((1000, 10), bits) == middle((1000, 10)), "no box of these ratios has the area"
 
 
 def test_tiny_imagenet_layout(tmp_path: Path) -> None:

@@ -175,6 +175,17 @@ def test_a_holder_that_slept_notices_its_loss_and_harms_nobody(tmp_path: Path) -
         sleeper.release("a")
 
 
+def test_a_late_release_takes_nothing_from_others(tmp_path: Path) -> None:
+    sleeper, other, third = (claims.Claims(tmp_path, silence=0.2) for _ in range(3))
+    assert sleeper.take("a")
+    time.sleep(0.3)
+    assert other.take("a")
+    other.release("a")
+    assert third.take("a")
+    sleeper.release("a")
+    assert third.beat() == []
+
+
 def test_signs_of_life_keep_a_claim(tmp_path: Path) -> None:
     holder, other = claims.Claims(tmp_path, silence=0.5), claims.Claims(tmp_path, silence=0.5)
     assert holder.take("a")
@@ -294,6 +305,24 @@ def test_a_failure_that_cannot_be_written_stops_nobody(tmp_path: Path, monkeypat
     report = sweeps.run(sweep, tmp_path / "r", lab_stubs.Inline(), train=lab_stubs.train, progress=False)
     assert len(report.ran) == 1
     assert "No space left" in next(iter(report.failed.values()))
+
+
+def test_what_another_sweep_finished_before_the_claim_is_not_run(
+    tmp_path: Path, told: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, real = seeds_sweep(tmp_path, 1, 2), claims.Claims.take
+    first, second = sweep.configs
+
+    def take(self: claims.Claims, name: str) -> bool:
+        if name == first:
+            records.write(tmp_path / "r", sweep.configs[first], lab_stubs.result())
+        return real(self, name)
+
+    monkeypatch.setattr(claims.Claims, "take", take)
+    report = sweeps.run(sweep, tmp_path / "r", lab_stubs.Inline(), train=lab_stubs.train, progress=False)
+    assert (report.elsewhere, report.ran) == ([first], [second])
+    assert [line.split()[0] for line in told.read_text().splitlines()] == [second]
+    assert not any((tmp_path / "r" / claims.FOLDER).iterdir())
 
 
 def test_each_worker_has_its_gpu_and_its_share_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:

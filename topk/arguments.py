@@ -35,7 +35,8 @@ def check_scores(scores: Tensor, target: Tensor) -> int:
         raise TypeError(f"scores must be float32, float64, float16 or bfloat16, got {scores.dtype}")
     if target.dtype not in _INDEX_TYPES:
         raise TypeError(
-            f"target must hold class indices (an integer type), got {target.dtype}; class probabilities are not supported"
+            f"target must hold class indices (an integer type), got {target.dtype}; "
+            "class probabilities are not supported"
         )
     if scores.dim() == 0:
         raise ValueError("scores must have shape (classes,), (rows, classes) or (rows, classes, d1, ...), got a scalar")
@@ -122,10 +123,10 @@ def check_count(name: str, value: object, least: int = 1) -> int:
     """An int of at least `least`."""
     if not _is_integer(value):
         raise TypeError(f"{name} must be an int, got {value!r} of type {type(value).__name__}")
-    assert isinstance(value, int)
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+    number: int = int(value)  # type: ignore[call-overload]
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
@@ -136,10 +137,11 @@ def check_choice(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def check_ignore_index(ignore_index: object) -> int:
+    """Any int."""
     if not _is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an int, got {ignore_index!r} of type {type(ignore_index).__name__}")
-    assert isinstance(ignore_index, int)
-    return int(ignore_index)
+    number: int = int(ignore_index)  # type: ignore[call-overload]
+    return number
 
 
 def check_class_tensor(name: str, value: Tensor, scores: Tensor, classes: int) -> Tensor:
