@@ -25,12 +25,31 @@ def table(path: Path) -> str:
     return "\n".join(lines)
 
 
-def speedups(path: Path) -> dict[tuple[str, ...], dict[str, float]]:
-    """For every problem, each contender's median time in milliseconds by its name."""
-    cells: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+def summary(path: Path) -> str:
+    """The headline problems, 256 x 1000 and k = 5, as a Markdown table: ours against cross-entropy and the peers."""
+    cells: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
     for row in read(path):
-        cells[tuple(row[column] for column in CELL)][row["contender"]] = float(row["p50_ms"])
-    return dict(cells)
+        if (row["batch"], row["classes"], row["k"]) == ("256", "1000", "5"):
+            cells[tuple(row[column] for column in CELL)][row["contender"]] = row
+    lines = [
+        "| loss | times cross-entropy | times faster than the peer | peak memory, in scores |",
+        "|---|---|---|---|",
+    ]
+    for rows in cells.values():
+        ours = next(row for name, row in rows.items() if name.startswith("topk "))
+        peer = next((row for name, row in rows.items() if name.startswith(("difftopk ", "pytopk "))), None)
+        faster = f"{float(peer['p50_ms']) / float(ours['p50_ms']):.1f} ({peer['contender'].split()[0]})" if peer else ""
+        share = int(ours["peak_bytes"]) / int(ours["score_bytes"])
+        lines.append(f"| {_described(ours)} | {float(ours['times_cross_entropy']):.1f} | {faster} | {share:.1f} |")
+    return "\n".join(lines)
+
+
+def _described(row: dict[str, str]) -> str:
+    if row["family"] == "noised":
+        return f"noised, {row['samples']} samples, epsilon {row['epsilon']}, scores of deviation {row['spread']}"
+    if row["family"] == "differentiable":
+        return f"differentiable, {row['method']}, m = {row['m']}"
+    return row["family"]
 
 
 def draw(path: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -101,6 +102,15 @@ def test_what_is_kept_for_backward_grows_with_k_alone(family: str) -> None:
             kept[classes, k] = sum(part.numel() for part in saved) / 3
     assert kept[1000, 5] == kept[10_000, 5]
     assert kept[1000, 20] == kept[10_000, 20] <= 10 * 20 + 10
+
+
+def test_the_readmes_table_is_the_record() -> None:
+    """The README prints one machine's record, named below the table, and nothing by hand."""
+    root = Path(__file__).parent.parent
+    readme = (root / "README.md").read_text()
+    named = re.search(r"`(bench/results/[^`<]+/cpu\.csv)`", readme)
+    assert named, "the README names no record"
+    assert plots.summary(root / named.group(1)) in readme
 
 
 @pytest.mark.slow

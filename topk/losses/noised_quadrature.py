@@ -29,7 +29,7 @@ BELOW, ABOVE = 16, 20
 """Nodes below and above c."""
 
 _SPACING = 7.0 / 16.0  # of the nodes, in units of s
-_ROOT_STEPS = 8
+_ROOT_STEPS = 5
 _OUT_OF_REACH = 7.35  # Phi(-7.35) = 1e-13
 _LANES = 2**13  # polynomials advanced together by one step of the recursion
 _CHUNK = 2**20  # probabilities worked on at a time
@@ -104,10 +104,14 @@ def _within_reach(z: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor | None]:
     return near.values, near.indices
 
 
+def _distances(z: Tensor, nodes: Tensor) -> Tensor:
+    """v - z for z (..., rows) and nodes (rows, nodes)."""
+    return nodes.to(z.dtype) - z.contiguous()[..., None]
+
+
 def _probabilities(z: Tensor, nodes: Tensor) -> Tensor:
-    """Phi(z - v) for z (..., rows) and nodes (rows, nodes): (..., rows times nodes)."""
-    distance = nodes.to(z.dtype) - z[..., None]
-    return distance.mul_(math.sqrt(0.5)).erfc_().mul_(0.5).flatten(-2)
+    """Phi(z - v), (..., rows times nodes)."""
+    return _distances(z, nodes).mul_(math.sqrt(0.5)).erfc_().mul_(0.5).flatten(-2)
 
 
 def _success_counts(z: Tensor, nodes: Tensor, k: int) -> Tensor:
@@ -176,8 +180,7 @@ def _inclusion_integral(z: Tensor, nodes: Tensor, k: int, limit: int) -> Tensor:
 
 def _densities(z: Tensor, nodes: Tensor) -> Tensor:
     """phi(z - v), laid out like `_probabilities`."""
-    distance = nodes.to(z.dtype) - z[..., None]
-    return distance.square_().mul_(-0.5).exp_().mul_(1.0 / math.sqrt(2 * math.pi)).flatten(-2)
+    return _distances(z, nodes).square_().mul_(-0.5).exp_().mul_(1.0 / math.sqrt(2 * math.pi)).flatten(-2)
 
 
 def _leave_one_out(head: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
