@@ -25,7 +25,7 @@ from bench.memory import peak_temporaries
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = (5, 40)  # at least and at most
-SECONDS = 6.0  # of timing a setting, between those
+SECONDS = 3.0  # of timing a setting, between those
 CELL = ("suite", *Setting.__dataclass_fields__)
 COLUMNS = (
     *CELL,

@@ -13,6 +13,7 @@ synchronisation.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +57,13 @@ def _compute_type(scores: Tensor) -> torch.dtype:
     return torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
 
 
+def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Switches autocast off, where it is on: a matrix product inside a room must not be rounded to bfloat16."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 def _rows_in_use(scores: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Valid targets for every row, which rows are ignored and which are wrong (None: no row)."""
     classes = scores.shape[1]
@@ -82,7 +90,7 @@ def _run_forward(
     room: Room, scores: Tensor, target: Tensor, extras: list[Tensor], ignore_index: int, options: tuple[Any, ...]
 ) -> tuple[Tensor, list[Tensor]]:
     target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
-    with torch.autocast(scores.device.type, enabled=False):
+    with _full_precision(scores.device):
         loss, *saved = room.forward(scores.to(_compute_type(scores)), target, tuple(extras), options)
     if ignored is not None:
         loss = loss.masked_fill(ignored, 0.0)
@@ -102,7 +110,7 @@ def _run_backward(
     options: tuple[Any, ...],
 ) -> Tensor:
     target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
-    with torch.autocast(scores.device.type, enabled=False):
+    with _full_precision(scores.device):
         result = room.backward(grad, scores.to(_compute_type(scores)), target, tuple(extras), tuple(saved), options)
     if ignored is not None:
         result = result.masked_fill_(ignored[:, None], 0.0)

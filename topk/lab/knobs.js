@@ -3,6 +3,7 @@
   "use strict";
   const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4F88"];
   const DASHES = ["", "7 4", "2 3", "7 3 2 3"];
+  let clips = document.querySelectorAll(".topk-knobs clipPath").length; // every figure on the page brings this script
   const W = 360, H = 250, L = 46, R = 10, T = 26, B = 40;
 
   function svg(name, attributes, parent, text) {
@@ -33,7 +34,9 @@
     const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": spec.title }, parent);
     const x0 = Math.min(...spec.x), x1 = Math.max(...spec.x), [y0, y1] = spec.y_range;
     const px = (x) => L + ((x - x0) / (x1 - x0)) * (W - L - R);
-    const py = (y) => H - B - ((Math.max(y0, Math.min(y1, y)) - y0) / (y1 - y0)) * (H - T - B);
+    const py = (y) => H - B - ((y - y0) / (y1 - y0)) * (H - T - B);
+    const clip = "topk-clip-" + (clips += 1);
+    svg("rect", { x: L, y: T - 4, width: W - L - R, height: H - T - B + 8 }, svg("clipPath", { id: clip }, root));
     svg("text", { x: L, y: 16, "font-weight": 600, "font-size": 12.5 }, root, spec.title);
     for (const t of ticks(y0, y1, 5)) {
       svg("line", { x1: L, x2: W - R, y1: py(t), y2: py(t), class: "grid" }, root);
@@ -47,7 +50,7 @@
     svg("text", { x: 12, y: (T + H - B) / 2, "text-anchor": "middle", "font-size": 12,
       transform: `rotate(-90 12 ${(T + H - B) / 2})` }, root, spec.y_label);
     const marks = spec.lines.map((name, i) => {
-      const group = svg("g", {}, root);
+      const group = svg("g", { "clip-path": `url(#${clip})` }, root);
       return (values) => {
         group.textContent = "";
         if (spec.points) {

@@ -70,31 +70,29 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     if not settings.ks:
         empty = [scores.new_zeros(shape, dtype=dtype) for shape, dtype in _saved(rows, classes, options)]
         return scores.new_zeros(rows), *empty
-    order, rise, kept = _smoothed_order(scores, seeds, settings)
-    wide = wide_type(scores)
+    largest, middle, rise, kept = _smoothed_order(scores, seeds, settings)
     x_target = target_scores(scores, target)
-    bad, impossible = not_finite_above(order[:, 0], x_target)[:, None], (x_target == -torch.inf)[:, None]
-    absent = order[:, settings.ks] == -torch.inf
-    gap = margins.to(wide)[:, None] + (centre(order).to(wide) - x_target.to(wide))[:, None] + rise
-    hinges = (settings.scale * gap).relu().masked_fill(absent, 0.0)
-    hinges = hinges.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    shares = torch.tensor(settings.weights, dtype=wide, device=scores.device)
-    slope = torch.where((gap > 0) & ~absent, settings.scale * shares, 0.0).masked_fill(bad, torch.nan)
-    loss = torch.where(shares > 0, shares * hinges, 0.0).sum(1)
-    return loss.to(scores.dtype), slope.to(torch.float64), kept
+    # Where there is no (k+1)-th score the rise is -inf, and so is the gap, or NaN if y is impossible as well.
+    gap = (margins + (middle - x_target)).to(rise.dtype)[:, None] + rise
+    bad, impossible = not_finite_above(largest, x_target), x_target == -torch.inf
+    shares = torch.tensor(settings.weights, dtype=rise.dtype, device=scores.device)
+    slope = torch.where(gap > 0, settings.scale * shares, 0.0)
+    loss = (torch.where(slope > 0, gap, 0.0) * slope).sum(1)
+    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+    return loss.to(scores.dtype), slope.masked_fill(bad[:, None], torch.nan).to(torch.float64), kept
 
 
-def _smoothed_order(scores: Tensor, seeds: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest scores, descending, E[(x + epsilon Z)_[k+1]] less their `centre` (rows, ks), and what to save."""
+def _smoothed_order(scores: Tensor, seeds: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest score, a `centre` (rows,), E[(x + epsilon Z)_[k+1]] less it (rows, ks), and what to save."""
     ks, depth = settings.ks, max(settings.ks) + 1
+    if not settings.by_quadrature and settings.epsilon > 0:
+        return sampled_order(scores, seeds, ks, settings.epsilon, settings.draws)
+    order, index = ordered_topk(scores, depth)
+    middle = centre(order[:, -1], order[:, 0])
     if settings.by_quadrature:
-        order = scores.topk(depth, dim=1).values
-        return order, *expected_order(scores, order, centre(order), ks, settings.epsilon)
-    if settings.epsilon == 0:
-        order, index = ordered_topk(scores, depth)
-        rise = order[:, ks].to(wide_type(scores)) - centre(order).to(wide_type(scores))[:, None]
-        return order, rise, index[:, None, ks]
-    return sampled_order(scores, seeds, ks, settings.epsilon, settings.draws)
+        return order[:, 0], middle, *expected_order(scores, order, middle, ks, settings.epsilon)
+    rise = order[:, ks].to(wide_type(scores)) - middle.to(wide_type(scores))[:, None]
+    return order[:, 0], middle, rise, index[:, None, ks]
 
 
 def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:

@@ -38,9 +38,9 @@ _CHUNK = 2**20  # probabilities worked on at a time
 def expected_order(
     scores: Tensor, order: Tensor, centre: Tensor, ks: list[int], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """E[(x + epsilon Z)_[k+1]] - centre for every k (rows, ks), and the grids (rows, ks, 3): centre, c, spacing."""
+    """E[(x + epsilon Z)_[k+1]] - centre (rows, ks), -inf where absent, and the grids (rows, ks, 3): centre, c, spacing."""
     rows, classes = scores.shape
-    rise = scores.new_zeros((rows, len(ks)), dtype=wide_type(scores))
+    rise = scores.new_empty((rows, len(ks)), dtype=wide_type(scores))
     grids = scores.new_zeros((rows, len(ks), 3), dtype=torch.float64)
     grids[:, :, 0] = centre[:, None]
     for here in row_chunks(rows, classes * (BELOW + ABOVE), _CHUNK):
@@ -54,7 +54,7 @@ def expected_order(
             steps = torch.arange(nodes.shape[1], device=z.device) >= BELOW
             rise[here, place] = epsilon * (middle + spacing * (steps.to(under.dtype) - under).sum(1))
             grids[here, place, 1:] = torch.stack((middle, spacing), 1).to(grids.dtype)
-    return rise, grids
+    return rise.masked_fill(order[:, ks] == -torch.inf, -torch.inf), grids
 
 
 def _middle(z: Tensor, kth: Tensor, k: int) -> tuple[Tensor, Tensor]:

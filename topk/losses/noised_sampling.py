@@ -16,8 +16,8 @@ For b we need no normal distribution function a class: g(a) = -log Phi(a) exp(a^
 
 (With h = phi / Phi, -h' = h (a + h) >= a h, hence h(a) >= a times the integral of h from a on, which is a times
 -log Phi(a); and g' = exp(a^2/2) (a (-log Phi(a)) - h(a)).) For a < 0 the bound at max(a, 0), with g read as
--log Phi(a_0) when a_0 < 0, holds as well. Classes so far down that all of them together are `_NEGLIGIBLE` are left
-out; with a small epsilon hardly any others remain.
+-log Phi(a_0) when a_0 < 0, holds as well. Where even -log Phi(a_0) for every class makes few points, as when epsilon
+is small, that is b, and no class need be looked at but those with a point.
 
 Elsewhere noise is counted, not drawn: a pure function of (seed, row, class, sample), without host synchronisation.
 """
@@ -37,7 +37,7 @@ HEAD = 96
 
 _BLOCK = 16  # intervals searched together
 _PROBES = 8  # rows looked at to choose the head
-_NEGLIGIBLE = 1e-12  # expected number of points a row that are not looked for
+_FEW_POINTS = 1 / 32  # a score, below which equal intervals do
 _CHUNK = 2**18  # noised scores worked on at a time on the CPU
 _COUNTED_CHUNK = 2**24  # and elsewhere
 _ROUNDING = 1e-4  # added to the bounds' logarithms, so that they stay bounds in float32
@@ -46,14 +46,15 @@ _WORD = 0xFFFFFFFF
 
 def sampled_order(
     scores: Tensor, seeds: Tensor, ks: list[int], epsilon: float, samples: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The max(ks) + 1 largest scores, the mean noised x_[k+1] less their `centre` (rows, ks), its classes.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The largest score (rows,), a `centre` (rows,), the mean noised x_[k+1] less it (rows, ks), and its classes.
 
     The classes (rows, samples, ks) are indices. Each of the groups of rows restarts from its own seed.
     """
     depth = max(ks) + 1
     size = scores.shape[0] // seeds.shape[0]
-    parts = [(scores[:0, :depth], scores.new_empty((samples, 0, depth)), seeds.new_empty((samples, 0, depth)))]
+    nothing = scores.new_empty((samples, 0, depth))
+    parts = [(scores[:0, 0], scores[:0, 0], nothing, nothing.long())]
     for seed, group in zip(seeds, scores.split(size) if size else (), strict=False):
         if scores.is_cpu:
             generator = torch.Generator().manual_seed(int(seed))
@@ -63,17 +64,17 @@ def sampled_order(
         else:
             chunks = row_chunks(size, scores.shape[1] * samples, _COUNTED_CHUNK)
             parts += [_counted(group[rows], seed, rows.start, depth, epsilon, samples) for rows in chunks]
-    order, value, index = (
-        torch.cat(column, dim) for column, dim in zip(zip(*parts, strict=True), (0, 1, 1), strict=True)
+    largest, middle, value, index = (
+        column[1] if len(column) == 2 else torch.cat(column, dim)
+        for column, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1), strict=True)
     )
     rise = torch.stack([value[:, :, k].mean(0, dtype=wide_type(scores)) for k in ks], 1)
-    return order, rise, torch.stack([index[:, :, k].T for k in ks], 2)
+    return largest, middle, rise, torch.stack([index[:, :, k].T for k in ks], 2)
 
 
-def centre(order: Tensor) -> Tensor:
+def centre(near: Tensor, largest: Tensor) -> Tensor:
     """A finite score close to the ones that matter: differences from it keep their digits."""
-    deepest = order[:, -1]
-    return torch.where(deepest.isfinite(), deepest, finite_or_zero(order[:, 0]))
+    return torch.where(near.isfinite(), near, finite_or_zero(largest))
 
 
 def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
@@ -98,60 +99,92 @@ def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
 
 def _drawn(
     scores: Tensor, generator: torch.Generator, head: int, depth: int, epsilon: float, samples: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest scores (rows, depth); the largest noised ones less `centre`, their classes (samples, rows, depth)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Largest score, `centre` (rows,), largest noised scores less it, and their classes (samples, rows, depth)."""
     top, place = scores.topk(head, dim=1, sorted=False)
-    order = top.topk(depth, dim=1).values
-    middle = centre(order)
+    least, largest = top.amin(1), top.amax(1)
+    middle = centre(least, largest)
     noised = torch.randn((samples, *top.shape), generator=generator, dtype=scores.dtype)
     noised.mul_(epsilon).add_(top - middle[:, None])
     value, slot = noised.topk(depth, dim=2)
     index = place.expand(samples, *place.shape).gather(2, slot)
-    if head == scores.shape[1]:
-        return order, value, index
-    return order, *_let_in(scores - middle[:, None], top.amin(1) - middle, place, value, index, generator, epsilon)
+    if head < scores.shape[1]:
+        sample, row, column, noise = _outside(scores, place, least, middle, value, generator, epsilon)
+        noised = (scores[row, column] - middle[row]).add_(noise, alpha=epsilon)
+        value, index = _merged(value, index, noised, column, sample * scores.shape[0] + row)
+    return largest, middle, value, index
 
 
-def _let_in(
+def _outside(
     scores: Tensor,
-    least: Tensor,
     place: Tensor,
+    least: Tensor,
+    middle: Tensor,
     value: Tensor,
-    index: Tensor,
     generator: torch.Generator,
     epsilon: float,
-) -> tuple[Tensor, Tensor]:
-    """Merges the head's order statistics with the classes outside `place` that exceed them in some sample.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sample, row, class and noise of all that may count outside the head, whose classes are `place`.
 
-    `least` is the head's smallest score; like `scores` and `value` it is less `centre`.
+    They are in ascending order of sample and row. `least` is the head's smallest score, `value` its noised ones.
     """
-    samples, rows, _ = value.shape
+    samples, (rows, classes) = value.shape[0], scores.shape
     lowest = value[:, :, -1].amin(0)
-    reach = epsilon * math.sqrt(2.0 * math.log(samples * scores.shape[1] / _NEGLIGIBLE))
-    others = (scores > (lowest - reach)[:, None]).scatter_(1, place, False)
-    within_reach = int(others.sum())
-    if within_reach == 0:
-        return value, index
-    nearest = (lowest - least).to(torch.float64) / epsilon
-    highest = (-torch.special.log_ndtr(nearest)).log() + nearest.clamp(min=0.0).square() / 2 + _ROUNDING
-    highest = highest.to(scores.dtype).nan_to_num_(nan=-torch.inf)  # a row that is broken anyway
-    if within_reach < scores.numel() // 8:
-        cells = others.flatten().nonzero().squeeze(1)
-        row = cells // scores.shape[1]
-        depths = (scores.flatten()[cells] - lowest[row]).div_(math.sqrt(2.0) * epsilon).clamp_(max=0.0)
-        lengths = torch.addcmul(highest[row], depths, depths, value=-1.0).exp_()
-        sample, interval, distance = _first_points(lengths, samples, generator)
-        cell = cells[interval]
+    nearest = (lowest - (least - middle)).to(torch.float64) / epsilon
+    # In a row that is broken, or has nothing outside its head, this is NaN or 0.
+    longest = torch.special.log_ndtr(nearest).neg_().nan_to_num_(nan=0.0)
+    if float(longest.sum()) * samples < _FEW_POINTS * rows:
+        sample, row, spot = _points(longest * classes, samples, generator)
+        column = (spot / longest[row]).long().clamp_(max=classes - 1)
+        distance = torch.addcmul(spot, column, longest[row], value=-1.0)
+        counting = (place[row] != column[:, None]).all(1)
     else:
-        depths = (scores - lowest[:, None]).div_(math.sqrt(2.0) * epsilon).clamp_(max=0.0)
-        lengths = torch.addcmul(highest[:, None], depths, depths, value=-1.0, out=depths).exp_()
-        lengths.masked_fill_(others.logical_not_(), 0.0)
-        sample, cell, distance = _first_points(lengths.flatten(), samples, generator)
-    row = cell // scores.shape[1]
+        depths = scores.sub(middle[:, None]).sub_(lowest[:, None]).div_(math.sqrt(2.0) * epsilon).clamp_(max=0.0)
+        highest = (longest.log() + nearest.clamp(min=0.0).square() / 2 + _ROUNDING).nan_to_num_(nan=-torch.inf)
+        lengths = torch.addcmul(highest.to(scores.dtype)[:, None], depths, depths, value=-1.0, out=depths).exp_()
+        lengths.scatter_(1, place, 0.0)
+        if bool((longest == 0.0).any()):
+            lengths.masked_fill_((longest == 0.0)[:, None], 0.0)
+        sample, cell, distance, counting = _points_of_intervals(lengths.flatten(), samples, generator)
+        row = cell // classes
+        column = cell - row * classes
+    key = (sample * rows + row) * classes + column
+    counting[1:] &= key[1:] != key[:-1]  # the first point of an interval is the class's noise
     # -log Phi(z) = distance, in the upper tail.
-    noise = torch.special.ndtri(-torch.expm1(-distance)).neg_()
-    noised = scores.flatten()[cell].add_(noise.to(scores.dtype), alpha=epsilon)
-    return _merged(value, index, noised, cell - row * scores.shape[1], sample * rows + row)
+    noise = torch.special.ndtri(-torch.expm1(-distance.clamp(min=1e-14))).neg_().to(scores.dtype)
+    chosen = counting.nonzero().squeeze(1)
+    return sample[chosen], row[chosen], column[chosen], noise[chosen]
+
+
+def _points(sizes: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """A Poisson process of unit rate on `samples` copies of consecutive stretches of these sizes.
+
+    Returns every point's copy, its stretch and its distance from the stretch's start, in the order of the line.
+    """
+    ends = sizes.cumsum(0)
+    total = ends[-1]
+    count = int(torch.poisson(total * samples, generator=generator))
+    gaps = torch.empty(count + 1, dtype=torch.float64).exponential_(generator=generator)
+    spots = gaps.cumsum(0)
+    spots = spots[:-1] * (samples * total / spots[-1])
+    copy = (spots / total).long().clamp_(max=samples - 1)
+    spots = torch.addcmul(spots, copy, total, value=-1.0)
+    stretch = torch.searchsorted(ends, spots, right=True).clamp_(max=ends.shape[0] - 1)
+    return copy, stretch, spots - (ends[stretch] - sizes[stretch])
+
+
+def _points_of_intervals(
+    lengths: Tensor, samples: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Copy, interval and distance from its start, and whether that is right: rounding may miss a block's end."""
+    blocks = pad(lengths, (0, -lengths.shape[0] % _BLOCK)).view(-1, _BLOCK)
+    copy, block, spot = _points(blocks.sum(1, dtype=torch.float64), samples, generator)
+    inside = blocks.index_select(0, block)
+    ends = inside.cumsum(1, dtype=torch.float64)
+    interval = (ends <= spot[:, None]).sum(1, keepdim=True).clamp_(max=_BLOCK - 1)
+    length = inside.gather(1, interval).squeeze(1)
+    distance = spot - (ends.gather(1, interval).squeeze(1) - length)
+    return copy, interval.squeeze(1) + block * _BLOCK, distance, length > 0
 
 
 def _merged(value: Tensor, index: Tensor, noised: Tensor, classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,47 +202,19 @@ def _merged(value: Tensor, index: Tensor, noised: Tensor, classes: Tensor, group
     return best.view(value.shape), indices.gather(1, slot).view(value.shape)
 
 
-def _first_points(lengths: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """A Poisson process of unit rate on `samples` copies of the intervals: each interval's first point.
-
-    Returns the copy, the interval and the distance from its start, in the order of the line.
-    """
-    blocks = pad(lengths, (0, -lengths.shape[0] % _BLOCK)).view(-1, _BLOCK)
-    sizes = blocks.sum(1, dtype=torch.float64)
-    ends = sizes.cumsum(0)
-    total = ends[-1]
-    count = int(torch.poisson(total * samples, generator=generator))
-    gaps = torch.empty(count + 1, dtype=torch.float64).exponential_(generator=generator)
-    spots = gaps.cumsum(0)
-    spots = spots[:-1] * (samples * total / spots[-1])
-    copy = (spots / total).long().clamp_(max=samples - 1)
-    spots = torch.addcmul(spots, copy, total, value=-1.0)
-    block = torch.searchsorted(ends, spots, right=True).clamp_(max=ends.shape[0] - 1)
-    spots = spots - (ends[block] - sizes[block])
-    ends = blocks.index_select(0, block).cumsum(1, dtype=torch.float64)
-    interval = (ends <= spots[:, None]).sum(1).clamp_(max=_BLOCK - 1)
-    ends = ends.gather(1, interval[:, None]).squeeze(1)
-    interval += block * _BLOCK
-    distance = spots - (ends - blocks.flatten()[interval])
-    key = copy * blocks.numel() + interval
-    first = torch.ones_like(key, dtype=torch.bool)
-    first[1:] = key[1:] != key[:-1]
-    first &= blocks.flatten()[interval] > 0  # rounding at a block's end
-    chosen = first.nonzero().squeeze(1)
-    return copy[chosen], interval[chosen], distance[chosen].clamp_(min=1e-14)
-
-
 # --- counted noise, on other devices ---------------------------------------------------------------------------------
 
 
 def _counted(
     scores: Tensor, seed: Tensor, first_row: int, depth: int, epsilon: float, samples: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_drawn`, from noise that depends on nothing but the seed and the place; every class is noised."""
     order = scores.topk(depth, dim=1).values
+    largest = order[:, 0]
+    middle = centre(order[:, -1], largest)
     noise = counted_normals(seed, first_row, scores.shape[0], scores.shape[1], samples).to(scores.dtype)
-    value, index = noise.mul_(epsilon).add_(scores - centre(order)[:, None]).topk(depth, dim=2)
-    return order, value, index
+    value, index = noise.mul_(epsilon).add_(scores - middle[:, None]).topk(depth, dim=2)
+    return largest, middle, value, index
 
 
 def counted_normals(seed: Tensor, first_row: int, rows: int, classes: int, samples: int) -> Tensor:

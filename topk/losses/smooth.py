@@ -52,7 +52,7 @@ POWER_SUM_LIMIT = 8
 
 _NEWTON_STEPS = 3
 _LANES = 2**13  # polynomials advanced together by one step of the recursion
-_SUM_CHUNK = 2**16  # elements worked on at a time: buffers stay in cache, far below the size of the scores
+_SUM_CHUNK = 2**17  # elements worked on at a time: buffers stay in cache, far below the size of the scores
 _LANE_CHUNK = 2**17  # larger, since every step of the recursion costs one call
 
 
@@ -153,31 +153,25 @@ def _odds(
 
 def _power_sums(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
     """sum of w^m over the tail for m = 1..k (k, rows)."""
-    dot = torch.linalg.vecdot
     sums = scores.new_empty((k, scores.shape[0]))
     none = scores.new_zeros(index.shape)
-    low_buffer, high_buffer = _buffers(scores, _SUM_CHUNK)
+    first_buffer, power_buffer = _buffers(scores, _SUM_CHUNK)
     for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
-        low = _odds(low_buffer[:count], scores[rows], target[rows], index[rows], none[rows], (kth[rows], None, rate))
-        high = torch.mul(low, low, out=high_buffer[:count])
-        parts = [low.sum(1), high.sum(1), dot(low, high), dot(high, high)]
-        if k > 4:
-            low.mul_(high)  # w^3
-            parts += [dot(low, high), dot(low, low)]
-        if k > 6:
-            high.mul_(high)  # w^4
-            parts += [dot(low, high), dot(high, high)]
-        torch.stack(parts[:k], out=sums[:, rows])
+        odds = _odds(first_buffer[:count], scores[rows], target[rows], index[rows], none[rows], (kth[rows], None, rate))
+        power = odds
+        for m in range(k):
+            if m > 0:
+                power = torch.mul(power, odds, out=power_buffer[:count])
+            torch.sum(power, 1, out=sums[m, rows])
     return sums
 
 
-def _buffers(scores: Tensor, budget: int, width: int | None = None) -> tuple[Tensor, Tensor]:
-    """Two work spaces for one chunk of rows, allocated once: fresh pages cost more than the arithmetic."""
+def _buffers(scores: Tensor, budget: int, count: int = 2, width: int | None = None) -> list[Tensor]:
+    """Work spaces for one chunk of rows, allocated once: fresh pages cost more than the arithmetic."""
     rows, classes = scores.shape
-    width = width or classes
-    shape = (2, min(rows, max(1, budget // classes)), width)
-    return scores.new_empty(shape).unbind(0)  # type: ignore[return-value]
+    shape = (min(rows, max(1, budget // classes)), width or classes)
+    return [scores.new_empty(shape) for _ in range(count)]
 
 
 def _newton_identities(sums: Tensor) -> Tensor:
@@ -196,7 +190,7 @@ def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, r
     rows, classes = scores.shape
     lanes = min(max(1, _LANES // rows), max(1, classes // (4 * k)))
     steps = -(-classes // lanes)
-    exponents, buffer = _buffers(scores, _LANE_CHUNK, lanes * steps)
+    exponents, buffer = _buffers(scores, _LANE_CHUNK, width=lanes * steps)
     exponents, buffer = exponents[:rows], buffer[:rows]
     exponents[:, classes:] = -torch.inf
     torch.sub(scores, kth[:, None], out=exponents[:, :classes]).mul_(rate)
@@ -320,12 +314,12 @@ def _add_one_k(
     """Writes the gradient of one k into `result`, or adds it."""
     columns = polynomial.to(scores.dtype).unsqueeze(-1).unbind(0)
     kth, tilt, rate = exponent
-    odds_buffer, field_buffer = _buffers(scores, _SUM_CHUNK)
+    odds_buffer, *field_buffer = _buffers(scores, _SUM_CHUNK, 2 if add else 1)
     for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
         part = (kth[rows], None if tilt is None else tilt[rows], rate)
         odds = _odds(odds_buffer[:count], scores[rows], target[rows], index[rows], small[rows], part)
-        field = field_buffer[:count] if add else result[rows]
+        field = field_buffer[0][:count] if add else result[rows]
         torch.mul(odds, columns[-1][rows], out=field)
         for column in columns[-2::-1]:
             field.add_(column[rows]).mul_(odds)
