@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import io
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -59,13 +59,16 @@ class Contender:
     needs: tuple[str, ...] = ()
     largest: int = 2**62  # elements of the scores times k
     tolerance: float = 1e-4
-    averages: int = field(default=1)  # losses that draw noise are averaged over this many calls in the gate
+    averages: int = 1  # losses that draw noise are averaged over this many calls in the gate
+    lacks: tuple[str, ...] = ()  # methods of the family that it does not offer
 
     def why_not(self, setting: Setting) -> str | None:
         """None, or the reason why this contender sits this setting out."""
         for module in self.needs:
             if importlib.util.find_spec(module) is None:
                 return f"{module} is not installed"
+        if setting.method in self.lacks:
+            return f"{self.name} has no {setting.method} without further packages"
         cost = setting.batch * setting.classes * setting.k
         return f"too slow for a problem of this size ({cost:.2g})" if cost > self.largest else None
 
@@ -206,7 +209,12 @@ CONTENDERS = (
         "difftopk smooth", "smooth", _difftopk_smooth, _smooth_truth, ("difftopk",), largest=2**25, tolerance=1e-2
     ),
     Contender(
-        "difftopk differentiable", "differentiable", _difftopk_differentiable, _differentiable_truth, ("difftopk",)
+        "difftopk differentiable",
+        "differentiable",
+        _difftopk_differentiable,
+        _differentiable_truth,
+        ("difftopk",),
+        lacks=("splitter_selection",),  # needs torch-sparse
     ),
     Contender("pytopk noised", "noised", _pytopk, _noised_truth, ("pytopk",), largest=2**26, averages=400),
 )

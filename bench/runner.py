@@ -38,6 +38,7 @@ COLUMNS = (
     "peak_bytes",
     "score_bytes",
     "rounds",
+    "load",
     "threads",
     "device",
     "dtype",
@@ -92,6 +93,9 @@ def run_suite(name: str, settings: list[Setting], folder: Path | None = None, fr
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
+    busy = os.getloadavg()[0]
+    if busy > 0.5:
+        tqdm.write(f"The machine is busy (load {busy:.1f} before the first measurement): expect inflated times.")
     bar = tqdm(settings, unit="setting")
     for setting in bar:
         bar.set_description(setting.label())
@@ -143,6 +147,7 @@ def measure(setting: Setting) -> list[dict[str, Any]]:
             "peak_bytes": peak_temporaries(functools.partial(_gradient, calls[contender], scores, target)),
             "score_bytes": scores.numel() * scores.element_size(),
             "rounds": len(times[contender]),
+            "load": f"{os.getloadavg()[0]:.1f}",
         }
         for contender in present
     ]

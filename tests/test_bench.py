@@ -108,7 +108,7 @@ def test_the_readmes_table_is_the_record() -> None:
     """The README prints one machine's record, named below the table, and nothing by hand."""
     root = Path(__file__).parent.parent
     readme = (root / "README.md").read_text()
-    named = re.search(r"`(bench/results/[^`<]+/cpu\.csv)`", readme)
+    named = re.search(r"`(bench/results/[^`<]+/headline\.csv)`", readme)
     assert named, "the README names no record"
     assert plots.summary(root / named.group(1)) in readme
 

@@ -51,7 +51,7 @@ def test_equals_the_definition_on_the_same_noise(classes: int, k: int) -> None:
     scores = torch.randn(rows, classes, dtype=torch.float64, requires_grad=True)
     target = torch.randint(classes, (rows,))
     noise = torch.randn(samples, rows, classes, generator=seeded(seed), dtype=torch.float64)
-    scores_of_noise = scores.topk(classes, 1, sorted=False).indices  # noise is drawn for classes as they are selected
+    scores_of_noise = scores.topk(classes, 1).indices  # noise is drawn for classes as they are selected
     noise = torch.zeros_like(noise).scatter(2, scores_of_noise.expand_as(noise), noise)
     arguments = (scores, target, [margins[target], torch.tensor([seed])], -100, "torch", [k], [1.0], 0.8, samples, 2.5)
     loss, saved = torch.ops.topk.noised_fwd(*arguments)
@@ -268,6 +268,17 @@ def test_scores_far_from_zero_keep_their_noise() -> None:
         near = value_and_gradient(scores, target, 5, samples=samples, generator=seeded(4))
         far = value_and_gradient(scores + 2.0**20, target, 5, samples=samples, generator=seeded(4))
         torch.testing.assert_close(near, far, rtol=1e-5, atol=1e-5)
+
+
+def test_noise_far_below_the_spacing_of_floats() -> None:
+    epsilon, samples = 1e-3, 4
+    for classes in (40, 1000):
+        scores = torch.arange(classes).mul(512.0).expand(800, -1)  # next to 5 * 10^5 floats are 1/32 apart
+        target = torch.full((800,), classes - 6)
+        loss, gradient = value_and_gradient(scores, target, 5, epsilon=epsilon, samples=samples, scale=1 / epsilon)
+        noise = loss.double() - 1 / epsilon
+        assert abs(float(noise.std()) * math.sqrt(samples) - 1.0) < STANDARD_ERRORS / math.sqrt(2 * 800)
+        assert (gradient == 0).all()  # of the target and of the sixth class, which is the same
 
 
 # --- counted noise ---------------------------------------------------------------------------------------------------

@@ -29,6 +29,10 @@ from book.pipeline.layout import EXECUTED, ROOT, SCRATCH, BookError
 PACKAGES = ("torch", "triton", "numpy", "scipy", "matplotlib", "pandas", "ipykernel", "papermill", "jupyter-book")
 
 
+CELL_SECONDS = {"smoke": 120, "laptop": 1200}
+"""A cell that takes longer has hung."""
+
+
 def versions() -> dict[str, str]:
     """Versions of what a notebook's outputs depend on."""
     found = {"python": platform.python_version()}
@@ -121,6 +125,7 @@ def _run_one(stem: str, profile: str, jobs: int) -> tuple[NotebookNode, list[str
             cwd=str(empty),
             progress_bar=False,
             kernel_name="python3",
+            execution_timeout=CELL_SECONDS.get(profile),
         )
     except PapermillExecutionError:
         pass  # the error is an output of its cell, which broken_cells names

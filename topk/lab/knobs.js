@@ -36,7 +36,7 @@
     const px = (x) => L + ((x - x0) / (x1 - x0)) * (W - L - R);
     const py = (y) => H - B - ((y - y0) / (y1 - y0)) * (H - T - B);
     const clip = "topk-clip-" + (clips += 1);
-    svg("rect", { x: L, y: T - 4, width: W - L - R, height: H - T - B + 8 }, svg("clipPath", { id: clip }, root));
+    svg("rect", { x: L - 5, y: T - 4, width: W - L - R + 10, height: H - T - B + 8 }, svg("clipPath", { id: clip }, root));
     svg("text", { x: L, y: 16, "font-weight": 600, "font-size": 12.5 }, root, spec.title);
     for (const t of ticks(y0, y1, 5)) {
       svg("line", { x1: L, x2: W - R, y1: py(t), y2: py(t), class: "grid" }, root);

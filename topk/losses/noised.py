@@ -73,13 +73,12 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     largest, middle, rise, kept = _smoothed_order(scores, seeds, settings)
     x_target = target_scores(scores, target)
     # Where there is no (k+1)-th score the rise is -inf, and so is the gap, or NaN if y is impossible as well.
-    gap = (margins + (middle - x_target)).to(rise.dtype)[:, None] + rise
-    bad, impossible = not_finite_above(largest, x_target), x_target == -torch.inf
-    shares = torch.tensor(settings.weights, dtype=rise.dtype, device=scores.device)
-    slope = torch.where(gap > 0, settings.scale * shares, 0.0)
-    loss = (torch.where(slope > 0, gap, 0.0) * slope).sum(1)
-    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    return loss.to(scores.dtype), slope.masked_fill(bad[:, None], torch.nan).to(torch.float64), kept
+    gap = (margins.to(rise.dtype) + (middle.to(rise.dtype) - x_target))[:, None] + rise
+    bad, impossible = not_finite_above(largest), x_target == -torch.inf
+    rates = settings.scale * torch.tensor(settings.weights, dtype=rise.dtype, device=scores.device)
+    loss = (gap.relu() * rates).sum(1).masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+    slope = ((gap > 0) * rates).masked_fill(bad[:, None], torch.nan)
+    return loss.to(scores.dtype), slope.to(torch.float64), kept
 
 
 def _smoothed_order(scores: Tensor, seeds: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -88,7 +87,7 @@ def _smoothed_order(scores: Tensor, seeds: Tensor, settings: _Settings) -> tuple
     if not settings.by_quadrature and settings.epsilon > 0:
         return sampled_order(scores, seeds, ks, settings.epsilon, settings.draws)
     order, index = ordered_topk(scores, depth)
-    middle = centre(order[:, -1], order[:, 0])
+    middle = centre(order[:, -1])
     if settings.by_quadrature:
         return order[:, 0], middle, *expected_order(scores, order, middle, ks, settings.epsilon)
     rise = order[:, ks].to(wide_type(scores)) - middle.to(wide_type(scores))[:, None]

@@ -38,7 +38,7 @@ _CHUNK = 2**20  # probabilities worked on at a time
 def expected_order(
     scores: Tensor, order: Tensor, centre: Tensor, ks: list[int], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """E[(x + epsilon Z)_[k+1]] - centre (rows, ks), -inf where absent, and the grids (rows, ks, 3): centre, c, spacing."""
+    """E[(x + epsilon Z)_[k+1]] - centre (rows, ks), -inf where absent; the grids (rows, ks, 3): centre, c, spacing."""
     rows, classes = scores.shape
     rise = scores.new_empty((rows, len(ks)), dtype=wide_type(scores))
     grids = scores.new_zeros((rows, len(ks), 3), dtype=torch.float64)

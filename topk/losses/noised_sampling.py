@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topk.losses.room import finite_or_zero, row_chunks, wide_type
+from topk.losses.room import row_chunks, wide_type
 
 HEAD = 96
 """The least number of classes of a row that are drawn plainly, unless fewer are enough."""
@@ -72,9 +72,9 @@ def sampled_order(
     return largest, middle, rise, torch.stack([index[:, :, k].T for k in ks], 2)
 
 
-def centre(near: Tensor, largest: Tensor) -> Tensor:
+def centre(near: Tensor) -> Tensor:
     """A finite score close to the ones that matter: differences from it keep their digits."""
-    return torch.where(near.isfinite(), near, finite_or_zero(largest))
+    return near.nan_to_num(0.0, 0.0, 0.0)
 
 
 def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
@@ -101,17 +101,15 @@ def _drawn(
     scores: Tensor, generator: torch.Generator, head: int, depth: int, epsilon: float, samples: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Largest score, `centre` (rows,), largest noised scores less it, and their classes (samples, rows, depth)."""
-    top, place = scores.topk(head, dim=1, sorted=False)
-    least, largest = top.amin(1), top.amax(1)
-    middle = centre(least, largest)
+    top, place = scores.topk(head, dim=1)
+    largest, least = top[:, 0], top[:, -1]
+    middle = centre(top[:, depth - 1])
     noised = torch.randn((samples, *top.shape), generator=generator, dtype=scores.dtype)
     noised.mul_(epsilon).add_(top - middle[:, None])
     value, slot = noised.topk(depth, dim=2)
     index = place.expand(samples, *place.shape).gather(2, slot)
     if head < scores.shape[1]:
-        sample, row, column, noise = _outside(scores, place, least, middle, value, generator, epsilon)
-        noised = (scores[row, column] - middle[row]).add_(noise, alpha=epsilon)
-        value, index = _merged(value, index, noised, column, sample * scores.shape[0] + row)
+        value, index = _merged(value, index, *_outside(scores, place, least, middle, value, generator, epsilon))
     return largest, middle, value, index
 
 
@@ -123,10 +121,10 @@ def _outside(
     value: Tensor,
     generator: torch.Generator,
     epsilon: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample, row, class and noise of all that may count outside the head, whose classes are `place`.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised score less `middle`, class and sample * rows + row, ascending, of all outside the head that count.
 
-    They are in ascending order of sample and row. `least` is the head's smallest score, `value` its noised ones.
+    The head's classes are `place`, its smallest score is `least`, and its largest noised scores are `value`.
     """
     samples, (rows, classes) = value.shape[0], scores.shape
     lowest = value[:, :, -1].amin(0)
@@ -135,8 +133,9 @@ def _outside(
     longest = torch.special.log_ndtr(nearest).neg_().nan_to_num_(nan=0.0)
     if float(longest.sum()) * samples < _FEW_POINTS * rows:
         sample, row, spot = _points(longest * classes, samples, generator)
-        column = (spot / longest[row]).long().clamp_(max=classes - 1)
-        distance = torch.addcmul(spot, column, longest[row], value=-1.0)
+        length = longest[row]
+        column = (spot / length).long().clamp_(max=classes - 1)
+        distance = torch.addcmul(spot, column, length, value=-1.0)
         counting = (place[row] != column[:, None]).all(1)
     else:
         depths = scores.sub(middle[:, None]).sub_(lowest[:, None]).div_(math.sqrt(2.0) * epsilon).clamp_(max=0.0)
@@ -148,12 +147,15 @@ def _outside(
         sample, cell, distance, counting = _points_of_intervals(lengths.flatten(), samples, generator)
         row = cell // classes
         column = cell - row * classes
-    key = (sample * rows + row) * classes + column
+    group = sample * rows + row
+    key = group * classes + column
     counting[1:] &= key[1:] != key[:-1]  # the first point of an interval is the class's noise
     # -log Phi(z) = distance, in the upper tail.
-    noise = torch.special.ndtri(-torch.expm1(-distance.clamp(min=1e-14))).neg_().to(scores.dtype)
+    noise = torch.special.ndtri(torch.expm1(-distance.clamp_(min=1e-14)).neg_()).to(scores.dtype)
+    noised = (scores[row, column] - middle[row]).sub_(noise, alpha=epsilon)
+    counting &= noised > value[:, :, -1].flatten()[group]
     chosen = counting.nonzero().squeeze(1)
-    return sample[chosen], row[chosen], column[chosen], noise[chosen]
+    return noised[chosen], column[chosen], group[chosen]
 
 
 def _points(sizes: Tensor, samples: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,17 +189,15 @@ def _points_of_intervals(
     return copy, interval.squeeze(1) + block * _BLOCK, distance, length > 0
 
 
-def _merged(value: Tensor, index: Tensor, noised: Tensor, classes: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """The order statistics once more, with further classes of the groups, which are listed in ascending order."""
+def _merged(value: Tensor, index: Tensor, noised: Tensor, column: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """The order statistics once more, with further noised scores, listed in ascending order of their group."""
     samples, rows, depth = value.shape
-    counting = (noised > value[:, :, -1].flatten()[group]).nonzero().squeeze(1)
-    noised, classes, group = noised[counting], classes[counting], group[counting]
     sizes = torch.bincount(group, minlength=samples * rows)
     slot = torch.arange(group.shape[0]) - (sizes.cumsum(0) - sizes)[group]
     values = value.new_full((samples * rows, depth + int(sizes.max())), -torch.inf)
     indices = index.new_zeros(values.shape)
     values[:, :depth], indices[:, :depth] = value.flatten(0, 1), index.flatten(0, 1)
-    values[group, depth + slot], indices[group, depth + slot] = noised, classes
+    values[group, depth + slot], indices[group, depth + slot] = noised, column
     best, slot = values.topk(depth, dim=1)
     return best.view(value.shape), indices.gather(1, slot).view(value.shape)
 
@@ -210,11 +210,10 @@ def _counted(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_drawn`, from noise that depends on nothing but the seed and the place; every class is noised."""
     order = scores.topk(depth, dim=1).values
-    largest = order[:, 0]
-    middle = centre(order[:, -1], largest)
+    middle = centre(order[:, -1])
     noise = counted_normals(seed, first_row, scores.shape[0], scores.shape[1], samples).to(scores.dtype)
     value, index = noise.mul_(epsilon).add_(scores - middle[:, None]).topk(depth, dim=2)
-    return largest, middle, value, index
+    return order[:, 0], middle, value, index
 
 
 def counted_normals(seed: Tensor, first_row: int, rows: int, classes: int, samples: int) -> Tensor:

@@ -66,7 +66,7 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """torch.topk along the classes, in two steps where that is up to four times faster on the CPU.
 
     The `count` largest lie in the `count` groups of eight whose best are largest, and to find a group's best is cheap.
-    It pays for very few of many, and where torch.topk leaves its partial sort for a full selection (64 count > classes).
+    It pays for very few of many, and where torch.topk leaves its partial sort for a full selection, 64 count > classes.
     """
     rows, classes = scores.shape
     groups = classes // _GROUP
