@@ -141,7 +141,8 @@ class LocalEngine:
                 outcome = worker.outcome()
                 if outcome is not None:
                     outcomes.append(outcome)
-                if not worker.process.is_alive():
+                # One that died since `outcome` looked keeps its place, and its run, until the next look.
+                if worker.job is None and not worker.process.is_alive():
                     self._workers[slot] = None
         return outcomes
 

@@ -101,8 +101,9 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
     wide = wide_type(scores)
     slope = slope.to(wide)
     push = (grad.to(wide)[:, None] * slope).masked_fill(slope == 0, 0.0)
-    # A row with NaN or +inf has a NaN slope, and a NaN gradient everywhere.
-    result = (slope.sum(1) * 0.0).to(scores.dtype)[:, None].repeat(1, scores.shape[1])
+    result = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+    if settings.ks:
+        result = _broken_rows_to_nan(result, slope[:, 0])
     if settings.by_quadrature:
         for place, k in enumerate(settings.ks):
             expected_order_gradient(result, push[:, place], scores, kept[:, place], k, settings.epsilon)
@@ -111,6 +112,14 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
         result.scatter_add_(1, kept.flatten(1), spread.to(scores.dtype))
     pull = push.sum(1).masked_fill(target_scores(scores, target) == -torch.inf, 0.0)
     return result.scatter_add_(1, target[:, None], -pull.to(scores.dtype)[:, None])
+
+
+def _broken_rows_to_nan(result: Tensor, slope: Tensor) -> Tensor:
+    """A row with NaN or +inf has a NaN slope, and a NaN gradient everywhere."""
+    broken = slope.isnan()
+    if result.is_cpu and not bool(broken.any()):
+        return result
+    return result.masked_fill_(broken[:, None], torch.nan)
 
 
 def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
