@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topk.losses.room import row_chunks, wide_type
+from topk.losses.room import largest, row_chunks, wide_type
 
 HEAD = 96
 """The least number of classes of a row that are drawn plainly, unless fewer are enough."""
@@ -64,12 +64,12 @@ def sampled_order(
         else:
             chunks = row_chunks(size, scores.shape[1] * samples, _COUNTED_CHUNK)
             parts += [_counted(group[rows], seed, rows.start, depth, epsilon, samples) for rows in chunks]
-    largest, middle, value, index = (
+    best, middle, value, index = (
         column[1] if len(column) == 2 else torch.cat(column, dim)
         for column, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1), strict=True)
     )
     rise = torch.stack([value[:, :, k].mean(0, dtype=wide_type(scores)) for k in ks], 1)
-    return largest, middle, rise, torch.stack([index[:, :, k].T for k in ks], 2)
+    return best, middle, rise, torch.stack([index[:, :, k].T for k in ks], 2)
 
 
 def centre(near: Tensor) -> Tensor:
@@ -101,16 +101,15 @@ def _drawn(
     scores: Tensor, generator: torch.Generator, head: int, depth: int, epsilon: float, samples: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Largest score, `centre` (rows,), largest noised scores less it, and their classes (samples, rows, depth)."""
-    top, place = scores.topk(head, dim=1)
-    largest, least = top[:, 0], top[:, -1]
+    top, place = largest(scores, head)
     middle = centre(top[:, depth - 1])
     noised = torch.randn((samples, *top.shape), generator=generator, dtype=scores.dtype)
     noised.mul_(epsilon).add_(top - middle[:, None])
     value, slot = noised.topk(depth, dim=2)
     index = place.expand(samples, *place.shape).gather(2, slot)
     if head < scores.shape[1]:
-        value, index = _merged(value, index, *_outside(scores, place, least, middle, value, generator, epsilon))
-    return largest, middle, value, index
+        value, index = _merged(value, index, *_outside(scores, place, top[:, -1], middle, value, generator, epsilon))
+    return top[:, 0], middle, value, index
 
 
 def _outside(
