@@ -32,10 +32,11 @@ from torch.nn.functional import pad
 
 from topk.losses.room import largest, row_chunks, wide_type
 
-HEAD = 96
+HEAD = 80
 """The least number of classes of a row that are drawn plainly, unless fewer are enough."""
 
-_BLOCK = 16  # intervals searched together
+_BLOCK = 8  # intervals searched together
+_STEEP = 4.0  # the fall of the scores over the smaller head, in units of epsilon, from which on it is enough
 _PROBES = 4  # rows looked at to choose the head
 _FEW_POINTS = 1 / 32  # a score, below which equal intervals do
 _CHUNK = 2**18  # noised scores worked on at a time on the CPU
@@ -91,7 +92,7 @@ def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
         return head
     probe = scores[:: max(1, rows // _PROBES)].topk(few, dim=1).values
     fall = (probe[:, depth - 1] - probe[:, -1]).nanmedian()
-    return few if bool(fall > epsilon) else head
+    return few if bool(fall > _STEEP * epsilon) else head
 
 
 # --- drawn noise, on the CPU -----------------------------------------------------------------------------------------
@@ -177,7 +178,8 @@ def _points_of_intervals(
     lengths: Tensor, samples: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Copy, interval and distance from its start, and whether that is right: rounding may miss a block's end."""
-    blocks = pad(lengths, (0, -lengths.shape[0] % _BLOCK)).view(-1, _BLOCK)
+    short = -lengths.shape[0] % _BLOCK
+    blocks = (pad(lengths, (0, short)) if short else lengths).view(-1, _BLOCK)
     copy, block, spot = _points(blocks.sum(1, dtype=torch.float64), samples, generator)
     inside = blocks.index_select(0, block)
     ends = inside.cumsum(1, dtype=torch.float64)
