@@ -175,9 +175,19 @@ def row_loss(
     backend: str,
 ) -> Tensor:
     """The loss of every row (rows,), differentiable in the scores."""
-    function = _TracedRowLoss if torch.compiler.is_compiling() else RowLoss
-    loss: Tensor = function.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
+    loss: Tensor
+    if torch.compiler.is_compiling():
+        loss = _TracedRowLoss.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
+    elif _is_plain(scores):
+        loss = _PlainRowLoss.apply((name, options, ignore_index, backend, len(extras)), scores, target, *extras)
+    else:
+        loss = RowLoss.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
     return loss
+
+
+def _is_plain(scores: Tensor) -> bool:
+    """Whether nothing but autograd is watching: no subclass of Tensor, no transform of torch.func."""
+    return type(scores) in (Tensor, torch.nn.Parameter) and not torch._C._are_functorch_transforms_active()
 
 
 def _op(name: str, suffix: str) -> Any:
@@ -199,6 +209,15 @@ def _fold(size: int, dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list
         batched = tensor.movedim(dim, 0) if dim is not None else tensor.expand(size, *tensor.shape)
         folded.append(batched.flatten(0, 1))
     return folded
+
+
+def _moved(
+    call: tuple[Any, ...], scores: Tensor, target: Tensor, rest: Sequence[Tensor], direction: Tensor
+) -> Tensor:
+    """How fast every row's loss changes along `direction`."""
+    ones = torch.ones_like(scores[:, 0], dtype=_compute_type(scores))
+    slopes: Tensor = RowLossGradient.apply(*call, ones, scores, target, *rest)
+    return (slopes * direction).to(ones.dtype).sum(1)
 
 
 class _TracedRowLoss(torch.autograd.Function):
@@ -252,10 +271,7 @@ class RowLoss(_TracedRowLoss):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         scores, target, *rest = ctx.saved_tensors
-        ones = torch.ones_like(scores[:, 0], dtype=_compute_type(scores))
-        slopes = RowLossGradient.apply(*ctx.call, ones, scores, target, *rest)
-        moved = (slopes * tangents[4]).to(ones.dtype).sum(1)
-        return moved, *([None] * (len(rest) - ctx.call[-1]))
+        return _moved(ctx.call, scores, target, rest, tangents[4]), *([None] * (len(rest) - ctx.call[-1]))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
@@ -313,6 +329,37 @@ class RowLossGradient(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
         result = RowLossGradient.apply(*inputs[:5], *_fold(info.batch_size, in_dims[5:], inputs[5:]))
         return result.unflatten(0, (info.batch_size, -1)), 0
+
+
+class _PlainRowLoss(torch.autograd.Function):
+    """Loss a row for everyday training: the same derivatives as `RowLoss`, without the way through the dispatcher.
+
+    That way, with `setup_context`, costs as much as the arithmetic of a small batch.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: tuple[Any, ...], scores: Tensor, target: Tensor, *extras: Tensor) -> Tensor:
+        name, options, ignore_index, _, _ = call
+        loss, saved = _run_forward(ROOMS[name], scores, target, list(extras), ignore_index, options)
+        ctx.save_for_backward(scores, target, *extras, *saved)
+        ctx.save_for_forward(scores, target, *extras, *saved)
+        ctx.call = call
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        name, options, ignore_index, _, count = ctx.call
+        scores, target, *rest = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            result = RowLossGradient.apply(*ctx.call, grad, scores, target, *rest)
+        else:
+            result = _run_backward(ROOMS[name], grad, scores, target, rest[:count], rest[count:], ignore_index, options)
+        return None, result, None, *([None] * count)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        scores, target, *rest = ctx.saved_tensors
+        return _moved(ctx.call, scores, target, rest, tangents[1])
 
 
 # torch binds every call's arguments to this signature, and would otherwise parse it again each time.

@@ -32,11 +32,11 @@ from torch.nn.functional import pad
 
 from topk.losses.room import largest, row_chunks, wide_type
 
-HEAD = 80
+HEAD = 96
 """The least number of classes of a row that are drawn plainly, unless fewer are enough."""
 
+_SMALLER_HEADS = ((4.0, 0), (1.5, 48))  # where the scores fall so far, in units of epsilon, over 4 depth of them
 _BLOCK = 8  # intervals searched together
-_STEEP = 4.0  # the fall of the scores over the smaller head, in units of epsilon, from which on it is enough
 _PROBES = 4  # rows looked at to choose the head
 _FEW_POINTS = 1 / 32  # a score, below which equal intervals do
 _CHUNK = 2**18  # noised scores worked on at a time on the CPU
@@ -81,18 +81,17 @@ def centre(near: Tensor) -> Tensor:
 def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
     """How many classes of a row to draw plainly: all of them where that is not much more work.
 
-    Fewer are enough where the scores fall off quickly in units of epsilon; as many as 1/64 of the classes torch.topk
-    finds in half the time. What is chosen depends on the scores alone, not on the noise, or it would bias the result.
+    Few are enough where the scores fall off quickly in units of epsilon. What is chosen depends on the scores alone,
+    not on the noise, or it would bias the result.
     """
     rows, classes = scores.shape
-    head, few = max(HEAD, 4 * depth), classes // 64
+    few = 4 * depth
+    head = max(HEAD, few)
     if classes <= 4 * head:
         return classes
-    if not 2 * depth <= few < head:
-        return head
     probe = scores[:: max(1, rows // _PROBES)].topk(few, dim=1).values
-    fall = (probe[:, depth - 1] - probe[:, -1]).nanmedian()
-    return few if bool(fall > _STEEP * epsilon) else head
+    fall = float((probe[:, depth - 1] - probe[:, -1]).nanmedian())
+    return next((max(size, few) for steep, size in _SMALLER_HEADS if fall > steep * epsilon), head)
 
 
 # --- drawn noise, on the CPU -----------------------------------------------------------------------------------------
@@ -109,7 +108,8 @@ def _drawn(
     value, slot = noised.topk(depth, dim=2)
     index = place.expand(samples, *place.shape).gather(2, slot)
     if head < scores.shape[1]:
-        value, index = _merged(value, index, *_outside(scores, place, top[:, -1], middle, value, generator, epsilon))
+        found = _outside(scores, place, top[:, -1], middle, value, generator, epsilon)
+        value, index = _merged(value, index, *found) if found[0].numel() else (value, index)
     return top[:, 0], middle, value, index
 
 
@@ -133,6 +133,8 @@ def _outside(
     longest = torch.special.log_ndtr(nearest).neg_().nan_to_num_(nan=0.0)
     if float(longest.sum()) * samples < _FEW_POINTS * rows:
         sample, row, spot = _points(longest * classes, samples, generator)
+        if row.numel() == 0:
+            return scores[0, :0], row, row
         length = longest[row]
         column = (spot / length).long().clamp_(max=classes - 1)
         distance = spot.sub_(column * length)
