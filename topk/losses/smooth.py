@@ -27,7 +27,6 @@ from the other end, in powers of 1 / w_i.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -65,50 +64,56 @@ def _depth(ks: list[int], classes: int) -> int:
 
 
 def _columns(k: int, classes: int) -> list[int]:
-    """Widths of the parts of the saved table for one k: (t, tilt, slope), the tail's r_0..r_k, the head's product."""
-    return [3, k + 1, _head_size(k, classes) + 1]
+    """Widths of the parts of the saved table for one k: (t, tilt, slope), the polynomial's and the head's gradient."""
+    return [3, k, _head_size(k, classes)]
 
 
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     ks = options[0]
-    depth = _depth(ks, classes)
-    width = sum(sum(_columns(k, classes)) for k in ks)
-    return ((rows, depth), None), ((rows, depth), torch.int64), ((rows, width), torch.float64)
+    width = sum(sum(_columns(k, classes)) for k in ks) + 1
+    return ((rows, _depth(ks, classes)), torch.int64), ((rows, width), torch.float64)
 
 
-def _unpack(table: Tensor, ks: list[int], classes: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For each k its (t, tilt, slope) (3, rows), tail (k + 1, rows) and head product (size + 1, rows)."""
+def _unpack(table: Tensor, ks: list[int], classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each k its (t, tilt, slope) (3, rows) and gradient, polynomial (k, rows) and head (size, rows)."""
     widths = [width for k in ks for width in _columns(k, classes)]
-    parts = [part.T for part in table.split(widths, 1)] if widths else []
-    return zip(parts[0::3], parts[1::3], parts[2::3], strict=True)
+    parts = table.T.split([*widths, 1])
+    return list(zip(parts[0:-1:3], parts[1:-1:3], parts[2:-1:3], strict=True))
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
 def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
-    """loss (rows,), the head's scores and indices (rows, depth), and the table of `_columns`."""
+    """loss (rows,), the head's indices (rows, depth), and the table of `_columns`, last in it y's gradient."""
     ks, weights, tau, margin = options
     rows, classes = scores.shape
     wide = wide_type(scores)
     x_target = target_scores(scores, target)
     head, index = largest_wrong(scores, target, _depth(ks, classes))
-    loss = torch.zeros_like(x_target, dtype=wide)
-    table = [loss.new_zeros((0, rows))]
+    usual = scores.is_cpu and math.isfinite(float(head.sum()) + float(x_target.sum()))
+    lead, loss, pull = x_target.to(wide), x_target.new_zeros(rows, dtype=wide), x_target.new_zeros(rows, dtype=wide)
+    table = []
     for k, weight in zip(ks, weights, strict=True):
         size = _head_size(k, classes)
         rate = 1.0 / (k * tau)
-        kth, absent, bad = _kth_wrong(head, x_target, k)
+        kth, absent, bad = (head[:, k - 1], None, None) if usual else _kth_wrong(head, x_target, k)
         tilt, tail = _tail(scores, target, index[:, :size], kth, k, rate)
-        product = _head_product(_log_odds(head[:, :size], kth, tilt, rate))
-        rise = _coefficient(product, tail, k).log() - _coefficient(product, tail, k - 1).log()
-        gap = margin / tau + (kth.to(wide) - x_target.to(wide)) * rate - tilt + rise
-        term = softplus(gap, threshold=30.0) * tau
-        term = term.masked_fill(absent, 0.0).masked_fill(x_target == -torch.inf, torch.inf).masked_fill(bad, torch.nan)
-        slope = gap.sigmoid().masked_fill(absent, 0.0).masked_fill(bad, torch.nan)
-        loss = loss + weight * term
-        table += [torch.stack((kth.to(wide), tilt, slope)), tail, product]
-    return loss.to(scores.dtype), head, index, torch.cat(table).to(torch.float64).T.contiguous()
+        kth = kth.to(wide)
+        log_odds = _log_odds(head[:, :size], kth, tilt, rate)
+        product, full = _with_head(log_odds, tail)
+        gap = (full[k] / full[k - 1]).log_().add_(kth - lead, alpha=rate).sub_(tilt).add_(margin / tau)
+        term, slope = softplus(gap, threshold=30.0), gap.sigmoid()
+        if absent is not None and bad is not None:
+            term = term.masked_fill(absent, 0.0).masked_fill(x_target == -torch.inf, torch.inf)
+            term, slope = term.masked_fill(bad, torch.nan), slope.masked_fill(absent, 0.0).masked_fill(bad, torch.nan)
+        loss.add_(term, alpha=weight * tau)
+        slope.mul_(weight / k)
+        pull.sub_(slope)
+        table += [torch.stack((kth, tilt, slope)), *_inclusion(log_odds, tail, product, full, slope)]
+    if not usual:
+        pull.masked_fill_(x_target == -torch.inf, 0.0)
+    return loss.to(scores.dtype), index, torch.cat([*table, pull[None]]).T.contiguous()
 
 
 def _kth_wrong(head: Tensor, x_target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,7 +129,7 @@ def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, ra
     """The tilt (rows,) and the tail's coefficients r (k + 1, rows), up to one common factor a row."""
     wide = wide_type(scores)
     if k <= POWER_SUM_LIMIT:
-        sums = _power_sums(scores, target, index, kth, k, rate)
+        sums = _power_sums(scores, torch.cat((index, target[:, None]), 1), kth, k, rate)
         return torch.zeros_like(kth, dtype=wide), _newton_identities(sums.to(wide))
     tilts, tails = [kth[:0]], [scores.new_zeros((k + 1, 0), dtype=wide)]
     for rows in row_chunks(scores.shape[0], scores.shape[1], _LANE_CHUNK):
@@ -134,35 +139,25 @@ def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, ra
     return torch.cat(tilts).to(wide), torch.cat(tails, 1)
 
 
-def _odds(
-    out: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    index: Tensor,
-    at_head: Tensor,
-    exponent: tuple[Tensor, Tensor | None, float],
-) -> Tensor:
-    """w_i = exp((x_i - x_[k]) rate + tilt), written into `out`; `at_head` for the head and 0 for y."""
-    kth, tilt, rate = exponent
+def _odds(scores: Tensor, kth: Tensor, tilt: Tensor | None, rate: float, out: Tensor) -> Tensor:
+    """w_i = exp((x_i - x_[k]) rate + tilt), written into `out`."""
     torch.sub(scores, kth[:, None], out=out).mul_(rate * LOG2_E)
     if tilt is not None:
         out.add_(tilt[:, None] * LOG2_E)
-    out.exp2_()
-    return out.scatter_(1, index, at_head).scatter_(1, target[:, None], 0.0)
+    return out.exp2_()
 
 
-def _power_sums(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
-    """sum of w^m over the tail for m = 1..k (k, rows)."""
+def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
+    """sum of w^m over the tail, all classes but those at `places`, for m = 1..k (k, rows)."""
     sums = scores.new_empty((k, scores.shape[0]))
-    none = scores.new_zeros(index.shape)
-    first_buffer, power_buffer = _buffers(scores, _SUM_CHUNK)
+    odds_buffer, power_buffer = _buffers(scores, _SUM_CHUNK)
     for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
-        odds = _odds(first_buffer[:count], scores[rows], target[rows], index[rows], none[rows], (kth[rows], None, rate))
+        odds = _odds(scores[rows], kth[rows], None, rate, odds_buffer[:count]).scatter_(1, places[rows], 0.0)
+        torch.sum(odds, 1, out=sums[0, rows])
         power = odds
-        for m in range(k):
-            if m > 0:
-                power = torch.mul(power, odds, out=power_buffer[:count])
+        for m in range(1, k):
+            power = torch.mul(power, odds, out=power_buffer[:count])
             torch.sum(power, 1, out=sums[m, rows])
     return sums
 
@@ -175,13 +170,13 @@ def _buffers(scores: Tensor, budget: int, count: int = 2, width: int | None = No
 
 
 def _newton_identities(sums: Tensor) -> Tensor:
-    """e_0..e_k (k + 1, rows) from the power sums p_1..p_k: m e_m = sum_i (-1)^(i-1) e_{m-i} p_i."""
+    """e_0..e_k (k + 1, rows) from the power sums p_1..p_k: e_m is the mean of (-1)^(i-1) e_{m-i} p_i over i = 1..m."""
     k = sums.shape[0]
     signed = sums.clone()
     signed[1::2].neg_()
     falling = sums.new_ones((k + 1, sums.shape[1]))  # e_k, ..., e_1, e_0, so that e_{m-1}..e_0 is a slice
     for m in range(1, k + 1):
-        torch.div((falling[k - m + 1 :] * signed[:m]).sum(0), m, out=falling[k - m])
+        torch.mean(falling[k - m + 1 :] * signed[:m], 0, out=falling[k - m])
     return falling.flip(0)
 
 
@@ -219,76 +214,57 @@ def _balance(exponents: Tensor, buffer: Tensor, k: int, wrong: int) -> Tensor:
 
 def _log_odds(head: Tensor, kth: Tensor, tilt: Tensor, rate: float) -> Tensor:
     """log w of the head (size, rows)."""
-    return ((head.T.to(tilt.dtype) - kth.to(tilt.dtype)) * rate + tilt).contiguous()
+    return torch.add(tilt, head.T.to(kth.dtype) - kth, alpha=rate)
 
 
-def _head_product(log_odds: Tensor) -> Tensor:
-    """Pr[S = j] over the head alone, every j (size + 1, rows)."""
-    success, failure = log_odds.sigmoid(), (-log_odds).sigmoid()
+def _with_head(log_odds: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+    """Pr[S = j] over the head alone, every j (size + 1, rows), and head times tail (k + 1, rows)."""
+    success, failure = log_odds.sigmoid(), log_odds.neg().sigmoid_()
     size, rows = log_odds.shape
-    now = log_odds.new_zeros((size + 1, rows))
-    now[0] = 1.0
-    for i in range(size):
-        longer = now[: i + 2] * failure[i]
-        longer[1:].addcmul_(now[: i + 1], success[i])
-        now[: i + 2] = longer
-    return now
-
-
-def _coefficient(left: Tensor, right: Tensor, degree: int) -> Tensor:
-    """One coefficient of the product of two polynomials; `right` is known at least to this degree."""
-    count = min(degree + 1, left.shape[0])
-    return (left[:count] * right[degree + 1 - count : degree + 1].flip(0)).sum(0)
+    if size >= tail.shape[0]:
+        now = log_odds.new_zeros((size + 1, rows))
+        now[0] = 1.0
+        for i in range(size):
+            longer = now[: i + 2] * failure[i]
+            longer[1:].addcmul_(now[: i + 1], success[i])
+            now[: i + 2] = longer
+        return now, polynomials.product(now, tail)
+    both = torch.stack((torch.zeros_like(tail), tail))  # one recursion for the two, since calls are what costs here
+    both[0, 0] = 1.0
+    for one, other in zip(failure.unbind(), success.unbind(), strict=True):
+        longer = both * one
+        longer[:, 1:].addcmul_(both[:, :-1], other)
+        both = longer
+    return both[0, : size + 1], both[1]
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """grad * d loss / d scores: for every k one exponential and k multiply-adds an element."""
-    ks, weights, tau, _ = options
-    classes = scores.shape[1]
-    head, index, table = saved
-    result = torch.empty_like(scores, memory_format=torch.contiguous_format) if ks else torch.zeros_like(scores)
-    at_target = torch.zeros_like(grad, dtype=wide_type(scores))
-    parts = _unpack(table.to(wide_type(scores)), ks, classes)
-    for place, (k, weight, ((kth, tilt, slope), tail, product)) in enumerate(zip(ks, weights, parts, strict=True)):
-        size = _head_size(k, classes)
-        scale = grad.to(slope.dtype) * slope * (weight / k)
-        log_odds = _log_odds(head[:, :size], kth, tilt, 1.0 / (k * tau))
-        polynomial, at_head = _inclusion(log_odds, tail, product, scale)
-        small = log_odds.clamp(max=0.0).exp_()  # the head's w, at most 1, so that nothing overflows
-        exponent = (kth.to(scores.dtype), None if k <= POWER_SUM_LIMIT else tilt.to(scores.dtype), 1.0 / (k * tau))
-        at_head = torch.where(log_odds >= 0, at_head, _horner(polynomial, small)).T.to(scores.dtype)
-        _add_one_k(
-            result, scores, target, index[:, :size], exponent, small.T.to(scores.dtype), polynomial, at_head, place > 0
-        )
-        at_target -= scale
-    at_target = at_target.masked_fill(target_scores(scores, target) == -torch.inf, 0.0)
-    return result.scatter_(1, target[:, None], at_target.to(result.dtype)[:, None])
-
-
-def _inclusion(log_odds: Tensor, tail: Tensor, product: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """scale * d rho / d u: coefficients in w for every class with w <= 1 (k, rows), and the head's values.
+def _inclusion(log_odds: Tensor, tail: Tensor, product: Tensor, full: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """slope * d rho / d u: coefficients in w for every class with w <= 1 (k, rows), and the head's values.
 
     A head class with w > 1 is divided out of the head's product from the top degree down, h_{j-1} = f_j - h_j / w,
-    which does not amplify errors; h_j = P Pr[S without it = j]. The values returned for w <= 1 are meaningless.
+    which does not amplify errors; h_j = P Pr[S without it = j].
     """
     k, size = tail.shape[0] - 1, log_odds.shape[0]
-    full = polynomials.product(product, tail)
-    silent = scale == 0  # also the rows with nothing to divide by
-    up, down = (scale / full[k]).masked_fill(silent, 0.0), (scale / full[k - 1]).masked_fill(silent, 0.0)
-    polynomial, weights = full[:k].flip(0) * up, tail[:k].flip(0) * up
-    polynomial[:-1] -= full[: k - 1].flip(0) * down
-    weights[:-1] -= tail[: k - 1].flip(0) * down
+    silent = slope == 0  # also the rows with nothing to divide by
+    up, down = (slope / full[k]).masked_fill_(silent, 0.0), (slope / full[k - 1]).masked_fill_(silent, 0.0)
+    falling = torch.stack((full[:k], tail[:k])).flip(1)
+    change = falling * up
+    change[:, :-1].addcmul_(falling[:, 1:], down, value=-1.0)
+    polynomial, weights = change[0], change[1]
     polynomial[1::2].neg_()
     shrink = log_odds.clamp(min=0.0).neg_().exp_()
-    quotient = product[size].expand_as(shrink)
-    at_head = quotient * weights[size - 1] if size <= k else torch.zeros_like(shrink)
+    quotient = product[size]
+    at_head = (quotient * weights[size - 1]).expand_as(shrink).clone() if size <= k else torch.zeros_like(shrink)
     for j in range(size - 1, 0, -1):
         quotient = torch.addcmul(product[j], shrink, quotient, value=-1.0)
         if j <= k:
             at_head.addcmul_(quotient, weights[j - 1])
+    if size > k or k > POWER_SUM_LIMIT:  # then some of the head may have w < 1
+        small = log_odds.clamp(max=0.0).exp_()
+        at_head = torch.where(log_odds >= 0, at_head, _horner(polynomial, small))
     return polynomial, at_head
 
 
@@ -300,25 +276,37 @@ def _horner(polynomial: Tensor, odds: Tensor) -> Tensor:
     return value
 
 
+def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+    """grad * d loss / d scores: for every k one exponential and k multiply-adds an element."""
+    ks, _, tau, _ = options
+    classes = scores.shape[1]
+    index, table = saved
+    scaled = (table * grad.to(table.dtype)[:, None]).to(scores.dtype)
+    result = torch.empty_like(scores, memory_format=torch.contiguous_format) if ks else torch.zeros_like(scores)
+    parts = zip(ks, _unpack(table, ks, classes), _unpack(scaled, ks, classes), strict=True)
+    for place, (k, (about, _, _), (_, polynomial, at_head)) in enumerate(parts):
+        kth, tilt = about[0].to(scores.dtype), about[1].to(scores.dtype) if k > POWER_SUM_LIMIT else None
+        odds = (kth, tilt, 1.0 / (k * tau))
+        _add_one_k(result, scores, index[:, : at_head.shape[0]], odds, polynomial, at_head.T, place > 0)
+    return result.scatter_(1, target[:, None], scaled[:, -1:])
+
+
 def _add_one_k(
     result: Tensor,
     scores: Tensor,
-    target: Tensor,
     index: Tensor,
     exponent: tuple[Tensor, Tensor | None, float],
-    small: Tensor,
     polynomial: Tensor,
     at_head: Tensor,
     add: bool,
 ) -> None:
-    """Writes the gradient of one k into `result`, or adds it."""
-    columns = polynomial.to(scores.dtype).unsqueeze(-1).unbind(0)
+    """Writes the gradient of one k into `result`, or adds it; what it leaves at y is overwritten later."""
+    columns = polynomial.unsqueeze(-1).unbind()
     kth, tilt, rate = exponent
     odds_buffer, *field_buffer = _buffers(scores, _SUM_CHUNK, 2 if add else 1)
     for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
-        part = (kth[rows], None if tilt is None else tilt[rows], rate)
-        odds = _odds(odds_buffer[:count], scores[rows], target[rows], index[rows], small[rows], part)
+        odds = _odds(scores[rows], kth[rows], None if tilt is None else tilt[rows], rate, odds_buffer[:count])
         field = field_buffer[0][:count] if add else result[rows]
         torch.mul(odds, columns[-1][rows], out=field)
         for column in columns[-2::-1]:
@@ -338,7 +326,7 @@ def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options
     mine = torch.arange(classes, device=scores.device) == target[:, None]
     x_target = target_scores(scores, target)
     loss = torch.zeros_like(x_target)
-    parts = _unpack(saved[2].to(scores.dtype), ks, classes)
+    parts = _unpack(saved[1].to(scores.dtype), ks, classes)
     for k, weight, ((kth, tilt, slope), _, _) in zip(ks, weights, parts, strict=True):
         rate = 1.0 / (k * tau)
         log_odds = ((scores - kth[:, None]) * rate + tilt[:, None]).masked_fill(mine, -torch.inf)
