@@ -22,7 +22,8 @@ _INDEX_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+    kinds = (numbers.Integral, torch.SymInt)  # a union of types is more than torch.compile of torch 2.6 understands
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def check_scores(scores: Tensor, target: Tensor) -> int:

@@ -137,7 +137,7 @@ def _transition_weights(
                 "expected 'margin', a number, a tensor or a callable"
             )
         check_choice("transition", transition, ("margin", "accuracy"))
-        return scores.new_empty((shape[0], 0), dtype=kind)
+        return scores.new_zeros((shape[0], 0), dtype=kind)
     if isinstance(transition, Tensor):
         if tuple(transition.shape) not in ((), (len(ks),)) or not transition.dtype.is_floating_point:
             raise ValueError(
@@ -490,7 +490,8 @@ def _reduced(
     if ks is not None:
         kept = [(k, p) for k, p in zip(ks, weights, strict=True) if k < classes]
         options = ([k for k, _ in kept], [p for _, p in kept], *options)
-    loss = ops.row_loss(name, rows, flat, extras, options, ignore_index, ops.resolve_backend(backend, scores.device))
+    chosen = ops.resolve_backend(backend, scores.device, scores.dtype, name, options)
+    loss = ops.row_loss(name, rows, flat, extras, options, ignore_index, chosen)
     return _reduce(loss, flat, target.shape, weight, ignore_index, reduction)
 
 

@@ -46,6 +46,8 @@ def tree(factors: Tensor, k: int) -> Tensor:
             pad(left[i] * right[: degree + 1 - i], (*flat, i, max(0, degree + 1 - i - length)))
             for i in range(min(length, degree + 1))
         ]
-        factors = torch.cat((torch.stack(shifted).sum(0), pad(rest, (*flat, 0, degree + 1 - length))), -1)
+        factors = torch.stack(shifted).sum(0)
+        if rest.shape[-1] > 0:
+            factors = torch.cat((factors, pad(rest, (*flat, 0, degree + 1 - length))), -1)
     result = factors[..., 0]
     return pad(result, (*(0,) * (2 * (result.dim() - 1)), 0, k + 1 - result.shape[0]))
