@@ -385,7 +385,11 @@ GOOD = (torch.randn(4, CLASSES), torch.arange(4))
         ({"weight": [1.0] * CLASSES}, TypeError, "weight must be a Tensor.*got list"),
         ({"reduction": "average"}, ValueError, "reduction must be one of 'none', 'mean', 'sum', got 'average'"),
         ({"backend": "cuda"}, ValueError, "backend must be one of None, 'torch', 'triton', got 'cuda'"),
-        ({"backend": "triton"}, RuntimeError, "backend='triton' cannot run: .*cpu"),
+        (
+            {"backend": "triton", "scores": GOOD[0].double()},
+            RuntimeError,
+            "backend='triton' cannot run: .*(float64|no Triton kernel)",
+        ),
         ({"ignore_index": 1.5}, TypeError, "ignore_index must be an int, got 1.5"),
     ],
 )

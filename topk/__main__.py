@@ -23,7 +23,9 @@ def report() -> str:
             lines.append(f"  {name:13} not installed")
     lines += ["", "backends", f"  torch         any device; {torch.get_num_threads()} CPU threads here"]
     if not torch.cuda.is_available():
-        lines.append("  triton        no: torch sees no CUDA device")
+        reason = ops.why_not_triton(torch.device("cpu"))
+        interpreted = "; interpreted on the CPU where it is asked for" if reason is None else ""
+        lines.append(f"  triton        no: torch sees no CUDA device{interpreted}")
     for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         name = torch.cuda.get_device_name(number)
         major, minor = torch.cuda.get_device_capability(number)

@@ -14,13 +14,18 @@ synchronisation.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 import inspect
+import os
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from topk import kernels
 from topk.losses import ROOMS, Room
 
 _LIBRARY = torch.library.Library("topk", "DEF")
@@ -33,21 +38,106 @@ _BACKWARD_ARGUMENTS = (
 # --- backends --------------------------------------------------------------------------------------------------------
 
 
-def why_not_triton(device: torch.device) -> str | None:
-    """None when the Triton kernels can run on this device, otherwise the reason why not."""
-    if device.type != "cuda":
-        return f"the Triton kernels need scores on a CUDA device, these are on {device}"
-    return "this version has no Triton kernels yet"
+def why_not_triton(
+    device: torch.device,
+    kind: torch.dtype = torch.float32,
+    name: str | None = None,
+    options: tuple[Any, ...] | None = None,
+) -> str | None:
+    """None when the Triton kernels (of that loss, with those options) can run on such scores, otherwise why not.
+
+    Below compute capability 8.0, which Triton does not promise to serve, the first question of a device runs the
+    kernels on small cases and compares them with the torch path; the answer is remembered.
+    """
+    if name is not None and name not in kernels.NAMES:
+        return f"{name} has no Triton kernel"
+    if kind not in _KERNEL_TYPES:
+        return f"the Triton kernels compute in float32, for float32, float16 and bfloat16 scores; these are {kind}"
+    if not _installed():
+        return "triton is not installed"
+    interpreted = device.type == "cpu" and _interpreted()
+    if device.type != "cuda" and not interpreted:
+        return f"the Triton kernels need scores on a CUDA device (or TRITON_INTERPRET=1), these are on {device}"
+    if name is not None and options is not None:
+        unserved: str | None = getattr(kernels.kernel_room(name), "why_not", _serves_all)(options)
+        if unserved is not None:
+            return unserved
+    if interpreted:
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= _PROMISED:
+        return None
+    reasons = [_self_check(room, device, kind) for room in ([name] if name is not None else kernels.NAMES)]
+    wrong = next((reason for reason in reasons if reason is not None), None)
+    return None if wrong is None else f"on {device}, of capability {capability[0]}.{capability[1]}, {wrong}"
 
 
-def resolve_backend(backend: str | None, device: torch.device) -> str:
-    """The backend to use; an explicit one that cannot run raises."""
+def resolve_backend(
+    backend: str | None, scores_on: torch.device, kind: torch.dtype, name: str, options: tuple[Any, ...] | None = None
+) -> str:
+    """The backend to use for a loss; an explicit one that cannot run raises."""
     if backend == "triton":
-        reason = why_not_triton(device)
+        reason = why_not_triton(scores_on, kind, name, options)
         if reason is not None:
             raise RuntimeError(f"backend='triton' cannot run: {reason}")
         return "triton"
-    return "torch"
+    # Interpreted kernels are for tests: nobody gets them without asking.
+    if backend == "torch" or scores_on.type != "cuda" or _interpreted():
+        return "torch"
+    return "torch" if why_not_triton(scores_on, kind, name, options) is not None else "triton"
+
+
+# What torch.compiler.assume_constant_result does; that one would import the whole compiler, and triton, with topk.
+for _constant in (why_not_triton, resolve_backend):
+    _constant._dynamo_marked_constant = True  # type: ignore[union-attr]
+
+
+def _serves_all(options: tuple[Any, ...]) -> None:
+    """The answer of a kernel room that has no `why_not`."""
+
+
+_KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PROMISED = (8, 0)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+
+
+@functools.cache
+def _self_check(name: str, device: torch.device, kind: torch.dtype) -> str | None:
+    """None when a loss's kernels compute what the torch path does, otherwise what went wrong; warned of once."""
+    try:
+        wrong = None if _agrees(name, device, kind) else f"the {name} kernels give other results than the torch path"
+    except Exception as error:  # whatever a compiler or a driver may throw, the torch path still works
+        wrong = f"the {name} kernels failed with {type(error).__name__}: {str(error)[:200]}"
+    if wrong is not None:
+        warnings.warn(f"{wrong}; the torch path serves {device} instead", RuntimeWarning, stacklevel=2)
+    return wrong
+
+
+def _agrees(name: str, device: torch.device, kind: torch.dtype) -> bool:
+    """Whether kernel and torch path agree on the room's examples, for rows that fit a tile and rows that stream."""
+    generator = torch.Generator().manual_seed(0)
+    relative = 1e-3 if kind == torch.float32 else 1e-2
+    for rows, classes in ((5, 37), (2, 9000)):
+        scores = (2.0 * torch.randn(rows, classes, generator=generator)).to(device, kind)
+        target = torch.randint(classes, (rows,), generator=generator).to(device)
+        grad = torch.ones(rows, device=device)
+        for extras, options in kernels.kernel_room(name).examples(rows, classes, device):
+            results = []
+            for backend in ("torch", "triton"):
+                loss, saved = _op(name, "fwd")(scores, target, list(extras), -100, backend, *options)
+                gradient = _op(name, "bwd")(grad, scores, target, list(extras), saved, -100, backend, *options)
+                results.append((loss, gradient))
+            if not all(torch.allclose(a, b, relative, 1e-4) for a, b in zip(*results, strict=True)):
+                return False
+    return True
 
 
 # --- the ops ---------------------------------------------------------------------------------------------------------
@@ -87,8 +177,18 @@ def _rows_in_use(scores: Tensor, target: Tensor, ignore_index: int) -> tuple[Ten
 
 
 def _run_forward(
-    room: Room, scores: Tensor, target: Tensor, extras: list[Tensor], ignore_index: int, options: tuple[Any, ...]
+    room: Room,
+    scores: Tensor,
+    target: Tensor,
+    extras: list[Tensor],
+    ignore_index: int,
+    backend: str,
+    options: tuple[Any, ...],
 ) -> tuple[Tensor, list[Tensor]]:
+    if backend == "triton":
+        kernel = kernels.kernel_room(room.name)
+        loss, *saved = kernel.forward(scores, target.to(torch.int64), tuple(extras), ignore_index, options)
+        return loss, saved
     target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
     with _full_precision(scores.device):
         loss, *saved = room.forward(scores.to(_compute_type(scores)), target, tuple(extras), options)
@@ -107,8 +207,15 @@ def _run_backward(
     extras: list[Tensor],
     saved: list[Tensor],
     ignore_index: int,
+    backend: str,
     options: tuple[Any, ...],
 ) -> Tensor:
+    if backend == "triton":
+        kernel = kernels.kernel_room(room.name)
+        gradient: Tensor = kernel.backward(
+            grad, scores, target.to(torch.int64), tuple(extras), tuple(saved), ignore_index, options
+        )
+        return gradient
     target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
     with _full_precision(scores.device):
         result = room.backward(grad, scores.to(_compute_type(scores)), target, tuple(extras), tuple(saved), options)
@@ -128,7 +235,7 @@ def _register(room: Room) -> None:
     def forward(
         scores: Tensor, target: Tensor, extras: list[Tensor], ignore_index: int, backend: str, *options: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        return _run_forward(room, scores, target, extras, ignore_index, options)
+        return _run_forward(room, scores, target, extras, ignore_index, backend, options)
 
     def backward(
         grad: Tensor,
@@ -140,14 +247,15 @@ def _register(room: Room) -> None:
         backend: str,
         *options: Any,
     ) -> Tensor:
-        return _run_backward(room, grad, scores, target, extras, saved, ignore_index, options)
+        return _run_backward(room, grad, scores, target, extras, saved, ignore_index, backend, options)
 
     def fake_forward(
         scores: Tensor, target: Tensor, extras: list[Tensor], ignore_index: int, backend: str, *options: Any
     ) -> tuple[Tensor, list[Tensor]]:
         kind = _compute_type(scores)
         rows, classes = scores.shape
-        saved = [scores.new_empty(shape, dtype=dtype or kind) for shape, dtype in room.saved(rows, classes, options)]
+        shapes = (kernels.kernel_room(room.name) if backend == "triton" else room).saved(rows, classes, options)
+        saved = [scores.new_empty(shape, dtype=dtype or kind) for shape, dtype in shapes]
         return scores.new_empty((rows,), dtype=kind), saved
 
     def fake_backward(grad: Tensor, scores: Tensor, *_: Any) -> Tensor:
@@ -211,9 +319,7 @@ def _fold(size: int, dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list
     return folded
 
 
-def _moved(
-    call: tuple[Any, ...], scores: Tensor, target: Tensor, rest: Sequence[Tensor], direction: Tensor
-) -> Tensor:
+def _moved(call: tuple[Any, ...], scores: Tensor, target: Tensor, rest: Sequence[Tensor], direction: Tensor) -> Tensor:
     """How fast every row's loss changes along `direction`."""
     ones = torch.ones_like(scores[:, 0], dtype=_compute_type(scores))
     slopes: Tensor = RowLossGradient.apply(*call, ones, scores, target, *rest)
@@ -339,8 +445,8 @@ class _PlainRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: tuple[Any, ...], scores: Tensor, target: Tensor, *extras: Tensor) -> Tensor:
-        name, options, ignore_index, _, _ = call
-        loss, saved = _run_forward(ROOMS[name], scores, target, list(extras), ignore_index, options)
+        name, options, ignore_index, backend, _ = call
+        loss, saved = _run_forward(ROOMS[name], scores, target, list(extras), ignore_index, backend, options)
         ctx.save_for_backward(scores, target, *extras, *saved)
         ctx.save_for_forward(scores, target, *extras, *saved)
         ctx.call = call
@@ -348,12 +454,13 @@ class _PlainRowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        name, options, ignore_index, _, count = ctx.call
+        name, options, ignore_index, backend, count = ctx.call
         scores, target, *rest = ctx.saved_tensors
         if torch.is_grad_enabled():
             result = RowLossGradient.apply(*ctx.call, grad, scores, target, *rest)
         else:
-            result = _run_backward(ROOMS[name], grad, scores, target, rest[:count], rest[count:], ignore_index, options)
+            extras, saved = rest[:count], rest[count:]
+            result = _run_backward(ROOMS[name], grad, scores, target, extras, saved, ignore_index, backend, options)
         return None, result, None, *([None] * count)
 
     @staticmethod
@@ -372,7 +479,8 @@ def _directional(
 ) -> tuple[Tensor, Tensor]:
     """For every row, the loss's slope along `direction` (rows,) and its Hessian times it (rows, classes)."""
     name, options, ignore_index, _, count = call
-    extras, saved = tuple(rest[:count]), tuple(rest[count:])
+    extras = tuple(rest[:count])
+    saved = _saved_for_formula(call, scores, target, extras, tuple(rest[count:]))
     target = target.to(torch.int64)
     used = (target >= 0) & (target < scores.shape[1]) & (target != ignore_index)
     safe = torch.where(used, target, 0)
@@ -384,3 +492,18 @@ def _directional(
     slopes, curvature = torch.func.vjp(torch.func.grad(total), scores)[:2]
     slope = (slopes * direction).to(_compute_type(scores)).sum(1)
     return slope, curvature(direction.to(slopes.dtype))[0]
+
+
+def _saved_for_formula(
+    call: tuple[Any, ...], scores: Tensor, target: Tensor, extras: tuple[Tensor, ...], saved: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """What the torch room's forward saves; where a kernel ran, which saves other things, worked out from the start."""
+    name, options, ignore_index, backend, _ = call
+    if backend != "triton":
+        return saved
+    translate = getattr(kernels.kernel_room(name), "for_formula", None)
+    if translate is not None:
+        translated: tuple[Tensor, ...] = translate(scores, target, extras, saved, ignore_index, options)
+        return translated
+    result: tuple[Tensor, ...] = RowLoss.apply(name, options, ignore_index, "torch", scores.detach(), target, *extras)
+    return result[1:]

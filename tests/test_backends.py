@@ -1,0 +1,189 @@
+"""Which backend runs, why another one cannot, and the kernels behind autograd, vmap and the compiler."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import random_scores
+from torch import Tensor
+
+from topk import focal_loss, kernels, ops, topk_hinge_loss, transition_topk_loss
+from topk.__main__ import report
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, about what is masked afterwards
+    pytest.mark.skipif(torch.cuda.is_available(), reason="plays a machine without a GPU"),
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_verdicts() -> Iterator[None]:
+    ops._self_check.cache_clear()
+    yield
+    ops._self_check.cache_clear()
+
+
+def test_nobody_gets_the_interpreter_without_asking() -> None:
+    assert ops.resolve_backend(None, CPU, torch.float32, "hinge") == "torch"
+    assert ops.resolve_backend("triton", CPU, torch.float32, "hinge") == "triton"
+    assert ops.resolve_backend("torch", CPU, torch.float32, "hinge") == "torch"
+    assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"  # while TRITON_INTERPRET is set
+
+
+@pytest.mark.parametrize(
+    ("scores", "loss", "message"),
+    [
+        (torch.zeros(2, 9, dtype=torch.float64), topk_hinge_loss, "compute in float32.*float64"),
+        (torch.zeros(2, 9), focal_loss, "focal has no Triton kernel"),
+    ],
+)
+def test_what_kernels_do_not_serve(scores: Tensor, loss: Any, message: str) -> None:
+    target = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot run: .*{message}"):
+        loss(scores, target, backend="triton")
+    assert loss(scores, target).isfinite()
+
+
+def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "on cpu" in str(ops.why_not_triton(CPU))
+    with pytest.raises(RuntimeError, match=r"cannot run: .*CUDA device .*TRITON_INTERPRET=1.* on cpu"):
+        topk_hinge_loss(torch.zeros(2, 9), torch.tensor([0, 1]), backend="triton")
+
+
+def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_installed", lambda: False)
+    assert ops.why_not_triton(CPU) == "triton is not installed"
+
+
+# --- by capability ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def old_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA device of capability 7.5 whose tensors lie on the CPU, and no interpreter to be seen."""
+    monkeypatch.setattr(ops, "_interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    agrees = ops._agrees
+    monkeypatch.setattr(ops, "_agrees", lambda name, device, kind: agrees(name, CPU, kind))
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Hinge kernels that forget the margin."""
+    hinge = kernels.kernel_room("hinge")
+    forward = hinge.forward
+    monkeypatch.setattr(
+        hinge, "forward", lambda s, t, e, i, options: forward(s, t, e, i, (*options[:3], options[3] - 0.5))
+    )
+    return hinge
+
+
+def test_a_new_device_is_trusted(old_device: None, broken: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert ops.resolve_backend(None, CUDA, torch.bfloat16, "hinge") == "triton"
+    assert ops.resolve_backend(None, CUDA, torch.float64, "hinge") == "torch"
+    assert ops.resolve_backend(None, CUDA, torch.float32, "ldam") == "torch"
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
+def test_an_old_device_that_passes_is_used(kind: torch.dtype, old_device: None) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*torch path")
+        assert ops.resolve_backend(None, CUDA, kind, "transition") == "triton"
+    assert ops.resolve_backend("triton", CUDA, kind, "transition") == "triton"
+
+
+def test_an_old_device_that_fails_gets_the_torch_path_and_one_warning(old_device: None, broken: ModuleType) -> None:
+    with pytest.warns(RuntimeWarning, match="the hinge kernels give other results.*the torch path serves cuda:0"):
+        assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"
+        with pytest.raises(RuntimeError, match=r"cannot run: on cuda:0, of capability 7\.5, the hinge kernels give"):
+            ops.resolve_backend("triton", CUDA, torch.float32, "hinge")
+    assert ops.resolve_backend(None, CUDA, torch.float32, "transition") == "triton"
+
+
+def test_an_old_device_whose_compiler_fails(old_device: None, broken: ModuleType, monkeypatch: Any) -> None:
+    monkeypatch.delattr(broken, "forward")
+    with pytest.warns(RuntimeWarning, match="the hinge kernels failed with AttributeError"):
+        assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"
+
+
+# --- the kernels behind everything that torch offers -----------------------------------------------------------------
+
+LOSSES = [
+    pytest.param(transition_topk_loss, {"k": {1: 0.5, 3: 0.5}, "label_smoothing": 0.1}, id="transition"),
+    pytest.param(topk_hinge_loss, {"k": 3, "variant": "entropy"}, id="entropy"),
+    pytest.param(topk_hinge_loss, {"k": 3}, id="calibrated"),
+]
+
+
+@pytest.mark.parametrize(("loss", "keywords"), LOSSES)
+def test_second_derivatives_are_those_of_the_torch_path(loss: Any, keywords: dict[str, Any]) -> None:
+    scores, target = random_scores(3, 7), torch.tensor([1, -100, 6])
+    direction = torch.randn(3, 7)
+
+    def derivatives(backend: str, scores: Tensor) -> list[Tensor]:
+        def total(x: Tensor) -> Tensor:
+            return loss(x, target, reduction="sum", backend=backend, **keywords)
+
+        (slope,) = torch.autograd.grad(total(leaf := scores.clone().requires_grad_()), leaf, create_graph=True)
+        curved = torch.autograd.grad((slope * direction.to(slope.dtype)).sum(), leaf)[0] if slope.requires_grad else 0
+        hessian = torch.func.hessian(total)(scores)
+        along = torch.func.jvp(total, (scores,), (direction.to(scores.dtype),))[1]
+        return [slope.detach(), torch.as_tensor(curved), hessian, along]
+
+    ours, expected = derivatives("triton", scores), derivatives("torch", scores.double())
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("loss", "keywords"), LOSSES)
+def test_vmap_and_hessians_of_many(loss: Any, keywords: dict[str, Any]) -> None:
+    scores, target = random_scores(6, 7).unflatten(0, (3, 2)), torch.randint(7, (3, 2))
+
+    def total(x: Tensor, y: Tensor, backend: str = "triton") -> Tensor:
+        return loss(x, y, reduction="sum", backend=backend, **keywords)
+
+    for transform in (torch.func.grad, torch.func.hessian):
+        ours = torch.func.vmap(transform(total))(scores, target)
+        expected = [transform(total)(x.double(), y, "torch") for x, y in zip(scores, target, strict=True)]
+        torch.testing.assert_close(ours.double(), torch.stack(expected), rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(("loss", "keywords"), LOSSES)
+def test_the_compiler_sees_one_graph(loss: Any, keywords: dict[str, Any]) -> None:
+    scores, target = random_scores(4, 9).requires_grad_(), torch.randint(9, (4,))
+
+    def call(x: Tensor, y: Tensor) -> Tensor:
+        return loss(2.0 * x, y, backend="triton", **keywords)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    results = [(value := f(scores, target), *torch.autograd.grad(value, scores)) for f in (call, compiled)]
+    for plain, traced in zip(*results, strict=True):
+        torch.testing.assert_close(plain, traced)
+
+
+@pytest.mark.parametrize(("loss", "keywords"), LOSSES)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_fakes_tell_shapes_and_types(loss: Any, keywords: dict[str, Any], kind: torch.dtype) -> None:
+    name = "transition" if loss is transition_topk_loss else "hinge"
+    scores, target, grad = random_scores(4, 9, kind), torch.randint(9, (4,)), torch.ones(4)
+    for extras, options in kernels.kernel_room(name).examples(4, 9, CPU):
+        arguments = (list(extras), -100, "triton", *options)
+        torch.library.opcheck(ops._op(name, "fwd"), (scores, target, *arguments), test_utils="test_faketensor")
+        _, saved = ops._op(name, "fwd")(scores, target, *arguments)
+        backward = (grad, scores, target, list(extras), saved, -100, "triton", *options)
+        torch.library.opcheck(ops._op(name, "bwd"), backward, test_utils="test_faketensor")
+
+
+def test_the_report_says_why_not() -> None:
+    assert "triton        no: torch sees no CUDA device; interpreted on the CPU where it is asked for" in report()

@@ -1,0 +1,45 @@
+"""Every kernel goes through Triton's compiler as far as machine code, which takes no GPU, and spills no register."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+import pytest
+
+from topk import kernels
+from topk.kernels.resources import COLUMNS
+
+# The interpreter accepts more than the compiler does, and a process is either one or the other.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def _compiled(*arguments: str) -> list[dict[str, str]]:
+    command = [sys.executable, "-m", "topk.kernels.resources", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(COLUMNS)
+    return list(csv.DictReader(done.stdout.splitlines()))
+
+
+def _check(rows: list[dict[str, str]]) -> None:
+    print(*({**row, "constants": row["constants"][:60]} for row in rows), sep="\n")
+    assert len(rows) >= 2
+    for row in rows:
+        assert int(row["spilled"]) == 0, row
+        assert int(row["registers"]) * int(row["threads"]) <= 65536, row  # otherwise a program could not start
+        assert int(row["shared"]) <= 48 * 1024, row
+
+
+@pytest.mark.parametrize("room", kernels.NAMES)
+def test_kernels_compile_for_capability_9(room: str) -> None:
+    _check(_compiled(room, "--classes", "20000", "--types", "bfloat16", "--capabilities", "90"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", kernels.NAMES)
+def test_kernels_compile_for_every_size_type_and_capability(room: str) -> None:
+    sizes = ["--classes", "10", "101", "1000", "8192", "20001"]
+    _check(_compiled(room, *sizes, "--types", "float32", "float16", "bfloat16", "--capabilities", "75", "80", "90"))

@@ -1,0 +1,130 @@
+"""The smooth loss's kernels, interpreted on the CPU, against its torch path in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import TYPES, compare, compare_special_rows, random_scores
+from torch import Tensor
+from triton.runtime import interpreter
+
+from topk import smooth_topk_loss
+from topk.kernels import common, smooth
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
+
+OPTIONS: list[dict[str, Any]] = [
+    {"k": 1, "margin": 0.0},
+    {"k": 5},
+    {"k": 9, "tau": 0.1},
+    {"k": 12, "margin": 2.5, "tau": 3.0},
+    {"k": {1: 0.25, 3: 0.25, 10: 0.5}},
+]
+
+
+def _halving(self: Any, tensors: Any) -> Any:
+    """The interpreter's reduction for a function of one's own, by halves; its own takes a step for every element."""
+    tensors, axis = self.unravel(tensors, self.axis)
+    kinds = [tensor.dtype for tensor in tensors]
+    parts = [np.moveaxis(tensor.handle.data, axis, 0) for tensor in tensors]
+    while len(parts[0]) > 1:
+        left = [self.to_tensor(part[0::2], kind) for part, kind in zip(parts, kinds, strict=True)]
+        right = [self.to_tensor(part[1::2], kind) for part, kind in zip(parts, kinds, strict=True)]
+        parts = [result.handle.data for result in self.combine_fn.fn(*left, *right)]
+    return tuple(self.to_tensor(part[0], kind) for part, kind in zip(parts, kinds, strict=True))
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", _halving)
+
+
+@pytest.fixture
+def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "WIDEST", 16)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_every_option(options: dict[str, Any]) -> None:
+    compare(smooth_topk_loss, random_scores(5, 33), torch.randint(33, (5,)), **options)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4]], ids=str)
+def test_special_rows(options: dict[str, Any], kind: torch.dtype) -> None:
+    compare_special_rows(smooth_topk_loss, 13, kind, **options)
+
+
+def test_special_rows_in_streams(short_tiles: None) -> None:
+    compare_special_rows(smooth_topk_loss, 37, torch.float32, k={2: 0.5, 9: 0.5})
+
+
+@pytest.mark.parametrize("classes", [5, 6, 15, 16, 17, 1000])
+def test_numbers_of_classes(classes: int) -> None:
+    """k = n, k + 1, around a power of two, and the usual case."""
+    compare(smooth_topk_loss, random_scores(2, classes), torch.randint(classes, (2,)), k=5)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_numbers_of_rows(rows: int) -> None:
+    compare(smooth_topk_loss, random_scores(rows, 12), torch.randint(12, (rows,)), k={2: 0.5, 10: 0.5})
+
+
+@pytest.mark.parametrize("options", [{"k": 3}, {"k": 20}], ids=str)
+def test_a_row_that_must_be_streamed_at_full_width(options: dict[str, Any]) -> None:
+    compare(smooth_topk_loss, random_scores(1, 9001), torch.tensor([4711]), **options)
+
+
+def _shapes(classes: int, k: int, scale: float) -> Iterator[Tensor]:
+    """Rows of every kind that decides how hard the numbers are: usual, tied, k far above the others, evenly spread."""
+    yield torch.randn(classes) * scale
+    yield (torch.randn(classes) * 2).round() / 2 * scale
+    yield torch.where(torch.arange(classes) < k, scale, -scale)
+    yield torch.linspace(-1, 1, classes) * scale
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize(("k", "classes"), [(1, 3), (8, 17), (9, 30), (20, 21), (20, 300), (50, 1000), (100, 203)])
+def test_scales_and_shapes(k: int, classes: int, scale: float) -> None:
+    """The slopes hold to 2e-6 / k, the loss to a few units of float32."""
+    rows = torch.stack(list(_shapes(classes, k, scale)))
+    compare(smooth_topk_loss, rows, torch.tensor([0, classes // 2, classes - 1, classes - 1]), k=k)
+
+
+def test_both_series_are_in_use() -> None:
+    """Scores far apart against kT leave few classes in doubt, scores close together many."""
+    scores = torch.stack((random_scores(1, 200, scale=0.1)[0], random_scores(1, 200, scale=1000.0)[0]))
+    _, table = smooth.forward(scores, torch.tensor([3, 5]), (), -100, ([20], [1.0], 1.0, 1.0))
+    assert table[0, 2] < 0 < table[1, 2]
+
+
+def test_strides() -> None:
+    """Transposed scores, every other column, a broadcast row, and one gradient for all rows."""
+    target = torch.randint(11, (3,))
+    for scores in (random_scores(11, 3).T, random_scores(3, 22)[:, ::2], random_scores(1, 11).expand(3, 11)):
+        compare(smooth_topk_loss, scores, target, torch.tensor(1.5).expand(3), k=2)
+
+
+def test_gradient_of_ignored_rows_is_not_looked_at() -> None:
+    grad = torch.tensor([torch.nan, 1.0, torch.inf])
+    scores = random_scores(3, 9).requires_grad_()
+    losses = smooth_topk_loss(scores, torch.tensor([-100, 4, -100]), 3, reduction="none", backend="triton")
+    (gradient,) = torch.autograd.grad(losses, scores, grad)
+    assert torch.equal(losses[::2], torch.zeros(2))
+    assert torch.equal(gradient[::2], torch.zeros(2, 9))
+    assert gradient[1].abs().sum() > 0
+
+
+def test_second_derivatives() -> None:
+    """The torch formula serves them, whatever the kernel saved."""
+    scores, target = random_scores(2, 8), torch.tensor([1, 5])
+
+    def total(x: Tensor, backend: str) -> Tensor:
+        return smooth_topk_loss(x, target, 3, reduction="sum", backend=backend)
+
+    ours, theirs = (torch.autograd.functional.hessian(lambda x, b=b: total(x, b), scores) for b in ("triton", "torch"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,560 @@
+"""The noised top-k hinge in Triton: noise drawn where it is used, of which nothing but the outcome leaves the chip.
+
+A program is a row. It draws four samples at a time, each word of Philox a pure function of (seed, class, row, sample),
+so that neither the grid nor the cut of the rows changes a single number. In every sample it needs only which score is
+(k + 1)-th. With the row in registers that takes few operations a score: the columns of a thread are a group, and the
+(k + 1)-th largest of the groups' maxima is a bound from below that the right score seldom is far above; counting what
+lies above the bound tells how many steps up are left. Where there are too few groups for that, the bits of the score
+are bisected. Longer rows stream in tiles, once for every four samples, and keep the k + 1 largest keys; a tile whose
+scores are too low for any noise to lift them is not even drawn.
+
+Scores are taken relative to x_y, so that the hinge keeps its digits.
+
+Bytes a row, with n classes of s bytes, S samples and q ks: forward reads n s (n s for every four samples if the row
+streams), and writes 4 q (S + 1) + 4; backward reads that, writes and reads 8 (q S + 1), and writes n s.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from topk.kernels import common
+from topk.kernels.common import (
+    classes_of,
+    finite_or_zero,
+    in_order,
+    insert,
+    lane,
+    nothing_kept,
+    pack,
+    row_states,
+    scores_of,
+)
+from topk.kernels.patched import patched_exponentials
+from topk.losses.room import Options, Saved, SavedShape
+
+_THREAD = 8  # scores a thread: four samples of them are in registers at once
+_WIDEST = 4096  # the longest row in registers
+_STREAMED = 2048  # the width of a tile of longer ones
+_CHUNK = 16  # entries of a row compared together with all others
+_LARGEST_NORMAL = tl.constexpr(6.8)  # no noise is larger: sqrt(-2 log 2^-33) = 6.76
+_BELOW_MINUS_INFINITY = tl.constexpr(-2139095042)  # the order of -inf is one more
+
+
+def why_not(options: Options) -> str | None:
+    """The expectation by quadrature has no kernel."""
+    _, _, epsilon, samples, _ = options
+    return "samples=None (quadrature) has no Triton kernel" if samples is None and epsilon > 0 else None
+
+
+def _draws(options: Options) -> int:
+    """How many samples are looked at: without noise, all are the same one."""
+    _, _, epsilon, samples, _ = options
+    return samples if samples is not None and epsilon > 0 else 1
+
+
+def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
+    """The hinges' slopes (rows, ks), and the classes that came (k + 1)-th (rows, draws, ks)."""
+    count = len(options[0])
+    return ((rows, count), None), ((rows, _draws(options), count), torch.int32)
+
+
+class _Cut(NamedTuple):
+    """A row as tiles of `size` by `groups` classes, a group a thread."""
+
+    size: int
+    groups: int
+    streams: bool
+
+    @property
+    def warps(self) -> int:
+        return self.groups // 32
+
+
+def _cut(classes: int) -> _Cut:
+    widest = min(common.WIDEST, _WIDEST)
+    streams = classes > widest
+    block = min(widest, common.STREAMED, _STREAMED) if streams else max(32, triton.next_power_of_2(classes))
+    warps = min(16, max(1, block // (32 * _THREAD)))
+    return _Cut(max(1, block // (32 * warps)), 32 * warps, streams)
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------
+
+
+def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+    """loss (rows,) and what `saved` names."""
+    ks, weights, epsilon, _, scale = options
+    margins, seeds = extras
+    rows, classes = scores.shape
+    slopes, kept = common.allocate(scores, saved(rows, classes, options))
+    if not ks:
+        return common.no_loss(target, classes, ignore_index), slopes, kept
+    loss = scores.new_empty(rows, dtype=torch.float32)
+    cut = _cut(classes)
+    common.launch(
+        _forward,
+        rows,
+        scores,
+        target.contiguous(),
+        margins,
+        seeds.contiguous(),
+        loss,
+        slopes,
+        kept,
+        classes,
+        *scores.stride(),
+        margins.stride(0),
+        max(1, rows // seeds.shape[0]),
+        ignore_index,
+        float(epsilon),
+        _draws(options) // 4,
+        KS=tuple(ks),
+        RATES=tuple(float(scale * weight) for weight in weights),
+        PLACES=common.lanes(len(ks)),
+        COUNT=max(ks) + 1,
+        LANES=common.lanes(max(ks) + 1),
+        DRAWS=_draws(options),
+        NOISY=epsilon > 0,
+        SIZE=cut.size,
+        GROUPS=cut.groups,
+        STREAMS=cut.streams,
+        warps=cut.warps,
+    )
+    return loss, slopes, kept
+
+
+# The stride is kept from the compiler: knowing it to be 1 it would give a thread neighbouring columns, four or eight
+# at a time, and spread a group over several threads.
+@triton.jit(do_not_specialize=["class_stride"])
+def _forward(
+    scores_ptr,
+    target_ptr,
+    margins_ptr,
+    seeds_ptr,
+    loss_ptr,
+    slopes_ptr,
+    kept_ptr,
+    classes,
+    row_stride,
+    class_stride,
+    margin_stride,
+    rows_a_seed,
+    ignore_index,
+    epsilon,
+    fours,
+    KS: tl.constexpr,
+    RATES: tl.constexpr,
+    PLACES: tl.constexpr,
+    COUNT: tl.constexpr,
+    LANES: tl.constexpr,
+    DRAWS: tl.constexpr,
+    NOISY: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    target, used, wrong = row_states(target_ptr, row, row + 1, classes, ignore_index)
+    places = tl.arange(0, PLACES)
+    slopes = tl.where(wrong, float("nan"), tl.zeros((PLACES,), tl.float32))
+    loss = tl.where(wrong, float("nan"), 0.0)
+    kept = kept_ptr + row * (DRAWS * len(KS))
+    if used:
+        start = scores_ptr + row * row_stride
+        mine = tl.load(start + target.to(tl.int64) * class_stride).to(tl.float32)
+        centre = tl.zeros((), tl.float32)
+        if NOISY:
+            centre = finite_or_zero(mine)
+        seed = tl.load(seeds_ptr + row // rows_a_seed)
+        counter = (row % rows_a_seed).to(tl.int32)
+        x, columns, bad = _tile(start, 0, classes, class_stride, centre, SIZE, GROUPS)
+        total = tl.zeros((PLACES,), tl.float32)
+        if DRAWS >= 4:
+            for four in range(fours):
+                more, worse = _samples(
+                    start, x, columns, classes, class_stride, centre, seed, counter, four, epsilon, kept,
+                    KS, PLACES, COUNT, LANES, DRAWS, 4, NOISY, SIZE, GROUPS, STREAMS,
+                )  # fmt: skip
+                total += more
+                bad = bad | worse
+        if DRAWS % 4 > 0:
+            more, worse = _samples(
+                start, x, columns, classes, class_stride, centre, seed, counter, DRAWS // 4, epsilon, kept,
+                KS, PLACES, COUNT, LANES, DRAWS, 4 if DRAWS % 4 == 3 else DRAWS % 4, NOISY, SIZE, GROUPS, STREAMS,
+            )  # fmt: skip
+            total += more
+            bad = bad | worse
+        margin = tl.load(margins_ptr + row * margin_stride).to(tl.float32)
+        gap = margin + (total / DRAWS + (centre - mine))
+        rates = tl.zeros((PLACES,), tl.float32)
+        for i in tl.static_range(len(KS)):
+            rates = tl.where(places == i, RATES[i], rates)
+        loss = tl.sum(rates * tl.maximum(tl.where(places < len(KS), gap, 0.0), 0.0), 0)
+        loss = tl.where(mine == float("-inf"), float("inf"), loss)
+        loss = tl.where(bad > 0, float("nan"), loss)
+        slopes = tl.where(bad > 0, float("nan"), tl.where(gap > 0.0, rates, 0.0))
+    else:
+        entries = tl.arange(0, 32)
+        for first in range(0, DRAWS * len(KS), 32):
+            tl.store(kept + first + entries, entries * 0, mask=first + entries < DRAWS * len(KS))
+    tl.store(loss_ptr + row, loss)
+    tl.store(slopes_ptr + row * len(KS) + places, slopes, mask=places < len(KS))
+
+
+@triton.jit
+def _tile(start, first, classes, class_stride, centre, SIZE: tl.constexpr, GROUPS: tl.constexpr):
+    """Scores less the centre (1, SIZE, GROUPS), -inf for none; their classes; 1 if one is NaN or +inf."""
+    columns = first + tl.arange(0, SIZE)[None, :, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
+    place = start + columns.to(tl.int64) * class_stride
+    raw = tl.load(place, mask=columns < classes, other=float("-inf")).to(tl.float32)
+    fine = raw < float("inf")
+    bad = tl.max(tl.max(tl.max((fine == 0).to(tl.int32), 1), 1), 0)
+    return tl.where(fine, raw, float("-inf")) - centre, columns, bad
+
+
+@triton.jit
+def _samples(
+    start,
+    x,
+    columns,
+    classes,
+    class_stride,
+    centre,
+    seed,
+    counter,
+    four,
+    epsilon,
+    kept,
+    KS: tl.constexpr,
+    PLACES: tl.constexpr,
+    COUNT: tl.constexpr,
+    LANES: tl.constexpr,
+    DRAWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NOISY: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    STREAMS: tl.constexpr,
+):
+    """Stores the classes that are (k + 1)-th in up to four samples; the sums of their noised scores, and `bad`."""
+    bad = tl.zeros((), tl.int32)
+    if STREAMS:
+        best, bad = _streamed(
+            start, classes, class_stride, centre, seed, counter, four, epsilon,
+            COUNT, LANES, WIDTH, NOISY, SIZE, GROUPS,
+        )  # fmt: skip
+    else:
+        noised = _noised(x, columns, seed, counter, four, epsilon, WIDTH, NOISY)
+        tops = tl.max(noised, 1)
+    sample = 4 * four + tl.arange(0, WIDTH)
+    drawn = sample < DRAWS
+    total = tl.zeros((PLACES,), tl.float32)
+    for i in tl.static_range(len(KS)):
+        if STREAMS:
+            key = lane(best, tl.arange(0, LANES)[None, :], KS[i])
+            level, found = scores_of(key), classes_of(key)
+        else:
+            level, found = _ranked(noised, tops, columns, KS[i], GROUPS)
+        tl.store(kept + sample * len(KS) + i, tl.where(level > float("-inf"), found, 0), mask=drawn)
+        total += tl.where(tl.arange(0, PLACES) == i, tl.sum(tl.where(drawn, level, 0.0), 0), 0.0)
+    return total, bad
+
+
+# --- noise -----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _noised(x, columns, seed, counter, four, epsilon, WIDTH: tl.constexpr, NOISY: tl.constexpr):
+    """x + epsilon Z (WIDTH, SIZE, GROUPS) for samples 4 four, 4 four + 1, ..."""
+    noised = x
+    if NOISY:
+        a, b, c, d = tl.philox(seed, columns, counter, four, 0)
+        noise, second = _normals(a, b)
+        # Each choice is between whole registers, made by the compiler.
+        sample = tl.arange(0, WIDTH)[:, None, None]
+        if WIDTH > 1:
+            noise = tl.where(sample == 0, noise, second)
+        if WIDTH > 2:
+            third, fourth = _normals(c, d)
+            noise = tl.where(sample < 2, noise, tl.where(sample == 2, third, fourth))
+        noised = x + epsilon * noise
+    return noised
+
+
+@triton.jit
+def _normals(one, other):
+    """Two normals by Box-Muller, r cos t and r sin t; `topk.losses.noised_sampling.counted_normals` defines them.
+
+    r = sqrt(-2 log((one + 1/2) / 2^32)) and t = 2 pi other / 2^32. With h = 1/2 - other / 2^32 and z = h^2 both
+    cos t = -cos(2 pi h) and sin t = sin(2 pi h) are polynomials in z (times h), off by at most 5e-7 in float32.
+    """
+    uniform = (one.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    radius = tl.sqrt(tl.maximum(-1.3862943611198906 * tl.log2(uniform), 0.0))  # the approximate log of 1 may be above 0
+    h = 0.5 - other.to(tl.float32) * 2.3283064365386963e-10
+    z = h * h
+    cosine = 25.968313217163086 - 6.5296101570129395 * z
+    cosine = cosine * z - 60.16783142089844
+    cosine = cosine * z + 85.45016479492188
+    cosine = cosine * z - 64.93911743164062
+    cosine = cosine * z + 19.73920440673828
+    cosine = cosine * z - 1.0
+    sine = 3.1996936798095703 * z - 14.868611335754395
+    sine = sine * z + 42.01616668701172
+    sine = sine * z - 76.70155334472656
+    sine = sine * z + 81.60502624511719
+    sine = sine * z - 41.341697692871094
+    sine = sine * z + 6.2831854820251465
+    return radius * cosine, radius * (sine * h)
+
+
+# --- the (k + 1)-th of a row in registers ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _ranked(noised, tops, columns, K: tl.constexpr, GROUPS: tl.constexpr):
+    """The (K + 1)-th largest of every sample (WIDTH,), and its class; of equal ones the lower class is the larger."""
+    if 2 * (K + 1) <= GROUPS:
+        level = tl.max(tops, 1)
+        for _ in range(K):
+            level = tl.max(tl.where(tops < level[:, None], tops, float("-inf")), 1)
+        above = _count_above(noised, level)
+        while tl.max(above, 0) > K:
+            higher = _least(tl.where(noised > level[:, None, None], noised, float("inf")))
+            level = tl.where(above > K, higher, level)
+            above = _count_above(noised, level)
+    else:
+        level = _bisected(noised, tops, K)
+        above = _count_above(noised, level)
+    return level, _class_at(noised, columns, level, K - above)
+
+
+@triton.jit
+def _count_above(noised, level):
+    """How many of every sample lie above its level (WIDTH,)."""
+    return tl.sum(tl.sum((noised > level[:, None, None]).to(tl.int32), 1), 1)
+
+
+@triton.jit
+def _least(tile):
+    return tl.min(tl.min(tile, 1), 1)
+
+
+@triton.jit
+def _bisected(noised, tops, K: tl.constexpr):
+    """The smallest level that at most K lie above, by bisection of the 32 bits in the order of the numbers."""
+    high = _order_of(tl.max(tops, 1))
+    low = tl.full(high.shape, _BELOW_MINUS_INFINITY, tl.int32)
+    while tl.max((low + 1 < high).to(tl.int32), 0) > 0:
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        many = _count_above(noised, _number_at(middle)) > K
+        low, high = tl.where(many, middle, low), tl.where(many, high, tl.where(low + 1 < high, middle, high))
+    return _number_at(high)
+
+
+@triton.jit
+def _order_of(numbers):
+    bits = numbers.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _number_at(order):
+    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _class_at(noised, columns, level, ties):
+    """The class with the noised score `level`; where several have it, that after the `ties` lowest of them."""
+    there = tl.where(noised == level[:, None, None], columns, 0x7FFFFFFF)
+    found = _least(there)
+    ties = tl.where(level > float("-inf"), ties, 0)
+    while tl.max(ties, 0) > 0:
+        following = _least(tl.where(there > found[:, None, None], there, 0x7FFFFFFF))
+        found = tl.where(ties > 0, following, found)
+        ties -= 1
+    return found
+
+
+# --- the k + 1 largest of a row that streams -------------------------------------------------------------------------
+
+
+@triton.jit
+def _streamed(
+    start,
+    classes,
+    class_stride,
+    centre,
+    seed,
+    counter,
+    four,
+    epsilon,
+    COUNT: tl.constexpr,
+    LANES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    NOISY: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Keys of the COUNT largest noised scores of every sample (WIDTH, LANES), and 1 if a score is NaN or +inf."""
+    kept, lowest = nothing_kept(WIDTH, COUNT, LANES)
+    bad = tl.zeros((), tl.int32)
+    for first in range(0, classes, SIZE * GROUPS):
+        x, columns, worse = _tile(start, first, classes, class_stride, centre, SIZE, GROUPS)
+        bad = bad | worse
+        reach = tl.max(tl.max(tl.max(x, 1), 1), 0)
+        if NOISY:
+            reach += epsilon * _LARGEST_NORMAL
+        if reach > tl.min(scores_of(lowest), 0):
+            noised = _noised(x, columns, seed, counter, four, epsilon, WIDTH, NOISY)
+            kept, lowest = _insert(kept, lowest, noised, columns)
+    best, _ = in_order(kept, COUNT, LANES)
+    return best, bad
+
+
+@triton.jit
+def _insert(kept, lowest, noised, columns):
+    """Takes over from a tile (WIDTH, SIZE, GROUPS) what is above the smallest key kept of its sample.
+
+    The best of every group first, then the next of every group: seldom more than three rounds.
+    """
+    tops = tl.max(noised, 1)
+    while tl.max(tl.max(((tops >= scores_of(lowest)[:, None]) & (tops > float("-inf"))).to(tl.int32), 1), 0) > 0:
+        best = noised == tops[:, None, :]
+        found = tl.min(tl.where(best, columns, 0x7FFFFFFF), 1)
+        kept, lowest = insert(kept, lowest, pack(tops, found))
+        noised = tl.where(best & (columns == found[:, None, :]), float("-inf"), noised)
+        tops = tl.max(noised, 1)
+    return kept, lowest
+
+
+# --- backward --------------------------------------------------------------------------------------------------------
+
+
+def backward(
+    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
+) -> Tensor:
+    """grad * d loss / d scores: what falls on one class is added up first, then written over a row of zeros."""
+    if not options[0]:
+        return common.no_gradient(scores, target, ignore_index)
+    rows, classes = scores.shape
+    slopes, kept = saved
+    entries = kept.shape[1] * kept.shape[2] + 1
+    places = torch.empty((rows, entries), dtype=torch.int32, device=scores.device)
+    pushes = scores.new_empty((rows, entries), dtype=torch.float32)
+    field = scores.new_empty((rows, 3), dtype=torch.float32)
+    together = max(1, _CHUNK // common.lanes(entries))
+    target = target.contiguous()
+    common.launch(
+        _added_up,
+        triton.cdiv(rows, together),
+        scores,
+        target,
+        slopes,
+        kept,
+        places,
+        pushes,
+        field,
+        rows,
+        classes,
+        *scores.stride(),
+        ignore_index,
+        ENTRIES=entries,
+        KS=kept.shape[2],
+        LANES=common.lanes(entries),
+        CHUNK=_CHUNK,
+        ROWS=together,
+        warps=1 if entries <= 64 else 4,
+    )
+    return patched_exponentials(grad, scores, target, places, pushes, field, ignore_index, reads=False)
+
+
+@triton.jit
+def _added_up(
+    scores_ptr,
+    target_ptr,
+    slopes_ptr,
+    kept_ptr,
+    places_ptr,
+    pushes_ptr,
+    field_ptr,
+    rows,
+    classes,
+    row_stride,
+    class_stride,
+    ignore_index,
+    ENTRIES: tl.constexpr,
+    KS: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """The row's slopes, each class once: what the draws push up, and in the last entry the target."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    target, used, _ = row_states(target_ptr, row, rows, classes, ignore_index)
+    row = row.to(tl.int64)
+    mine = tl.load(scores_ptr + row * row_stride + target.to(tl.int64) * class_stride, mask=used, other=0.0)
+    possible = used & (mine.to(tl.float32) > float("-inf"))
+    lanes = tl.arange(0, LANES)
+    places, _ = _entries(slopes_ptr, kept_ptr, row, target, used, possible, lanes, ENTRIES, KS)
+    total = tl.zeros((ROWS, LANES), tl.float32)
+    earlier = tl.zeros((ROWS, LANES), tl.int32)
+    for first in range(0, ENTRIES, CHUNK):
+        others = first + tl.arange(0, CHUNK)
+        found, more = _entries(slopes_ptr, kept_ptr, row, target, used, possible, others, ENTRIES, KS)
+        same = places[:, :, None] == found[:, None, :]
+        total += tl.sum(tl.where(same, more[:, None, :], 0.0), 2)
+        before = same & (others[None, None, :] < lanes[None, :, None])
+        earlier = earlier | tl.max(before.to(tl.int32), 2)
+    silent = (total == total) & (total != 0.0) & (earlier == 0)
+    inside = (row < rows)[:, None] & (lanes < ENTRIES)[None, :]
+    offsets = row[:, None] * ENTRIES + lanes[None, :]
+    tl.store(places_ptr + offsets, tl.where(silent, places, -1), mask=inside)
+    tl.store(pushes_ptr + offsets, total, mask=inside)
+    broken = tl.load(slopes_ptr + row * KS, mask=used, other=0.0)
+    scale = tl.where(broken == broken, 0.0, float("nan"))
+    for i in tl.static_range(3):
+        tl.store(field_ptr + row * 3 + i, scale if i == 1 else scale * 0.0, mask=row < rows)
+
+
+@triton.jit
+def _entries(slopes_ptr, kept_ptr, row, target, used, possible, entry, ENTRIES: tl.constexpr, KS: tl.constexpr):
+    """Classes and slopes (ROWS, entries): a share of the hinge's slope for every draw, and what the target gets."""
+    drawn = used[:, None] & (entry < ENTRIES - 1)[None, :]
+    places = tl.load(kept_ptr + row[:, None] * (ENTRIES - 1) + entry[None, :], mask=drawn, other=-1)
+    slopes = tl.load(slopes_ptr + row[:, None] * KS + (entry % KS)[None, :], mask=drawn, other=0.0)
+    pull = tl.zeros(row.shape, tl.float32)
+    for i in tl.static_range(KS):
+        pull += tl.load(slopes_ptr + row * KS + i, mask=possible, other=0.0)
+    last = (entry == ENTRIES - 1)[None, :]
+    places = tl.where(last & used[:, None], target[:, None], places)
+    return places, tl.where(last, -pull[:, None], slopes * KS / (ENTRIES - 1))
+
+
+# --- second derivatives ----------------------------------------------------------------------------------------------
+
+
+def for_formula(
+    scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
+) -> Saved:
+    """What the torch room's formula takes: it must not draw again."""
+    slopes, kept = saved
+    return slopes.to(torch.float64), kept.to(torch.int64)
+
+
+def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
+    """Calls that reach every path: no noise, and so little that it decides nothing, for one k and for several."""
+    margins, seeds = torch.ones(rows, device=device), torch.full((1,), 7, dtype=torch.int64, device=device)
+    extras = (margins, seeds)
+    several = sorted({1, min(5, classes - 1), classes - 1})
+    share = [1.0 / len(several)] * len(several)
+    return [
+        (extras, ([min(5, classes - 1)], [1.0], 0.0, 5, 1.0)),
+        (extras, ([min(5, classes - 1)], [1.0], 1e-6, 5, 1.0)),
+        (extras, (several, share, 1e-6, 6, 2.0)),
+    ]

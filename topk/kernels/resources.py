@@ -1,0 +1,174 @@
+"""What the kernels take of a device: registers, spills and shared memory, told by the compiler with no device present.
+
+`python -m topk.kernels.resources transition hinge` compiles what the examples of these rooms launch and prints a line
+of comma-separated values for each kernel; `--help` lists the choices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from topk.kernels import NAMES, common, kernel_room
+
+_POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of `common.launch`."""
+
+    function: Any
+    programs: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    warps: int
+
+    @property
+    def kernel(self) -> str:
+        """The kernel's name."""
+        return str(self.function.__name__)
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Per thread: registers, and bytes spilled to local memory; per program: bytes of shared memory, and threads."""
+
+    registers: int
+    spilled: int
+    shared: int
+    threads: int
+
+
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Records what would be launched, and launches nothing."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, programs: int, *arguments: Any, warps: int, **constants: Any) -> None:
+        if programs > 0:
+            launches.append(Launch(kernel, programs, arguments, constants, warps))
+
+    with mock.patch.object(common, "launch", record):
+        yield launches
+
+
+def launches_of(room: str, classes: int, kind: torch.dtype, rows: int = 64) -> list[Launch]:
+    """The different launches, forward and backward, that the room's examples make for such scores."""
+    kernels, device = kernel_room(room), torch.device("cpu")
+    scores = torch.zeros(rows, classes, dtype=kind)
+    target, grad = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
+    with recorded_launches() as launches:
+        for extras, options in kernels.examples(rows, classes, device):
+            _, *saved = kernels.forward(scores, target, extras, -100, options)
+            kernels.backward(grad, scores, target, extras, tuple(saved), -100, options)
+    different = {(launch.kernel, str(_specialised(launch)), launch.warps): launch for launch in launches}
+    return list(different.values())
+
+
+def compiled(launch: Launch, capability: int) -> Resources:
+    """Compiles the launch for a device of that capability (90 for 9.0), as far as machine code."""
+    signature, constants, attributes = _specialised(launch)
+    source = ASTSource(launch.function, signature, constants, attributes)
+    options = {"num_warps": launch.warps}
+    machine_code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spilled = _usage(machine_code.asm["ptx"], capability)
+    return Resources(registers, spilled, int(machine_code.metadata.shared), 32 * launch.warps)
+
+
+def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes as at a launch: ones and None are constants, multiples of 16 known."""
+    signature: dict[str, str] = {}
+    constants = dict(launch.constants)
+    attributes: dict[tuple[int], Any] = {}
+    for place, (name, value) in enumerate(zip(launch.function.arg_names, launch.arguments, strict=False)):
+        if value is None or (isinstance(value, int) and value == 1):
+            constants[name] = value
+        elif isinstance(value, Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return {name: signature.get(name, "constexpr") for name in launch.function.arg_names}, constants, attributes
+
+
+def _usage(ptx: str, capability: int) -> tuple[int, int]:
+    """Registers and spilled bytes a thread, as ptxas counts them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    assembler = get_ptxas(capability)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        target = re.search(r"\.target (\w+)", ptx)
+        assert target is not None
+        command = [
+            str(assembler.path),
+            "-v",
+            f"-arch={target[1]}",
+            str(source),
+            "-o",
+            str(Path(folder, "kernel.cubin")),
+        ]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    registers = re.search(r"Used (\d+) registers", told)
+    spilled = re.search(r"(\d+) bytes spill stores", told)
+    if registers is None or spilled is None:
+        raise RuntimeError(f"ptxas told neither registers nor spills: {told!r}")
+    return int(registers[1]), int(spilled[1])
+
+
+_KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COLUMNS = "room,kernel,classes,type,capability,constants,registers,spilled,shared,threads"
+
+
+def main() -> None:
+    """The table, printed."""
+    parser = argparse.ArgumentParser(prog="python -m topk.kernels.resources", description=__doc__)
+    parser.add_argument("rooms", nargs="*", default=NAMES, help=f"losses, of {', '.join(NAMES)}; all if none is named")
+    parser.add_argument("--classes", nargs="+", type=int, default=[1000, 20000])
+    parser.add_argument("--types", nargs="+", choices=_KINDS, default=["float32"])
+    parser.add_argument("--capabilities", nargs="+", type=int, default=[90], help="90 for 9.0")
+    chosen = parser.parse_args()
+    print(COLUMNS)
+    for room in chosen.rooms:
+        for classes in chosen.classes:
+            for kind in chosen.types:
+                for launch in launches_of(room, classes, _KINDS[kind]):
+                    constants = " ".join(f"{k}={v}".replace(", ", "/") for k, v in launch.constants.items())
+                    for capability in chosen.capabilities:
+                        r = compiled(launch, capability)
+                        line = (room, launch.kernel, classes, kind, capability, constants.replace(",", ""))
+                        print(*line, r.registers, r.spilled, r.shared, r.threads, sep=",", flush=True)
+
+
+if __name__ == "__main__":
+    main()
