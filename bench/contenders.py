@@ -1,14 +1,18 @@
-"""Who runs: our losses, the peers' packages, cross-entropy, and a plain copy as the floor.
+"""Who runs: our losses on every backend, the peers' packages, cross-entropy, and plain copies as the floor.
 
-A contender is built for a setting and then called with scores and target; it returns a scalar loss. `gate` compares
-its answer on a small problem with `topk.reference`, and the runner prints no number for one that fails.
+A contender is built for a setting and a device, and then called with scores and target; it returns a scalar loss.
+`gate` compares loss and gradient on a small problem with `topk.reference`, on the device that is measured, and the
+runner prints no number for a contender that fails.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import io
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,9 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import topk
-from topk import reference
+from topk import ops, reference
+from topk.lab.timing import Work
 
 LossCall = Callable[[Tensor, Tensor], Tensor]
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BY_DEFINITION = 500  # classes; beyond, a gate compares with our float64 path, which the tests compare with reference
 
 
 @dataclass(frozen=True)
@@ -36,16 +43,19 @@ class Setting:
     samples: int = 5
     method: str = "odd_even"
     m: int = 16
+    dtype: str = "float32"
 
     def label(self) -> str:
         """A short name for progress bars."""
-        return f"{self.family} {self.batch}x{self.classes} k={self.k}"
+        kind = "" if self.dtype == "float32" else f" {self.dtype}"
+        return f"{self.family} {self.batch}x{self.classes} k={self.k}{kind}"
 
-    def problem(self, rows: int, classes: int) -> tuple[Tensor, Tensor]:
-        """Normal scores of the setting's spread and uniform targets, the same at every call."""
-        generator = torch.Generator().manual_seed(rows * 1_000_003 + classes)
-        scores = torch.randn(rows, classes, generator=generator) * self.spread
-        return scores, torch.randint(classes, (rows,), generator=generator)
+    def problem(self, rows: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """Normal scores of the setting's spread and uniform targets, the same at every call on a kind of device."""
+        generator = torch.Generator(device).manual_seed(rows * 1_000_003 + self.classes)
+        scores = torch.randn(rows, self.classes, generator=generator, device=device) * self.spread
+        target = torch.randint(self.classes, (rows,), generator=generator, device=device)
+        return scores.to(TYPES[self.dtype]), target
 
 
 @dataclass(frozen=True)
@@ -54,41 +64,146 @@ class Contender:
 
     name: str
     family: str
-    build: Callable[[Setting, int], LossCall]
-    truth: Callable[[Setting, Tensor, int], Tensor] | None = None
+    build: Callable[[Setting, torch.device], LossCall]
+    truth: Callable[[Setting, Tensor, Tensor], Tensor] | None = None
     needs: tuple[str, ...] = ()
     largest: int = 2**62  # elements of the scores times k
     tolerance: float = 1e-4
     averages: int = 1  # losses that draw noise are averaged over this many calls in the gate
     lacks: tuple[str, ...] = ()  # methods of the family that it does not offer
+    types: tuple[str, ...] = tuple(TYPES)
+    runs_on: Callable[[Setting, torch.device], str | None] = lambda setting, device: None  # a reason why not
+    compiled: bool = False
+    backward: bool = True
+    passes: int = 3  # times the bytes of the scores, the least that this work has to move
 
-    def why_not(self, setting: Setting) -> str | None:
+    @property
+    def is_ours(self) -> bool:
+        """Whether this is one of this package's losses."""
+        return self.name.startswith("topk ")
+
+    def why_not(self, setting: Setting, device: torch.device = torch.device("cpu")) -> str | None:  # noqa: B008
         """None, or the reason why this contender sits this setting out."""
         for module in self.needs:
             if importlib.util.find_spec(module) is None:
                 return f"{module} is not installed"
         if setting.method in self.lacks:
             return f"{self.name} has no {setting.method} without further packages"
+        if setting.dtype not in self.types:
+            return f"{self.name} does not take {setting.dtype}"
         cost = setting.batch * setting.classes * setting.k
-        return f"too slow for a problem of this size ({cost:.2g})" if cost > self.largest else None
+        if cost > self.largest:
+            return f"too slow for a problem of this size ({cost:.2g})"
+        if self.compiled and device.type == "cpu" and shutil.which("g++") is None:
+            return "torch.compile needs g++ on a CPU"
+        return self.runs_on(setting, device)
 
-    def gate(self, setting: Setting) -> None:
-        """Raises unless the contender computes its loss, on four rows of at most 500 classes."""
+    def work(self, setting: Setting, scores: Tensor, target: Tensor) -> Work:
+        """Forward and backward as one call without arguments, which is what a clock times."""
+        call = self.build(setting, scores.device)
+        return functools.partial(_gradient, call, scores, target) if self.backward else lambda: call(scores, target)
+
+    def gate(self, setting: Setting, device: torch.device | str = "cpu") -> None:
+        """Raises unless the contender computes its loss and its gradient on this device."""
         if self.truth is None:
             return
-        scores, target = setting.problem(4, min(setting.classes, 500))
-        rows = zip(scores.double(), target.tolist(), strict=True)
-        expected = torch.stack([self.truth(setting, row, y) for row, y in rows]).mean()
-        call = self.build(setting, scores.shape[1])
-        values = torch.stack([call(scores, target).double() for _ in range(self.averages)])
-        error = (values.mean() - expected).abs()
-        allowed = self.tolerance * expected.abs().clamp(min=1)
-        if self.averages > 1:
-            allowed = allowed + 6 * values.std() / self.averages**0.5
+        device = torch.device(device)
+        setting, rows, averages = self._gated(setting, device)
+        loss, gradient = expected(self.truth, setting, rows)
+        scores, target = setting.problem(rows)
+        scores, target = scores.to(device).requires_grad_(), target.to(device)
+        call = self.build(setting, device)
+        values, slopes = [], []
+        for _ in range(averages):
+            value = call(scores, target)
+            slopes.append(torch.autograd.grad(value, scores)[0].double().cpu())
+            values.append(value.detach().double().cpu())
+        self._compare("loss", setting, torch.stack(values), loss, torch.finfo(value.dtype).eps)
+        self._compare("gradient", setting, torch.stack(slopes), gradient, torch.finfo(scores.dtype).eps)
+
+    def _gated(self, setting: Setting, device: torch.device) -> tuple[Setting, int, int]:
+        """The problem of the gate: the setting's own classes, so that a kernel's path for long rows is tried too.
+
+        Noise is averaged over many calls; on a CPU that is too slow for long rows.
+        """
+        rows = min(setting.batch, 16 if device.type == "cuda" else 4)  # 16, like large batches: no other kernel is made
+        if self.averages > 1 and device.type == "cpu":
+            setting = dataclasses.replace(setting, classes=min(setting.classes, _BY_DEFINITION))
+        return setting, rows, self.averages if setting.classes <= 10_000 else min(self.averages, 100)
+
+    def _compare(self, what: str, setting: Setting, found: Tensor, truth: Tensor, eps: float) -> None:
+        """The error's length against the truth's, and against the noise of the mean where there is one."""
+        error = torch.linalg.vector_norm(found.mean(0) - truth)
+        size = torch.linalg.vector_norm(truth)
+        allowed = (self.tolerance + 4 * eps) * (size.clamp(min=1) if what == "loss" else 3 * size + 1e-12)
+        if len(found) > 1:
+            allowed = allowed + 6 * (found.var(0).sum() / len(found)).sqrt()
         if not error <= allowed:
             raise AssertionError(
-                f"{self.name} is wrong at {setting.label()}: {values.mean():.6g}, not {expected:.6g}; it gets no time"
+                f"{self.name} is wrong at {setting.label()}: its {what} is off by {error:.3g}, where {allowed:.3g} is "
+                f"allowed; it gets no time"
             )
+
+
+def _gradient(call: LossCall, scores: Tensor, target: Tensor) -> Tensor:
+    return torch.autograd.grad(call(scores, target), scores)[0]
+
+
+@functools.lru_cache(maxsize=4)
+def expected(truth: Callable[[Setting, Tensor, Tensor], Tensor], setting: Setting, rows: int) -> tuple[Tensor, Tensor]:
+    """The mean loss of the gate's problem in float64 and its gradient, of the scores as they were rounded."""
+    scores, target = setting.problem(rows)
+    exact = scores.double().requires_grad_()
+    loss = truth(setting, exact, target)
+    (gradient,) = torch.autograd.grad(loss, exact)
+    return loss.detach(), gradient
+
+
+# --- ours ------------------------------------------------------------------------------------------------------------
+
+
+def _ours(setting: Setting, backend: str | None) -> LossCall:
+    """The loss of the setting's family, as a user writes it."""
+    match setting.family:
+        case "smooth":
+            return lambda x, y: topk.smooth_topk_loss(x, y, setting.k, backend=backend)
+        case "transition":
+            return lambda x, y: topk.transition_topk_loss(x, y, setting.k, backend=backend)
+        case "hinge":
+            return lambda x, y: topk.topk_hinge_loss(x, y, setting.k, backend=backend)
+        case "noised":
+            options: dict[str, Any] = {"epsilon": setting.epsilon, "samples": setting.samples}
+            return lambda x, y: topk.noised_topk_loss(x, y, setting.k, backend=backend, **options)
+        case "differentiable":
+            options = {"method": setting.method, "m": setting.m}
+            return lambda x, y: topk.differentiable_topk_loss(x, y, setting.k, backend=backend, **options)
+    raise ValueError(f"family must be one of smooth, transition, hinge, noised, differentiable, got {setting.family!r}")
+
+
+def _torch_path(setting: Setting, device: torch.device) -> LossCall:
+    return _ours(setting, "torch")
+
+
+def _triton_path(setting: Setting, device: torch.device) -> LossCall:
+    return _ours(setting, "triton")
+
+
+def _no_triton(setting: Setting, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "interpreted kernels are for tests"
+    return ops.why_not_triton(device, TYPES[setting.dtype], setting.family)
+
+
+def _compiled(build: Callable[[Setting, torch.device], LossCall]) -> Callable[[Setting, torch.device], LossCall]:
+    """torch.compile around the loss, for these shapes."""
+
+    def built(setting: Setting, device: torch.device) -> LossCall:
+        return cast(LossCall, torch.compile(build(setting, device), dynamic=False))
+
+    return built
+
+
+# --- peers -----------------------------------------------------------------------------------------------------------
 
 
 def _quiet(make: Callable[[], Any]) -> Any:
@@ -97,40 +212,17 @@ def _quiet(make: Callable[[], Any]) -> Any:
         return make()
 
 
-# --- builders --------------------------------------------------------------------------------------------------------
-
-
-def _smooth(setting: Setting, classes: int) -> LossCall:
-    return lambda x, y: topk.smooth_topk_loss(x, y, setting.k)
-
-
-def _transition(setting: Setting, classes: int) -> LossCall:
-    return lambda x, y: topk.transition_topk_loss(x, y, setting.k)
-
-
-def _hinge(setting: Setting, classes: int) -> LossCall:
-    return lambda x, y: topk.topk_hinge_loss(x, y, setting.k)
-
-
-def _noised(setting: Setting, classes: int) -> LossCall:
-    return lambda x, y: topk.noised_topk_loss(x, y, setting.k, epsilon=setting.epsilon, samples=setting.samples)
-
-
-def _differentiable(setting: Setting, classes: int) -> LossCall:
-    return lambda x, y: topk.differentiable_topk_loss(x, y, setting.k, method=setting.method, m=setting.m)
-
-
-def _difftopk_smooth(setting: Setting, classes: int) -> LossCall:
+def _difftopk_smooth(setting: Setting, device: torch.device) -> LossCall:
     def make() -> Any:
         import difftopk
 
-        return difftopk.SmoothHardTopKLoss(num_classes=classes, k=setting.k)
+        return difftopk.SmoothHardTopKLoss(num_classes=setting.classes, k=setting.k, device=str(device))
 
     loss = _quiet(make)
     return lambda x, y: loss(x, y)
 
 
-def _difftopk_differentiable(setting: Setting, classes: int) -> LossCall:
+def _difftopk_differentiable(setting: Setting, device: torch.device) -> LossCall:
     method = {"bitonic": "bitonic__non_sparse"}.get(setting.method, setting.method)
 
     def make() -> Any:
@@ -140,25 +232,29 @@ def _difftopk_differentiable(setting: Setting, classes: int) -> LossCall:
             diffsort_method=method,
             inverse_temperature=1.0,
             p_k=[0.0] * (setting.k - 1) + [1.0],
-            n=classes,
+            n=setting.classes,
             m=setting.m,
             distribution="cauchy",
             top1_mode="sm",
+            device=str(device),
         )
 
     loss = _quiet(make)
     return lambda x, y: loss(x, y)
 
 
-def _pytopk(setting: Setting, classes: int) -> LossCall:
+def _pytopk(setting: Setting, device: torch.device) -> LossCall:
     import pytopk
 
-    loss = pytopk.BalNoisedTopK(k=setting.k, epsilon=setting.epsilon, n_sample=setting.samples)
+    loss = pytopk.BalNoisedTopK(k=setting.k, epsilon=setting.epsilon, n_sample=setting.samples).to(device)
     return lambda x, y: loss(x, y)
 
 
-def _copy(setting: Setting, classes: int) -> LossCall:
-    """The floor: read the scores forward; read them and write the gradient backward."""
+# --- floors ----------------------------------------------------------------------------------------------------------
+
+
+def _copy(setting: Setting, device: torch.device) -> LossCall:
+    """What every loss must move: read the scores forward; read them and write the gradient backward."""
     return lambda x, y: cast(Tensor, _Copy.apply(x))
 
 
@@ -174,53 +270,118 @@ class _Copy(torch.autograd.Function):
         return cast(Tensor, scores * grad)
 
 
+def _plain_copy(setting: Setting, device: torch.device) -> LossCall:
+    """One read and one write into memory that is there already: the bandwidth all others are held against."""
+    destination = torch.empty(setting.batch, setting.classes, dtype=TYPES[setting.dtype], device=device)
+    return lambda x, y: destination.copy_(x.detach())
+
+
+def _cross_entropy(setting: Setting, device: torch.device) -> LossCall:
+    return lambda x, y: F.cross_entropy(x, y)
+
+
 # --- truths ----------------------------------------------------------------------------------------------------------
 
 
-def _smooth_truth(setting: Setting, row: Tensor, y: int) -> Tensor:
-    return reference.smooth_topk_loss_log_space(row, y, setting.k)
+def _by_rows(definition: Callable[[Setting, Tensor, int], Tensor]) -> Callable[[Setting, Tensor, Tensor], Tensor]:
+    """The mean over rows of a definition of `topk.reference`; for long rows our own path in float64."""
+
+    def truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
+        if setting.classes > _BY_DEFINITION:
+            return _ours(setting, "torch")(scores, target)
+        pairs = zip(scores, target.tolist(), strict=True)
+        return torch.stack([definition(setting, row, y) for row, y in pairs]).mean()
+
+    return truth
 
 
-def _transition_truth(setting: Setting, row: Tensor, y: int) -> Tensor:
-    return reference.transition_topk_loss(row, y, setting.k)
+def _smooth_definition(setting: Setting, row: Tensor, y: int) -> Tensor:
+    """The log-space recursion with its own gradient: autograd through a logarithm of 0 would give NaN."""
+    loss = reference.smooth_topk_loss_log_space(row.detach(), y, setting.k)
+    slope = reference.smooth_topk_gradient_log_space(row.detach(), y, setting.k)
+    return loss + (slope * (row - row.detach())).sum()
 
 
-def _hinge_truth(setting: Setting, row: Tensor, y: int) -> Tensor:
-    return reference.topk_hinge_loss(row, y, setting.k, "calibrated")
+def _noised_truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
+    return topk.noised_topk_loss(scores, target, setting.k, epsilon=setting.epsilon, samples=None, backend="torch")
 
 
-def _noised_truth(setting: Setting, row: Tensor, y: int) -> Tensor:
-    return topk.noised_topk_loss(row, torch.tensor(y), setting.k, epsilon=setting.epsilon, samples=None)
+_TRUTHS: dict[str, Callable[[Setting, Tensor, Tensor], Tensor]] = {
+    "smooth": _by_rows(_smooth_definition),
+    "transition": _by_rows(lambda s, row, y: reference.transition_topk_loss(row, y, s.k)),
+    "hinge": _by_rows(lambda s, row, y: reference.topk_hinge_loss(row, y, s.k, "calibrated")),
+    "noised": _noised_truth,
+    "differentiable": _by_rows(
+        lambda s, row, y: reference.differentiable_topk_loss(row, y, s.k, method=s.method, m=s.m)
+    ),
+}
 
 
-def _differentiable_truth(setting: Setting, row: Tensor, y: int) -> Tensor:
-    return reference.differentiable_topk_loss(row, y, setting.k, method=setting.method, m=setting.m)
+def _cross_entropy_truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(scores, target)
+
+
+# --- the registry ----------------------------------------------------------------------------------------------------
+
+CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
+_FLOAT32 = ("float32",)
+
+
+def _ours_on_every_backend(family: str) -> tuple[Contender, ...]:
+    averages = 400 if family == "noised" else 1
+    shared: dict[str, Any] = {"family": family, "truth": _TRUTHS[family], "averages": averages}
+    return (
+        Contender(f"topk {family}", build=_torch_path, **shared),
+        Contender(f"topk {family} compiled", build=_compiled(_torch_path), compiled=True, **shared),
+        Contender(f"topk {family} triton", build=_triton_path, needs=("triton",), runs_on=_no_triton, **shared),
+    )
 
 
 CONTENDERS = (
-    Contender("cross_entropy", "any", lambda s, n: F.cross_entropy),
+    Contender(CROSS_ENTROPY, "any", _cross_entropy, _cross_entropy_truth),
+    Contender(f"{CROSS_ENTROPY} compiled", "any", _compiled(_cross_entropy), _cross_entropy_truth, compiled=True),
     Contender("copy", "any", _copy),
-    Contender("topk smooth", "smooth", _smooth, _smooth_truth),
-    Contender("topk transition", "transition", _transition, _transition_truth),
-    Contender("topk hinge", "hinge", _hinge, _hinge_truth),
-    Contender("topk noised", "noised", _noised, _noised_truth, averages=400),
-    Contender("topk differentiable", "differentiable", _differentiable, _differentiable_truth),
+    Contender(PLAIN_COPY, "any", _plain_copy, backward=False, passes=2),
+    *(contender for family in _TRUTHS for contender in _ours_on_every_backend(family)),
     Contender(
-        "difftopk smooth", "smooth", _difftopk_smooth, _smooth_truth, ("difftopk",), largest=2**25, tolerance=1e-2
+        "difftopk smooth",
+        "smooth",
+        _difftopk_smooth,
+        _TRUTHS["smooth"],
+        ("difftopk",),
+        largest=2**25,
+        tolerance=1e-2,
+        types=_FLOAT32,
     ),
     Contender(
         "difftopk differentiable",
         "differentiable",
         _difftopk_differentiable,
-        _differentiable_truth,
+        _TRUTHS["differentiable"],
         ("difftopk",),
+        largest=2**26,
         lacks=("splitter_selection",),  # needs torch-sparse
+        types=_FLOAT32,
     ),
-    Contender("pytopk noised", "noised", _pytopk, _noised_truth, ("pytopk",), largest=2**26, averages=400),
+    Contender(
+        "pytopk noised",
+        "noised",
+        _pytopk,
+        _TRUTHS["noised"],
+        ("pytopk",),
+        largest=2**26,
+        averages=400,
+        types=_FLOAT32,
+    ),
 )
-"""Compiled and Triton contenders belong in this list too: the runner asks each one `why_not`."""
+"""Everyone; `contenders` says who of them runs at a setting."""
 
 
-def contenders(setting: Setting) -> list[Contender]:
-    """Those that run at this setting."""
-    return [c for c in CONTENDERS if c.family in ("any", setting.family) and c.why_not(setting) is None]
+def contenders(setting: Setting, device: torch.device | str = "cpu", compiled: bool = False) -> list[Contender]:
+    """Those that run at this setting on this device; compiled ones only where they are asked for."""
+    device = torch.device(device)
+    return [
+        c
+        for c in CONTENDERS
+        if c.family in ("any", setting.family) and (compiled or not c.compiled) and c.why_not(setting, device) is None
+    ]

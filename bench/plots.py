@@ -5,38 +5,60 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from bench.runner import CELL, read
+from bench.runner import CELL, read, timed
+
+_SUMMARY = ("256", "1000", "5", "float32")
 
 
 def table(path: Path) -> str:
-    """The records of one suite as aligned text: time, ratio to cross-entropy, memory beyond the scores."""
-    lines = [f"{'problem':44} {'contender':24} {'p50 ms':>10} {'x CE':>8} {'peak / scores':>14}"]
+    """The records of one suite as aligned text: time, ratio to cross-entropy, memory beyond the scores.
+
+    The columns after the times of eager calls are those of replayed graphs, where the device has them.
+    """
+    lines = [
+        f"{'problem':44} {'contender':28} {'p50 ms':>10} {'x CE':>8} {'GB/s':>8} {'graph ms':>10} {'x CE':>8} "
+        f"{'peak / scores':>14}"
+    ]
     for row in read(path):
-        problem = f"{row['family']} {row['batch']}x{row['classes']} k={row['k']}"
-        if row["family"] == "noised":
-            problem += f" eps={row['epsilon']} S={row['samples']} sd={row['spread']}"
-        if row["family"] == "differentiable":
-            problem += f" {row['method']} m={row['m']}"
+        start = f"{_problem(row):44} {row['contender']:28} "
+        if not row["p50_ms"]:
+            lines.append(f"{start}{row['note']}")
+            continue
         share = int(row["peak_bytes"]) / int(row["score_bytes"])
         lines.append(
-            f"{problem:44} {row['contender']:24} {float(row['p50_ms']):10.3f} "
-            f"{float(row['times_cross_entropy']):8.2f} {share:14.2f}"
+            f"{start}{float(row['p50_ms']):10.3f} {_number(row['times_cross_entropy'], 8, 2)} "
+            f"{_number(row['gbps'], 8, 1)} {_number(row['graph_p50_ms'], 10, 3)} "
+            f"{_number(row['graph_times_cross_entropy'], 8, 2)} {share:14.2f}"
         )
     return "\n".join(lines)
+
+
+def _problem(row: dict[str, str]) -> str:
+    problem = f"{row['family']} {row['batch']}x{row['classes']} k={row['k']}"
+    if row["family"] == "noised":
+        problem += f" eps={row['epsilon']} S={row['samples']} sd={row['spread']}"
+    if row["family"] == "differentiable":
+        problem += f" {row['method']} m={row['m']}"
+    return problem + ("" if row["dtype"] == "float32" else f" {row['dtype']}")
+
+
+def _number(text: str, width: int, digits: int) -> str:
+    return f"{float(text):{width}.{digits}f}" if text else " " * width
 
 
 def summary(path: Path) -> str:
     """The headline problems, 256 x 1000 and k = 5, as a Markdown table: ours against cross-entropy and the peers."""
     cells: dict[tuple[str, ...], dict[str, dict[str, str]]] = defaultdict(dict)
-    for row in read(path):
-        if (row["batch"], row["classes"], row["k"]) == ("256", "1000", "5"):
+    for row in timed(read(path)):
+        if (row["batch"], row["classes"], row["k"], row["dtype"]) == _SUMMARY:
             cells[tuple(row[column] for column in CELL)][row["contender"]] = row
     lines = [
         "| loss | times cross-entropy | times faster than the peer | peak memory, in scores |",
         "|---|---|---|---|",
     ]
     for rows in cells.values():
-        ours = next(row for name, row in rows.items() if name.startswith("topk "))
+        family = next(iter(rows.values()))["family"]
+        ours = rows.get(f"topk {family} triton", rows[f"topk {family}"])
         peer = next((row for name, row in rows.items() if name.startswith(("difftopk ", "pytopk "))), None)
         faster = f"{float(peer['p50_ms']) / float(ours['p50_ms']):.1f} ({peer['contender'].split()[0]})" if peer else ""
         share = int(ours["peak_bytes"]) / int(ours["score_bytes"])
@@ -52,33 +74,40 @@ def _described(row: dict[str, str]) -> str:
     return row["family"]
 
 
-def draw(path: Path) -> Path:
-    """Time against the number of classes and against k, beside the CSV; returns the picture's path."""
+def draw(path: Path) -> list[Path]:
+    """The record's figures beside it: those for which it has the measurements."""
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from topk.lab import benchmarks, figures
 
-    rows = read(path)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for axis, along, fixed in ((axes[0], "classes", "k"), (axes[1], "k", "classes")):
-        series: dict[str, dict[int, float]] = defaultdict(dict)
-        for row in rows:
-            if row["family"] == "smooth":
-                series[f"{row['contender']}, {row['batch']} rows, {fixed}={row[fixed]}"][int(row[along])] = float(
-                    row["p50_ms"]
+    figures.use_style()
+    everything = benchmarks.read(path)
+    frame = benchmarks.measured(everything, everything["device"].iloc[0])
+    clocks = {"": "", "graph_": ".graph"} if frame["graph_p50_ms"].notna().any() else {"": ""}
+    pictures = []
+
+    def keep(name: str, drawn: benchmarks.Drawn) -> None:
+        picture = path.with_suffix(f".{name}.png")
+        picture.write_bytes(figures.png(drawn[0]))
+        pictures.append(picture)
+
+    for clock, suffix in clocks.items():
+        keep(f"bandwidth{suffix}", benchmarks.bandwidth(frame, clock))
+        for along, fixed_batch, name in (
+            ("classes", True, "classes"),
+            ("classes", False, "classes-large"),
+            ("k", True, "k"),
+            ("batch", True, "batch"),
+        ):
+            families = [f for f in benchmarks.FAMILIES if len(benchmarks.sweep(frame, f, along, fixed_batch))]
+            for family in families:
+                keep(f"{family}.{name}{suffix}", benchmarks.time_and_memory(frame, family, along, clock, fixed_batch))
+            if families:
+                keep(
+                    f"cross-entropy.{name}{suffix}",
+                    benchmarks.ratio_to_cross_entropy(frame, along, clock, fixed_batch),
                 )
-        longest = sorted(((name, points) for name, points in series.items() if len(points) > 2), key=lambda s: s[0])
-        styles = zip(longest, "os^vDPX*<>", strict=False)
-        for (name, points), marker in styles:
-            xs = sorted(points)
-            axis.loglog(xs, [points[x] for x in xs], marker=marker, label=name)
-        axis.set_xlabel(along)
-        axis.set_ylabel("forward and backward, ms (median)")
-        axis.grid(alpha=0.3)
-        if longest:
-            axis.legend(fontsize=7)
-    picture = path.with_suffix(".png")
-    figure.savefig(picture, dpi=130)
-    plt.close(figure)
-    return picture
+    if len(benchmarks.against_peers(frame)):
+        keep("peers", benchmarks.ratio_to_peers(frame))
+    return pictures

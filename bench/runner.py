@@ -1,48 +1,50 @@
-"""Times all contenders of a setting in turn, so that whatever else the machine does falls on all alike."""
+"""Measures all contenders of a setting in turns and writes a row each, setting by setting."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
-import functools
+import gc
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import topk
-from bench.contenders import Contender, LossCall, Setting, contenders
-from bench.memory import peak_temporaries
+from bench.contenders import CROSS_ENTROPY, Contender, Setting, contenders
+from bench.suites import Suite
+from topk.lab.timing import Clock, NoReplayError, Work, clock_of, first_line, gigabytes_per_second, in_turns, quantiles
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS = (5, 40)  # at least and at most
-SECONDS = 3.0  # of timing a setting, between those
 CELL = ("suite", *Setting.__dataclass_fields__)
+_TIMES = ("p20_ms", "p50_ms", "p80_ms", "min_ms", "times_cross_entropy", "gbps")
 COLUMNS = (
     *CELL,
     "contender",
-    "p20_ms",
-    "p50_ms",
-    "p80_ms",
-    "min_ms",
-    "times_cross_entropy",
+    *_TIMES,
+    *(f"graph_{name}" for name in _TIMES),
+    "graph_note",
     "peak_bytes",
     "score_bytes",
     "rounds",
+    "kernels",
+    "note",
     "load",
     "threads",
     "device",
-    "dtype",
+    "processor",
+    "driver",
     "torch",
+    "triton",
     "topk",
     "python",
     "commit",
@@ -50,14 +52,11 @@ COLUMNS = (
 )
 
 
-def machine() -> str:
-    """A folder name for this machine: its processor and the threads torch uses."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        model = found.group(1) if found else model
-    return re.sub(r"[^a-z0-9]+", "-", f"{model} {torch.get_num_threads()} threads".lower()).strip("-")
+def machine(clock: Clock) -> str:
+    """A folder name for what is measured: the GPU, or the processor and the threads torch uses."""
+    processor = clock.facts()["processor"]
+    name = processor if clock.device.type == "cuda" else f"{processor} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def commit() -> str:
@@ -69,48 +68,80 @@ def commit() -> str:
 
     try:
         name = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--", "../topk", "*.py")
+        changed = git("status", "--porcelain", "--", "../topk/*.py", "*.py")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name + ("+changes" if changed else "")
 
 
-def run_suite(name: str, settings: list[Setting], folder: Path | None = None, fresh: bool = False) -> Path:
+def run_suite(
+    name: str,
+    suite: Suite,
+    folder: Path | None = None,
+    *,
+    device: str | None = None,
+    fresh: bool = False,
+    minutes: float | None = None,
+    measured_commit: str | None = None,
+) -> Path:
     """Measures what has no row yet and returns the CSV's path; killed at any moment, the next run goes on."""
-    path = (folder or RESULTS) / machine() / f"{name}.csv"
+    clock = clock_of(device or suite.device)
+    path = (folder or RESULTS) / machine(clock) / f"{name}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
         path.unlink(missing_ok=True)
-    done = {tuple(row[column] for column in CELL) for row in read(path)}
+    done = {_cell(row) for row in read(path)}
     common = {
         "suite": name,
         "threads": torch.get_num_threads(),
-        "device": "cpu",
-        "dtype": "float32",
+        "device": clock.device.type,
+        **clock.facts(),
         "torch": torch.__version__,
         "topk": topk.__version__,
         "python": platform.python_version(),
-        "commit": commit(),
+        "commit": measured_commit or commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
-    busy = os.getloadavg()[0]
-    if busy > 0.5:
+    if (busy := _load()) > 0.5 and clock.device.type == "cpu":
         tqdm.write(f"The machine is busy (load {busy:.1f} before the first measurement): expect inflated times.")
-    bar = tqdm(settings, unit="setting")
+    end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
+    bar = tqdm(suite.settings(), unit="setting")
     for setting in bar:
         bar.set_description(setting.label())
         cell = {"suite": name, **asdict(setting)}
-        if tuple(str(cell[column]) for column in CELL) not in done:
-            _append(path, [{**common, **cell, **row} for row in measure(setting)])
+        if _cell(cell) in done:
+            continue
+        if time.monotonic() > end:
+            tqdm.write(f"{minutes:g} minutes are over; the same command goes on from here.")
+            break
+        rows = measure(setting, clock, suite.seconds, suite.compiles(setting))
+        for row in rows:
+            if row["note"]:
+                tqdm.write(f"{setting.label()}: {row['contender']} has no time: {row['note']}")
+        _append(path, [{**common, **cell, **row} for row in rows])
     return path
 
 
+def _cell(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[column]) for column in CELL)
+
+
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV; none where there is no file."""
+    """The rows of a CSV; none where there is no file. Columns that an older record does not have are empty."""
     if not path.exists():
         return []
     with path.open(newline="") as stream:
-        return list(csv.DictReader(stream))
+        return [{column: row.get(column) or "" for column in COLUMNS} for row in csv.DictReader(stream)]
+
+
+def timed(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows with a time; a contender that was wrong or failed has a note in its place."""
+    return [row for row in rows if row["p50_ms"]]
+
+
+def wrong(path: Path) -> list[dict[str, str]]:
+    """The rows of our own contenders that have no time."""
+    return [row for row in read(path) if row["note"] and row["contender"].startswith("topk ")]
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -118,60 +149,103 @@ def _append(path: Path, rows: list[dict[str, Any]]) -> None:
     together = [*read(path), *rows]
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     with beside.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
+        writer = csv.DictWriter(stream, COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(together)
     beside.replace(path)
 
 
-def measure(setting: Setting) -> list[dict[str, Any]]:
-    """One row a contender: forward and backward, each contender once a round, every other round in reverse order."""
-    present = contenders(setting)
-    for contender in present:
-        contender.gate(setting)
-    scores, target = setting.problem(setting.batch, setting.classes)
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+
+
+def measure(setting: Setting, clock: Clock, seconds: float = 3.0, compiled: bool = False) -> list[dict[str, Any]]:
+    """One row a contender: times and memory of forward and backward, or a note that says why there are none."""
+    if compiled:
+        torch._dynamo.reset()
+    scores, target = setting.problem(setting.batch, clock.device)
     scores.requires_grad_()
-    calls = {contender: contender.build(setting, setting.classes) for contender in present}
-    for call in calls.values():
-        _once(call, scores, target)
-    times: dict[Contender, list[float]] = {contender: [] for contender in present}
-    for order in _rounds(present):
-        for contender in order:
-            times[contender].append(_once(calls[contender], scores, target))
-    base = sorted(times[present[0]])[len(times[present[0]]) // 2]
+    works: dict[str, Work] = {}
+    notes: dict[str, str] = {}
+    told: dict[str, str] = {}
+    present = contenders(setting, clock.device, compiled)
+    for contender in present:
+        try:
+            contender.gate(setting, clock.device)
+            work = contender.work(setting, scores, target)
+            told[contender.name] = _first_call(contender, work)
+            works[contender.name] = work
+        except AssertionError as error:
+            notes[contender.name] = str(error) or "an assertion of its own failed"
+        except Exception as error:  # a peer's limits, or the device's memory
+            notes[contender.name] = f"{type(error).__name__}: {first_line(error)}"
+            _tidy(clock)
+    size = scores.numel() * scores.element_size()
+    eager = in_turns(clock, works, seconds)
+    peaks = {name: clock.peak(work) for name, work in works.items()}
+    replays, why_not = _captured(clock, works)
+    graphs = in_turns(clock, replays, seconds)
+    replays.clear()
     return [
         {
             "contender": contender.name,
-            **_quantiles(times[contender]),
-            "times_cross_entropy": f"{sorted(times[contender])[len(times[contender]) // 2] / base:.3f}",
-            "peak_bytes": peak_temporaries(functools.partial(_gradient, calls[contender], scores, target)),
-            "score_bytes": scores.numel() * scores.element_size(),
-            "rounds": len(times[contender]),
-            "load": f"{os.getloadavg()[0]:.1f}",
+            **_times(eager, contender, size),
+            **{f"graph_{name}": value for name, value in _times(graphs, contender, size).items()},
+            "graph_note": why_not.get(contender.name, ""),
+            "peak_bytes": peaks.get(contender.name, ""),
+            "score_bytes": size,
+            "rounds": len(eager.get(contender.name, ())),
+            "kernels": told.get(contender.name, ""),
+            "note": notes.get(contender.name, ""),
+            "load": f"{_load():.1f}",
         }
         for contender in present
     ]
 
 
-def _rounds(present: list[Contender]) -> Iterator[list[Contender]]:
-    start = time.perf_counter()
-    for number in range(ROUNDS[1]):
-        if number >= ROUNDS[0] and time.perf_counter() - start > SECONDS:
-            return
-        yield present if number % 2 == 0 else present[::-1]
+def _first_call(contender: Contender, work: Work) -> str:
+    """Calls twice, which compiles what is compiled; of Triton kernels it returns registers and spills."""
+    if "triton" not in contender.needs:
+        work()
+        work()
+        return ""
+    from bench.kernels import watched_launches
+
+    with watched_launches() as told:
+        work()
+    work()
+    return "; ".join(told)
 
 
-def _gradient(call: LossCall, scores: Tensor, target: Tensor) -> Tensor:
-    return torch.autograd.grad(call(scores, target), scores)[0]
+def _captured(clock: Clock, works: dict[str, Work]) -> tuple[dict[str, Work], dict[str, str]]:
+    """The works as graphs, and why the others cannot be one."""
+    replays: dict[str, Work] = {}
+    why_not: dict[str, str] = {}
+    for name, work in works.items():
+        try:
+            replays[name] = clock.replay(work)
+        except NoReplayError as error:
+            why_not[name] = str(error)
+            _tidy(clock)
+    return replays, why_not
 
 
-def _once(call: LossCall, scores: Tensor, target: Tensor) -> float:
-    start = time.perf_counter()
-    _gradient(call, scores, target)
-    return 1e3 * (time.perf_counter() - start)
+def _tidy(clock: Clock) -> None:
+    """Frees what a failure left behind."""
+    if clock.device.type == "cuda":
+        gc.collect()
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.synchronize(clock.device)
+            torch.cuda.empty_cache()
 
 
-def _quantiles(values: list[float]) -> dict[str, str]:
-    ranked = sorted(values)
-    quantiles = {f"p{p}_ms": ranked[min(len(ranked) - 1, p * len(ranked) // 100)] for p in (20, 50, 80)}
-    return {name: f"{value:.4f}" for name, value in {**quantiles, "min_ms": ranked[0]}.items()}
+def _times(times: dict[str, list[float]], contender: Contender, size: int) -> dict[str, str]:
+    """Quantiles, ratio to cross-entropy, and bandwidth: the least this work must move over the median time."""
+    if contender.name not in times:
+        return {}
+    found = quantiles(times[contender.name])
+    told = {name: f"{value:.5g}" for name, value in found.items()}
+    if CROSS_ENTROPY in times:
+        told["times_cross_entropy"] = f"{found['p50_ms'] / quantiles(times[CROSS_ENTROPY])['p50_ms']:.3f}"
+    told["gbps"] = f"{gigabytes_per_second(contender.passes * size, found['p50_ms']):.2f}"
+    return told

@@ -1,10 +1,25 @@
-"""Which problems each suite measures."""
+"""Which problems each suite measures, and on what."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from bench.contenders import Setting
 
 FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
+LARGE = 2**26
+"""Elements of a problem that is large for a data-centre GPU: 64 M."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Settings in the order in which they are measured, where, for how long each, and which are also compiled."""
+
+    settings: Callable[[], list[Setting]]
+    device: str = "cpu"
+    seconds: float = 3.0
+    compiles: Callable[[Setting], bool] = lambda setting: False
 
 
 def smoke() -> list[Setting]:
@@ -21,10 +36,12 @@ def headline() -> list[Setting]:
 
 
 def cpu() -> list[Setting]:
-    """Many minutes: the headline, then n and k."""
+    """Many minutes: the headline, then k, n, the batch and number types."""
     over_k = [Setting("smooth", 256, 1000, k) for k in (1, 2, 3, 8, 10, 20, 50, 100)]
     over_classes = [Setting(family, 256, n, 5) for family in FAMILIES for n in (100, 10_000, 100_000)]
-    return headline() + over_k + over_classes + large()
+    over_batch = [Setting(family, rows, 1000, 5) for family in FAMILIES for rows in (1, 16, 4096)]
+    halves = [Setting(family, 256, 1000, 5, dtype="bfloat16") for family in FAMILIES]
+    return headline() + over_k + over_classes + over_batch + halves + large()
 
 
 def large() -> list[Setting]:
@@ -34,4 +51,32 @@ def large() -> list[Setting]:
     return over_classes + over_k
 
 
-SUITES = {"smoke": smoke, "headline": headline, "cpu": cpu, "large": large}
+def gpu() -> list[Setting]:
+    """Some minutes on a data-centre GPU: what the goals are about first, so that a run cut short has them."""
+    thousand = [Setting(family, 65_536, 1000, 5) for family in FAMILIES]
+    goals = [*thousand, Setting("smooth", 65_536, 1000, 50), Setting("noised", 65_536, 1000, 5, samples=10)]
+    over_classes = [Setting(family, LARGE // n, n, 5) for n in (128, 8192, 131_072, 1_048_576) for family in FAMILIES]
+    over_k = [Setting("smooth", 65_536, 1000, k) for k in (1, 2, 10, 20, 100)]
+    over_k += [Setting("transition", 65_536, 1000, k) for k in (1, 20, 100)]
+    halves = [
+        replace(setting, dtype=dtype)
+        for dtype in ("bfloat16", "float16")
+        for setting in thousand
+        if setting.family != "hinge"
+    ]
+    over_batch = [Setting(family, rows, 1000, 5) for family in ("smooth", "transition") for rows in (1, 16, 4096)]
+    small = [
+        Setting(family, 256, n, 5) for family in ("smooth", "transition") for n in (100, 10_000, 100_000, 1_048_576)
+    ]
+    return goals + headline() + over_classes + over_k + halves + over_batch + small
+
+
+SUITES = {
+    "smoke": Suite(smoke, seconds=0.5),
+    "headline": Suite(headline),
+    "cpu": Suite(cpu, compiles=lambda s: (s.batch, s.classes) == (256, 1000) and s.dtype == "float32"),
+    "large": Suite(large),
+    "gpu": Suite(
+        gpu, "cuda", 0.5, compiles=lambda s: s in [Setting(s.family, rows, 1000, 5) for rows in (256, 65_536)]
+    ),
+}

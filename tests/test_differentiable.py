@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 import topk
-from bench.memory import peak_temporaries
 from topk import reference
+from topk.lab.timing import peak_temporaries
 from topk.losses import differentiable, networks, room
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
