@@ -29,9 +29,27 @@ GRADIENT_TOLERANCE = {
 }
 
 GPU_CASES: dict[str, tuple[Callable[..., Tensor], tuple[Mapping[str, Any], ...]]] = {
+    "smooth": (
+        topk.smooth_topk_loss,
+        ({}, {"k": 50}, {"k": {1: 0.5, 20: 0.5}, "tau": 0.5}, {"k": 9, "tau": 0.05, "margin": 0.0}),
+    ),
     "transition": (
         topk.transition_topk_loss,
         ({}, {"k": {1: 0.5, 5: 0.5}, "label_smoothing": 0.1}, {"k": 50, "transition": 0.3}),
+    ),
+    "noised": (
+        topk.noised_topk_loss,
+        ({"epsilon": 0.0}, {"epsilon": 0.0, "k": {1: 0.5, 50: 0.5}, "margins": 2.0, "scale": 3.0}),
+    ),
+    "differentiable": (
+        topk.differentiable_topk_loss,
+        (
+            {},
+            {"k": {1: 0.5, 5: 0.5}, "method": "bitonic", "distribution": "logistic_phi"},
+            {"method": "splitter_selection", "distribution": "gaussian"},
+            {"k": {1: 0.2, 5: 0.8}, "top1": "cross_entropy", "cross_entropy_over": "all"},
+            {"method": "softsort"},
+        ),
     ),
     "hinge": (
         topk.topk_hinge_loss,

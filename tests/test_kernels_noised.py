@@ -286,3 +286,17 @@ def test_quadrature_has_no_kernel() -> None:
     with pytest.raises(RuntimeError, match="quadrature"):
         noised_topk_loss(scores, target, 2, samples=None, backend="triton")
     assert noised_topk_loss(scores, target, 2, samples=None).isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("classes", [100, 1000, 20000])
+def test_on_a_gpu_the_draws_are_those_of_the_torch_path(classes: int) -> None:
+    """Both count their noise in the same way; a device's fast logarithm may swap a few almost equal scores."""
+    scores, target = random_scores(40, classes).cuda(), torch.randint(classes, (40,)).cuda()
+    extras = (torch.ones(40, device="cuda"), torch.tensor([2**33 + 1], device="cuda"))
+    options = ([1, 5], [0.5, 0.5], 1.0, 7, 1.0)
+    loss, _, kept = noised.forward(scores, target, extras, -100, options)
+    losses, _, found = NOISED.forward(scores, target, extras, options)
+    assert (kept == found).float().mean() > 0.995
+    torch.testing.assert_close(loss, losses, rtol=1e-4, atol=1e-4)

@@ -35,7 +35,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-NAMES = ("transition", "noised", "differentiable", "hinge")
+NAMES = ("smooth", "transition", "noised", "differentiable", "hinge")
 """The rooms that have kernels."""
 
 

@@ -39,7 +39,7 @@ from topk.kernels.common import (
 from topk.kernels.patched import patched_exponentials
 from topk.losses import differentiable as room
 from topk.losses.networks import network
-from topk.losses.room import Options, Saved, SavedShape
+from topk.losses.room import Options, Saved, SavedShape, wide_type
 
 _WIDEST_NETWORK = 32  # wires, and layers: the compiler takes its time for more
 _TILE = 128  # numbers in a program of the second kernel
@@ -58,9 +58,7 @@ def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(
-    scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options
-) -> tuple[Tensor, ...]:
+def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
     settings = room._Settings(*options)
     rows, classes = scores.shape
@@ -250,7 +248,7 @@ def _hit_of_torch(
     used = (target >= 0) & (target < classes) & (target != ignore_index)
     own = torch.where(used & (settings.kept == classes), target, 0)
     usable = used[:, None] & (values.amax(1, keepdim=True) < torch.inf)
-    wide = torch.where(usable, values, 0.0).T.to(room.wide_type(values), memory_format=torch.contiguous_format)
+    wide = torch.where(usable, values, 0.0).T.to(wide_type(values), memory_format=torch.contiguous_format)
     hit, slopes = room._hit_in_chunks(wide, own, shares, settings)
     result = hit.to(torch.float32)
     return result, result if slopes is None else slopes.T.to(torch.float32, memory_format=torch.contiguous_format)
@@ -332,7 +330,7 @@ def _sorted(
             sum_ = tl.sum(tl.exp(x - top[:, None]), 1)
             total = top + tl.log(tl.where(sum_ > 0.0, sum_, 1.0))
         softmax = tl.exp(x - total[:, None])
-        own_log = -total
+        own_log = tl.where(mine > float("-inf"), -total, float("-inf"))
     if TOP1 == "softmax":
         first = FIRST * tl.exp(own_log) if FIRST > 0.0 else own_log
         inner = (inner + first) * (1.0 - 2e-7) + 1e-7
@@ -399,10 +397,11 @@ def _network(
             values_of = tl.where(layers == layer, values.to(tl.int32, bitcast=True)[None], values_of)
             chances_of = tl.where(layers == layer, chances.to(tl.int32, bitcast=True)[None], chances_of)
         partner, ahead = _partner_of(table_ptr, layer, wires, x.shape[0], WIRES)
-        lead = _at(values, partner, wires) - values
-        stay, change = _swap(tl.where(ahead, lead, -lead), beta, art_lambda, DISTRIBUTION)
+        others = _at(values, partner, wires)
+        apart = tl.where(ahead, others - values, values - others)
+        stay, change = _swap(apart, beta, art_lambda, DISTRIBUTION)
         chances = stay * chances + change * _at(chances, partner, wires)
-        values = values + change * lead
+        values = stay * values + change * others
     share = tl.zeros((1, WIRES), tl.float32)
     for rank in tl.static_range(len(SHARES)):
         share = tl.where(wires == KEPT - 1 - rank, SHARES[rank], share)
@@ -418,11 +417,11 @@ def _network(
             lead = _at(values, partner, wires) - values
             apart = tl.where(ahead, lead, -lead)
             stay, change = _swap(apart, beta, art_lambda, DISTRIBUTION)
-            lead_values = _at(of_values, partner, wires) - of_values
-            others_chances = _at(of_chances, partner, wires)
-            exchanged = lead_values * lead + (others_chances - of_chances) * (_at(chances, partner, wires) - chances)
+            others_values, others_chances = _at(of_values, partner, wires), _at(of_chances, partner, wires)
+            exchanged = (others_values - of_values) * lead
+            exchanged += (others_chances - of_chances) * (_at(chances, partner, wires) - chances)
             moved = exchanged * _density(apart, stay, change, beta, art_lambda, DISTRIBUTION)
-            of_values = of_values + change * lead_values - tl.where(ahead, moved, -moved)
+            of_values = stay * of_values + change * others_values - tl.where(ahead, moved, -moved)
             of_chances = stay * of_chances + change * others_chances
     return hit, of_values * beta
 
@@ -438,9 +437,10 @@ def _partner_of(table_ptr, layer: tl.constexpr, wires, ROWS: tl.constexpr, WIRES
 def _at(tile, partner, wires):
     """tile[row, partner[row, wire]]."""
     if _GATHERS:
-        return tl.gather(tile, partner, 1)
+        found = tl.gather(tile, partner, 1)
     else:
-        return tl.sum(tl.where(partner[:, :, None] == wires[:, None, :], tile[:, None, :], 0.0), 2)
+        found = tl.sum(tl.where(partner[:, :, None] == wires[:, None, :], tile[:, None, :], 0.0), 2)
+    return found
 
 
 @triton.jit
@@ -478,24 +478,25 @@ def _density(d, stay, change, beta, art_lambda, DISTRIBUTION: tl.constexpr):
     """F'(d), of which F and 1 - F are known."""
     size = tl.abs(d)
     if DISTRIBUTION == "logistic":
-        return stay * change
+        density = stay * change
     elif DISTRIBUTION == "logistic_phi":
         distance = size / beta
         shifted = distance + 1e-10
         steepness = tl.exp(-art_lambda * tl.log(shifted)) * (1.0 - art_lambda * distance / shifted)
-        return stay * change * steepness
+        density = stay * change * steepness
     elif DISTRIBUTION == "gaussian":
         near = tl.minimum(size, 30.0)
-        return tl.exp(-0.5 * near * near) * 0.3989422804014327
+        density = tl.exp(-0.5 * near * near) * 0.3989422804014327
     elif DISTRIBUTION == "cauchy":
         near = tl.minimum(size, 1e15)
-        return 0.3183098861837907 / (near * near + 1.0)
+        density = 0.3183098861837907 / (near * near + 1.0)
     elif DISTRIBUTION == "reciprocal":
         near = tl.minimum(size, 1e15) + 2.0
-        return 1.0 / (near * near)
+        density = 1.0 / (near * near)
     else:
         near = tl.minimum(tl.maximum(size, 0.25), 1e15)
-        return 0.0625 / (near * near)
+        density = 0.0625 / (near * near)
+    return density
 
 
 @triton.jit

@@ -551,7 +551,7 @@ def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved,
     """Calls that reach every path: no noise, and so little that it decides nothing, for one k and for several."""
     margins, seeds = torch.ones(rows, device=device), torch.full((1,), 7, dtype=torch.int64, device=device)
     extras = (margins, seeds)
-    several = sorted({1, min(5, classes - 1), classes - 1})
+    several = sorted({1, min(5, classes - 1), min(40, classes - 1)})
     share = [1.0 / len(several)] * len(several)
     return [
         (extras, ([min(5, classes - 1)], [1.0], 0.0, 5, 1.0)),

@@ -105,7 +105,8 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
     constants = dict(launch.constants)
     attributes: dict[tuple[int], Any] = {}
     for place, (name, value) in enumerate(zip(launch.function.arg_names, launch.arguments, strict=False)):
-        if value is None or (isinstance(value, int) and value == 1):
+        unknown = launch.function.params[place].do_not_specialize
+        if value is None or (isinstance(value, int) and value == 1 and not unknown):
             constants[name] = value
         elif isinstance(value, Tensor):
             signature[name] = _POINTERS[value.dtype]
@@ -113,7 +114,7 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
                 attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not unknown:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

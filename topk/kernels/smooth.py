@@ -1,22 +1,31 @@
-"""The smooth top-k SVM in Triton: rho of `topk.losses.smooth` from a few nodes on a circle, whatever k is.
+"""The smooth top-k SVM in Triton: rho of `topk.losses.smooth` at a cost that hardly depends on k.
 
-With P_i the tilted probabilities of the wrong classes, S the number of successes and sum P about k - 1/2,
+k <= 6: as in the torch room, the k largest wrong scores multiplied into the polynomial that Newton's identities make of
+k power sums of the others; the sums in float32, a few dozen numbers a row in float64. Backward is a polynomial of
+degree k in w <= 1; the fewer than k larger scores are recognised by their value and get theirs.
+
+Larger k: from a few nodes on a circle, all of it in float32. With P_i the tilted probabilities of the wrong classes, S
+the number of successes and sum P within 1/4 of k - 1/2,
 
     Pr[S = j] = 1/M sum over m of phi(2 pi m / M) exp(-2 pi i j m / M),    phi(t) = prod (1 + P_i (e^{it} - 1)),
 
-but for the chances of S = j + M, j - M, ..., which are below float32 once M is some 6 standard deviations. The same
-deviation bounds |phi(t)| by exp(-var (1 - cos t)), so of a large M few nodes matter: 7 at k = 50, 6 at k = 1000. A node
+but for the chances of j + M, j - M, ..., which are below float32 once M is some 6 standard deviations. The same
+deviation bounds |phi(t)| by exp(-var (1 - cos t)), so of a large M few nodes matter: 8 at k = 50, 6 at k = 1000. A node
 costs a product over the classes, in any order. Success and failure are treated alike: with q = min(P, 1 - P), every
 class with P > 1/2 contributes e^{it} (counted, exact) times its own factor 1 + q (e^{-it} - 1), and products are kept
-as what they differ from 1 by. All of it is float32.
+as what they differ from 1 by. No selection is needed: a score near the k-th is found by bisection.
 
 The slopes d rho / d u are a smooth function of P. Where var >= 8 they are q (1 - q) times a Chebyshev series in
-2 P - 1, whose coefficients fall as tan(t / 4)^d: 13 terms at most, 6 at k = 50. Where var < 8, Pr[S = j] itself dies
+2 P - 1, whose coefficients fall as tan(t / 4)^d: 12 terms at most, 7 at k = 50. Where var < 8, Pr[S = j] itself dies
 out after some 6 sqrt(var) + 5 terms, and leaving a class out of the polynomial gives the series
 
     w (r_0 - r_1 w + r_2 w^2 - ...),   r_j = f_{k-1-j} / f_k - f_{k-2-j} / f_{k-1},   f_j = Pr[S = j],
 
 for w = P / (1 - P) <= 1, and its mirror image in 1 / w for the others.
+
+Bytes moved a row, with n classes of s bytes: forward reads n s (and a streamed row again: for every k <= 6 once, for a
+larger k some four times) and writes 4 (3 k + 1), for a larger k 204; backward reads n s, a tile reads what forward
+wrote, and writes n s.
 """
 
 from __future__ import annotations
@@ -70,7 +79,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     if not ks:
         return common.no_loss(target, classes, ignore_index), table.zero_()
     loss = scores.new_empty(rows, dtype=torch.float32)
-    tiling = _few_rows(common.whole_rows(classes))
+    tiling = _smaller(common.whole_rows(classes))
     common.launch(
         _forward,
         tiling.programs(rows),
@@ -98,8 +107,10 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     return loss, table
 
 
-def _few_rows(tiling: common.Tiling) -> common.Tiling:
-    """Fewer rows a program, since each has a tile of nodes too."""
+def _smaller(tiling: common.Tiling) -> common.Tiling:
+    """Fewer rows a program, since each has a tile of nodes too; shorter tiles in a stream, to spare registers."""
+    if tiling.streams:
+        return replace(tiling, block=max(16, tiling.block // 2))
     rows = max(1, min(tiling.rows, 128 // tiling.block))
     return replace(tiling, rows=rows, warps=1 if tiling.rows > 1 else tiling.warps)
 
@@ -242,7 +253,7 @@ def _head(
         head = tl.where(lanes < HEAD, scores_of(best), float("-inf"))
     else:
         last = tl.max(tl.where(x == x, x, float("inf")), 1)
-        found = tl.sum((x == last[:, None]).to(tl.int32), 1)
+        found = tl.maximum(tl.sum((x == last[:, None]).to(tl.int32), 1), 1)  # none equals NaN
         head = tl.where(lanes < found[:, None], last[:, None], float("-inf"))
         for _ in tl.static_range(1, HEAD):
             last = tl.max(tl.where(x < last[:, None], x, float("-inf")), 1)
