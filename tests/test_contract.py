@@ -299,6 +299,16 @@ def test_compiles_in_one_piece(loss: Case) -> None:
     torch.testing.assert_close(value_and_gradient(compiled, scores, target), value_and_gradient(loss, scores, target))
 
 
+@pytest.mark.parametrize("recording", [True, False])
+def test_compiles_where_no_gradient_is_wanted(recording: bool) -> None:
+    torch._dynamo.reset()
+    scores, target = batch()
+    compiled = torch.compile(lambda x, y: topk.smooth_topk_loss(x, y, 3), fullgraph=True, backend="aot_eager")
+    expected = topk.smooth_topk_loss(scores, target, 3)
+    with torch.set_grad_enabled(recording):
+        torch.testing.assert_close(compiled(scores.detach().requires_grad_(not recording), target), expected.detach())
+
+
 @pytest.mark.slow
 @every_loss
 def test_compiles_with_inductor(loss: Case) -> None:

@@ -284,7 +284,9 @@ def row_loss(
 ) -> Tensor:
     """The loss of every row (rows,), differentiable in the scores."""
     loss: Tensor
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not (scores.requires_grad and torch.is_grad_enabled()):
+        loss = _op(name, "fwd")(scores, target, list(extras), ignore_index, backend, *options)[0]
+    elif torch.compiler.is_compiling():
         loss = _TracedRowLoss.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
     elif _is_plain(scores):
         loss = _PlainRowLoss.apply((name, options, ignore_index, backend, len(extras)), scores, target, *extras)
