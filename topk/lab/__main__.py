@@ -1,4 +1,4 @@
-"""`python -m topk.lab COMMAND`: data, features, sweep, records. Each command lives in its own room."""
+"""`python -m topk.lab COMMAND`, the commands being those of `ROOMS`. Each command lives in its own room."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from collections.abc import Sequence
 ROOMS = {
     "data": ("topk.lab.data", "fill, list, import and export the packed cache"),
     "features": ("topk.lab.features", "extract frozen features with a pretrained network"),
+    "components": ("topk.lab.components", "principal components of features"),
     "sweep": ("topk.lab.sweeps", "run what a sweep file asks for and has no record yet"),
+    "choose": ("topk.lab.tuning", "from a tuning sweep's records, the sweep of the runs that count"),
+    "reproduce": ("topk.lab.reproduce", "run a record's configuration again and compare"),
+    "ship": ("topk.lab.shipped", "pack records and a sample of real data for the wheel"),
     "records": ("topk.lab.records", "check, show and merge records of runs"),
 }
 

@@ -28,7 +28,7 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ _KINDS: dict[str, dict[str, Any]] = {
     "imagenet64": {"parts": None},
     "imagefolder": {"set": "", "size": 224},
     "features": {"set": ""},
+    "sample": {},
     **{f"synthetic/{kind}": _SYNTHETIC for kind in synthetic.KINDS},
 }
 
@@ -135,6 +136,7 @@ def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
     "imagenet64"         ``parts``, as above
     "imagefolder"        ``set``, the name it was imported under; ``size``, of images that are streamed from files
     "features"           ``set``, the name it was stored under
+    "sample"             nothing: the small real sample in the package (`topk.lab.sample`)
     "synthetic/<kind>"   ``classes`` 5, ``dimension`` 2, ``modes`` 4, ``rows`` 200 and ``test_rows`` 1000 of each
                          class, ``difficulty`` 0.5; kinds as `topk.lab.synthetic` lists them
     ===================  ==========================================================================================
@@ -200,7 +202,7 @@ def load(settings: Mapping[str, Any]) -> DataSet:
         settings: {"name": ..., ...}; see `complete`.
     """
     full = complete(settings)
-    found = _synthetic(full) if full["name"].startswith("synthetic/") else _cached(full)
+    found = _kind(full["name"])(full)
     rows = np.arange(len(found.train.labels))
     if full.get("parts") is not None:
         rows = _rows_of_parts(found, full["parts"])
@@ -241,6 +243,25 @@ class _Found:
     digests: Mapping[str, str]
     train_parts: Sequence[tuple[str, int]]
     complete: bool
+
+
+def _kind(name: str) -> Callable[[Mapping[str, Any]], _Found]:
+    if name == "sample":
+        return _sample
+    return _synthetic if name.startswith("synthetic/") else _cached
+
+
+def _sample(full: Mapping[str, Any]) -> _Found:
+    from topk.lab import sample
+
+    found = sample.read()
+    train, test = Split(*found.train), Split(*found.test)
+    arrays = {"train": found.train[0], "test": found.test[0]}
+    digests = {part: hashlib.sha256(inputs.tobytes()).hexdigest() for part, inputs in arrays.items()}
+    parts = [("train", len(train.labels))]
+    return _Found(
+        train, test, tuple(found.about["classes"]), _superclass(found.about), (), (), digests, parts, complete=True
+    )
 
 
 def _synthetic(full: Mapping[str, Any]) -> _Found:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from topk.arguments import check_count
-from topk.lab import cache, models
+from topk.lab import cache, models, sample
 from topk.lab.cache import CacheError, Entry
 from topk.lab.settings import check_name
 
@@ -120,6 +120,8 @@ def pretrained(config: Mapping[str, Any]) -> str | None:
         entry = cache.read(settings["set"])
         origin = entry.about.get("origin") if entry is not None else None
         return origin["weights"] if origin else None
+    if settings["name"] == "sample":
+        return str(sample.read().about["origin"]["weights"])
     if model["name"].startswith("torchvision/") and model["weights"] is not None:
         return digest(models.torchvision_state(model["name"].partition("/")[2], model["weights"]))
     return None

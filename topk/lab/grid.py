@@ -8,7 +8,9 @@
       loss:                                    # or a section and what it may be, added to what the runs share
         - {name: cross_entropy}
         - {name: smooth, k: 5}
-      seed: [0, 1, 2]
+      run:                                     # or several sections at once
+        - {loss: {name: smooth, k: 5}, training: {learning_rate: 0.3}}
+      seed + data.seed: [0, 1, 2]              # or several settings that have the same value
     profiles:                                  # each overrides parts of the above; a list replaces a list
       smoke: {training: {epochs: 1}, grid: {seed: [0]}}
       gpu: {workers: 2}
@@ -17,14 +19,18 @@ A notebook's sweep names it (`notebook: 15_noise.ipynb`, a file beside the sweep
 data, model, loss, training and seed; the lists of its grid belong to parameters, all of which the notebook must know.
 Its parameter `profile` is the sweep's profile unless the file says otherwise.
 
+A grid may also be a list of grids, whose runs come one after the other. A file that tunes has a section `final`, see
+`topk.lab.tuning`.
+
 The file is data: it names no code but that notebook, and a key that is not known is an error with its line.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -36,11 +42,26 @@ from topk.lab import records
 PROFILES = ("smoke", "laptop", "gpu")
 SECTIONS = ("data", "model", "loss", "training")
 _OVERRIDABLE = (*SECTIONS, "seed", "parameters", "grid", "workers")
-_KNOWN = ("description", "notebook", *_OVERRIDABLE, "profiles")
+_KNOWN = ("description", "notebook", *_OVERRIDABLE, "profiles", "final")
 _LARGEST_FILE = 1_000_000
 _MOST_NODES = 100_000
 _MOST_RUNS = 10_000
 _DEEPEST = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where a run stands in its file: the number of its grid, and its value on each axis of it."""
+
+    grid: int
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Run:
+    settings: dict[str, Any]
+    grid: int
+    choice: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,12 +73,16 @@ class Sweep:
         profile: the profile.
         notebook: the notebook that each run executes, or None.
         workers: how many runs at a time, where the file says so.
+        choices: by key, where the run stands in the grid.
+        final: of a file that tunes, what the runs with the chosen settings will have instead (`topk.lab.tuning`).
     """
 
     configs: Mapping[str, dict[str, Any]]
     profile: str
     notebook: Path | None = None
     workers: int | None = None
+    choices: Mapping[str, Choice] = field(default_factory=dict)
+    final: Mapping[str, Any] | None = None
 
 
 class _Loader(yaml.SafeLoader):
@@ -148,14 +173,18 @@ def read(path: Path | str, profile: str = "laptop") -> Sweep:
         raise file.error(f"workers must be a number of at least 1, got {workers!r}", "workers")
     known = _parameters_of(notebook) if notebook else set()
     configs: dict[str, dict[str, Any]] = {}
-    for settings in _settings(file, merged, allowed):
+    choices: dict[str, Choice] = {}
+    for run in _settings(file, merged, allowed):
         try:
-            config = _config(settings, notebook, known, profile)
+            config = _config(run.settings, notebook, known, profile)
             full = records.complete(config)
         except (ValueError, TypeError) as error:
             raise file.explained(error) from None
-        configs.setdefault(records.key_of_completed(full), full)
-    return Sweep(configs, profile, notebook, workers)
+        key = records.key_of_completed(full)
+        configs.setdefault(key, full)
+        choices.setdefault(key, Choice(run.grid, run.choice))
+    final = None if merged.get("final") is None else file.mapping(merged["final"], ("final",))
+    return Sweep(configs, profile, notebook, workers, choices, final)
 
 
 def _with_profile(file: _File, profile: str) -> dict[str, Any]:
@@ -167,42 +196,64 @@ def _with_profile(file: _File, profile: str) -> dict[str, Any]:
     merged = {name: value for name, value in file.content.items() if name not in ("profiles", "description")}
     for name, value in (profiles.get(profile) or {}).items():
         place = ("profiles", profile, name)
-        is_section = name not in ("seed", "workers")
+        is_section = name not in ("seed", "workers") and not isinstance(value, list)
         merged[name] = (
             {**file.mapping(merged.get(name), (name,)), **file.mapping(value, place)} if is_section else value
         )
     return merged
 
 
-def _settings(file: _File, merged: Mapping[str, Any], allowed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The runs' sections before defaults: what they share, and over it one value from each list of the grid."""
+def _settings(file: _File, merged: Mapping[str, Any], allowed: tuple[str, ...]) -> Iterator[_Run]:
+    """The runs before defaults: what they share, and over it one value from each list of their grid."""
     shared: dict[str, Any] = {}
     for name in allowed:
         if name in merged:
             shared[name] = merged[name] if name == "seed" else file.mapping(merged[name], (name,))
-    grid = file.mapping(merged.get("grid"), ("grid",))
-    runs = 1
-    for axis, values in grid.items():
-        section, dot, name = axis.partition(".")
-        is_setting = section in SECTIONS and name if dot else section in allowed
-        if "parameters" not in allowed and not is_setting:
-            raise file.error(f"{axis!r} is no section or setting; sections are {', '.join(allowed)}", "grid", axis)
-        if not isinstance(values, list) or not values:
-            raise file.error(f"{axis!r} must be a list of at least one value, got {values!r}", "grid", axis)
-        runs *= len(values)
+    grids = [_checked_grid(file, grid, allowed) for grid in _grids(file, merged.get("grid"))]
+    runs = sum(math.prod(map(len, grid.values())) for grid in grids)
     if runs > _MOST_RUNS:
         raise file.error(f"a sweep has at most {_MOST_RUNS} runs, this grid has {runs}", "grid")
-    for choice in product(*grid.values()):
-        settings = {name: dict(value) if isinstance(value, dict) else value for name, value in shared.items()}
-        for axis, value in zip(grid, choice, strict=True):
-            _set(file, settings, axis, value, "parameters" in allowed)
-        yield settings
+    for number, grid in enumerate(grids):
+        for values in product(*grid.values()):
+            settings = {name: dict(value) if isinstance(value, dict) else value for name, value in shared.items()}
+            choice = dict(zip(grid, values, strict=True))
+            for axis, value in choice.items():
+                _set(file, settings, axis, value, "parameters" in allowed)
+            yield _Run(settings, number, choice)
+
+
+def _grids(file: _File, given: Any) -> list[dict[str, Any]]:
+    if not isinstance(given, list):
+        return [file.mapping(given, ("grid",))]
+    return [file.mapping(grid, ("grid", str(number))) for number, grid in enumerate(given)]
+
+
+def _checked_grid(file: _File, grid: dict[str, Any], allowed: tuple[str, ...]) -> dict[str, Any]:
+    for axis, values in grid.items():
+        wrong = [part for part in axis.split(" + ") if not _is_axis(part, allowed)]
+        if "parameters" not in allowed and wrong:
+            raise file.error(f"{wrong[0]!r} is no section or setting; sections are {', '.join(allowed)}", "grid", axis)
+        if not isinstance(values, list) or not values:
+            raise file.error(f"{axis!r} must be a list of at least one value, got {values!r}", "grid", axis)
+    return grid
+
+
+def _is_axis(axis: str, allowed: tuple[str, ...]) -> bool:
+    section, dot, name = axis.partition(".")
+    return bool(section in SECTIONS and name) if dot else section in (*allowed, "run")
 
 
 def _set(file: _File, settings: dict[str, Any], axis: str, value: Any, notebook: bool) -> None:
     section, _, name = axis.partition(".")
     if notebook:
         settings.setdefault("parameters", {})[axis] = value
+    elif " + " in axis:
+        for part in axis.split(" + "):
+            _set(file, settings, part, value, notebook)
+    elif axis == "run":
+        file.check_keys(file.mapping(value, ("grid", "run")), (*SECTIONS, "seed"), ("grid", "run"))
+        for part, settings_of_it in value.items():
+            _set(file, settings, part, settings_of_it, notebook)
     elif axis == "seed":
         settings["seed"] = value
     elif name:

@@ -89,6 +89,7 @@
       const label = html("label", "", controls, knob.name + " ");
       const value = html("output", "", label);
       const slider = html("input", "", label);
+      slider.setAttribute("aria-label", knob.name); // a label names its first control, which is the output here
       Object.assign(slider, { type: "range", min: 0, max: knob.values.length - 1, step: 1, value: knob.start });
       slider.addEventListener("input", () => { place[i] = +slider.value; draw(); });
       return () => {

@@ -16,6 +16,7 @@ import torch
 from IPython.display import Markdown, display
 
 import topk
+from topk import ops
 from topk.lab import figures
 
 if TYPE_CHECKING:
@@ -30,9 +31,17 @@ def begin(profile: str) -> None:
         raise ValueError(f"profile must be one of {PROFILES}, got {profile!r}")
     figures.use_style()
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     versions = f"topk {topk.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
-    print(f"profile {profile} | {versions} | {device}")
+    print(f"profile {profile} | {versions} | {_device()}")
+
+
+def _device() -> str:
+    """Where the tensors will be, and on a GPU which of the two implementations serves the losses there."""
+    if not torch.cuda.is_available():
+        return f"CPU, {torch.get_num_threads()} thread(s)"
+    reason = ops.why_not_triton(torch.device("cuda", torch.cuda.current_device()))
+    served = "losses by Triton kernels" if reason is None else f"losses in plain torch: {reason}"
+    return f"{torch.cuda.get_device_name()}, {served}"
 
 
 def say(text: str) -> None:

@@ -62,7 +62,7 @@ def complete(settings: Mapping[str, Any], label_smoothing: float = 0.0) -> dict[
     if "margins" in defaults and settings.get("margins", defaults["margins"]) == "class":
         defaults["max_margin"] = 0.5
     # Keywords that take values of several types: their own modules check them.
-    several = {key: defaults[key] for key in ("k", "transition", "margins") if key in defaults}
+    several = {key: defaults[key] for key in ("k", "transition", "margins", "samples") if key in defaults}
     full = completed("loss", defaults | dict.fromkeys(several), settings)
     full |= {key: settings.get(key, default) for key, default in several.items()}
     if isinstance(full.get("k"), Mapping):

@@ -346,6 +346,9 @@ def add_arguments(commands: Any) -> None:
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of records (default: results)")
     parser.add_argument("--workers", type=int, help="runs at a time (default: one a GPU, else one a core)")
     parser.add_argument("--retry-failed", action="store_true", help="try runs again that failed before")
+    parser.add_argument(
+        "--final", action="store_true", help="of a file that tunes: choose, write FILE without .tuning, run that too"
+    )
     parser.add_argument("--dry-run", action="store_true", help="list what would run and the hours it would take")
     parser.set_defaults(run=_command)
 
@@ -356,8 +359,21 @@ def _command(chosen: argparse.Namespace) -> int:
         raise ValueError(f"--workers must be at least 1, got {chosen.workers}")
     if chosen.address is not None and chosen.engine != "ray":
         raise ValueError("--address goes with --engine ray")
+    if chosen.final and (sweep.final is None or ".tuning." not in chosen.file.name):
+        raise ValueError(f"--final is for a file NAME.tuning.yml with a section `final`, got {chosen.file}")
     if chosen.dry_run:
         return _dry_run(sweep, chosen)
+    status = _run_and_tell(sweep, chosen)
+    if status or not chosen.final:
+        return status
+    from topk.lab.tuning import final_sweep
+
+    path = chosen.file.with_name(chosen.file.name.replace(".tuning.", "."))
+    path.write_text(final_sweep(chosen.file, chosen.results, chosen.profile), encoding="utf-8")
+    return _run_and_tell(grid.read(path, chosen.profile), chosen)
+
+
+def _run_and_tell(sweep: grid.Sweep, chosen: argparse.Namespace) -> int:
     with _terminated_like_interrupted():
         report = run(sweep, chosen.results, _engine(sweep, chosen), retry_failed=chosen.retry_failed)
     print(summary(sweep, chosen.results, report))

@@ -60,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "compile": None,  # True, False; None: image models on GPUs
     "channels_last": None,  # True, False; None: image models
     "clip": 0.0,  # largest norm of the gradient; 0 for none
+    "evaluate_every": 1,  # epochs between looks at the held-out rows; 0: at the end of the run only
     "crop": 4,  # augmentation of images: black pixels around before a random crop,
     "flip": True,  # mirrored or not,
     "cutout": 0,  # side of the square left out
@@ -87,7 +88,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
     training = completed("training", DEFAULTS, full["training"] or {})
     for name in ("epochs", "batch"):
         check_count(f"training.{name}", training[name])
-    for name in ("momentum", "weight_decay", "warmup", "mixup", "clip", "crop", "cutout"):
+    for name in ("momentum", "weight_decay", "warmup", "mixup", "clip", "crop", "cutout", "evaluate_every"):
         check_number(f"training.{name}", training[name], least=0.0)
     check_number("training.learning_rate", training["learning_rate"], above=0.0)
     check_number("training.ema", training["ema"], least=0.0, below=1.0)
@@ -126,8 +127,8 @@ def train(
 
     Returns:
         ``epochs``: for each its ``epoch``, ``learning_rate`` (of the last step), ``training`` (mean ``loss``, ``top1``,
-        ``top5`` of the batches as they were trained on) and what `Evaluation.summary` tells of the test split, or,
-        where there is a validation split, ``validation`` with what it tells of that;
+        ``top5`` of the batches as they were trained on) and, where it was evaluated, what `Evaluation.summary` tells of
+        the test split, or, where there is a validation split, ``validation`` with what it tells of that;
         ``final``: the same of both at the end; ``seconds``, ``data_fingerprint``, ``parameters``, ``weights`` (the hash
         of pretrained ones, see `topk.lab.features.pretrained`), ``precision``, ``processes``.
 
@@ -287,12 +288,16 @@ class _Run:
         accuracy = self.meter.reduce().accuracy()
         self.meter.reset()
         loss = self.processes.sum(self.losses.double()).mean()
-        validation = self._metrics("validation", _CURVE)
+        number, every = len(self.epochs) + 1, self.settings["evaluate_every"]
+        held_out: dict[str, Any] = {}
+        if every and number % every == 0:
+            validation = self._metrics("validation", _CURVE)
+            held_out = {"validation": validation} if validation else self._metrics("test", _CURVE)
         return {
-            "epoch": len(self.epochs) + 1,
+            "epoch": number,
             "learning_rate": learning_rate(self.step - 1, self.steps, self.settings),
             "training": {"loss": float(loss), **{f"top{k}": float(value) for k, value in accuracy.items()}},
-            **({"validation": validation} if validation else self._metrics("test", _CURVE)),
+            **held_out,
         }
 
     @torch.no_grad()

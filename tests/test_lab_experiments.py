@@ -1,0 +1,347 @@
+"""What part IV stands on: components, the sample, tuning, reproduction, shipped records, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from topk.lab import cache, components, data, experiments, grid, records, reproduce, sample, shipped, sweeps, tuning
+from topk.lab.__main__ import main
+from topk.lab.training import train
+
+ROOT = Path(__file__).parents[1]
+
+
+# --- components and sample ---
+
+
+@pytest.fixture
+def features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A set of 10 features in a cache of its own, its training split in two parts."""
+    monkeypatch.setenv("TOPK_DATA", str(tmp_path / "cache"))
+    draw = np.random.default_rng(3)
+    mixing = draw.normal(size=(10, 10)) * np.geomspace(3, 0.1, 10)
+    splits = {}
+    for part, rows in (("train-0", 60), ("train-1", 40), ("test", 30)):
+        splits[part] = ((draw.normal(size=(rows, 10)) @ mixing + 5).astype(np.float32), draw.integers(4, size=rows))
+    data.store("clouds", splits, [f"class {label}" for label in range(4)], origin={"weights": "ab" * 32})
+    return "clouds"
+
+
+def test_components_are_those_of_the_singular_values(features: str) -> None:
+    name = components.reduce(features, 3)
+    whole, found = (data.load({"name": "features", "set": item}) for item in (features, name))
+    centred = whole.train.inputs - whole.train.inputs.mean(0, dtype=np.float64)
+    _, values, directions = np.linalg.svd(centred, full_matrices=False)
+    expected = centred @ directions[:3].T / np.sqrt((values[:3] ** 2).mean() / 100)
+    signs = np.sign((expected * found.train.inputs).sum(0))
+    np.testing.assert_allclose(found.train.inputs, expected * signs, atol=2e-5)
+    assert (found.train.inputs**2).mean() == pytest.approx(1, abs=1e-5)
+    test = (whole.test.inputs - whole.train.inputs.mean(0, dtype=np.float64)) @ directions[:3].T
+    np.testing.assert_allclose(found.test.inputs, test * signs / np.sqrt((values[:3] ** 2).mean() / 100), atol=2e-5)
+    assert (found.train.labels == whole.train.labels).all()
+    entry = cache.read(name)
+    assert entry is not None
+    assert [part["name"] for part in entry.about["parts"]["train"]] == ["train-0", "train-1"]
+
+
+def test_components_know_where_they_come_from(features: str) -> None:
+    name = components.reduce(features, 3)
+    origin = cache.read(name).about["origin"]  # type: ignore[union-attr]
+    assert origin["weights"] == "ab" * 32
+    assert origin["components"] == 3
+    assert set(origin["features"]) == {"train-0", "train-1", "test"}
+    assert components.reduce(features, 3) == name
+    with pytest.raises(ValueError, match="another set under the name"):
+        components.reduce(features, 4, name=name)
+    with pytest.raises(ValueError, match="must name a set of features"):
+        components.reduce("nowhere")
+    with pytest.raises(ValueError, match="at most the 10 features, got 11"):
+        components.reduce(features, 11)
+
+
+def test_the_sample_is_real_data_with_its_origin() -> None:
+    found = data.load({"name": "sample"})
+    assert found.train.inputs.shape == (6000, 64)
+    assert found.test.inputs.shape == (2000, 64)
+    assert (np.bincount(found.train.labels) == 60).all()
+    assert (np.bincount(found.test.labels) == 20).all()
+    assert found.classes[:2] == ("apple", "aquarium_fish")
+    assert found.superclass is not None
+    assert len(sample.read().about["origin"]["weights"]) == 64
+    spread = found.train.inputs.std(0)
+    assert (np.diff(spread) < 0.1).all(), "components by falling variance"
+    assert shipped.size_of() <= shipped.LARGEST
+
+
+def test_the_sample_is_made_from_components(features: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("TRAINING", 5), ("TEST", 2), ("COMPONENTS", 3)):
+        monkeypatch.setattr(sample, name, value)
+    with pytest.raises(ValueError, match="components or more, got 'clouds'"):
+        sample.make(features, tmp_path / "sample.npz")
+    name = components.reduce(features, 4)
+    sample.make(name, tmp_path / "sample.npz")
+    stored = np.load(tmp_path / "sample.npz", allow_pickle=False)
+    levels, labels = stored["train_levels"], stored["train_labels"]
+    assert levels.shape == (20, 3)
+    assert (np.bincount(labels) == 5).all()
+    whole = data.load({"name": "features", "set": name}).train
+    for row, label in zip(levels * stored["scale"], labels, strict=True):
+        same = np.abs(whole.inputs[whole.labels == label][:, :3] - row).max(1)
+        assert same.min() <= stored["scale"].max() / 2 + 1e-6
+
+
+# --- grids and tuning ---
+
+TUNING = """\
+data: {name: synthetic/mixtures, classes: 6, rows: 30, test_rows: 20, validation: 10}
+model: {name: linear}
+training: {epochs: 2, batch: 32, evaluate_every: 0}
+seed: 100
+grid:
+  - {loss: [cross_entropy], training.learning_rate: [1.0e-4, 0.3]}
+  - {loss: [{name: smooth, k: 2}], loss.tau: [0.5, 1.0], training.learning_rate: [0.3]}
+final:
+  metric: top1
+  data: {validation: 0}
+  grid: {seed + data.seed: [0, 1]}
+"""
+
+
+def test_a_list_of_grids_and_axes_that_set_several_things(tmp_path: Path) -> None:
+    path = tmp_path / "x.yml"
+    path.write_text(
+        TUNING.partition("grid:")[0]
+        + "grid:\n  - {loss: [focal], seed + data.seed: [3, 4]}\n"
+        + "  - run: [{loss: {name: smooth, k: 2}, training: {learning_rate: 0.2}}]\n    training.momentum: [0.1, 0.2]\n"
+    )
+    found = [*grid.read(path).configs.values()]
+    assert [(config["seed"], config["data"]["seed"]) for config in found] == [(3, 3), (4, 4), (100, 0), (100, 0)]
+    assert [config["loss"]["name"] for config in found] == ["focal"] * 2 + ["smooth"] * 2
+    assert [config["training"]["learning_rate"] for config in found[2:]] == [0.2, 0.2]
+    assert [choice.grid for choice in grid.read(path).choices.values()] == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("grid: {seed + nothing: [1]}\n", "'nothing' is no section"),
+        ("grid:\n  run: [{losses: {}}]\n", "line 6: 'losses' is unknown here"),
+        ("grid:\n  - [1]\n", "grid.0 must be a mapping"),
+    ],
+)
+def test_mistakes_in_such_grids(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yml"
+    path.write_text(TUNING.partition("grid:")[0] + text)
+    with pytest.raises(ValueError, match=message):
+        grid.read(path)
+
+
+def test_tuning_chooses_by_validation_and_writes_a_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, results = tmp_path / "x.tuning.yml", tmp_path / "results"
+    path.write_text(TUNING)
+    with pytest.raises(ValueError, match="4 of 4 candidates have no record"):
+        tuning.final_sweep(path, results)
+    assert main(["sweep", str(path), "--results", str(results), "--workers", "1", "--final"]) == 0
+    final = grid.read(tmp_path / "x.yml")
+    assert len(final.configs) == 4
+    by_loss = {config["loss"]["name"]: config for config in final.configs.values()}
+    sweep = grid.read(path)
+    for name, config in by_loss.items():
+        candidates = {
+            key: records.read(results / f"{key}.json")["result"]["final"]["validation"]["top1"]
+            for key, other in sweep.configs.items()
+            if other["loss"]["name"] == name
+        }
+        best = sweep.configs[max(candidates, key=lambda key: candidates[key])]
+        assert config["loss"] == best["loss"]
+        assert config["training"] == best["training"]
+        assert config["data"]["validation"] == 0
+        assert config["seed"] == config["data"]["seed"]
+    assert by_loss["cross_entropy"]["training"]["learning_rate"] == 0.3
+    assert len(records.paths(results)) == 8
+    assert tuning.count_of_final(sweep) == 4
+    capsys.readouterr()
+    assert main(["choose", str(path), "--results", str(results)]) == 0
+    assert "cross_entropy" in capsys.readouterr().out
+
+
+def test_tuning_reads_no_test_accuracy(tmp_path: Path) -> None:
+    path, results = tmp_path / "x.tuning.yml", tmp_path / "results"
+    path.write_text(TUNING)
+    sweep = grid.read(path)
+    for number, (key, config) in enumerate(sweep.configs.items()):
+        held_out = {"top1": 0.1 * number}
+        metrics = {"top1": 1 - 0.1 * number, "validation": held_out}
+        result = {"epochs": [], "final": metrics, "seconds": 1.0, "data_fingerprint": None, "parameters": 1}
+        records.save(results, records.build(config, result))
+        assert key == records.key(config)
+    rate, tau = (item.settings for item in tuning.choose(sweep, results, "top1"))
+    assert rate == {"training.learning_rate": 0.3}
+    assert tau == {"loss.tau": 1.0, "training.learning_rate": 0.3}
+    with pytest.raises(ValueError, match="metric must be one of top1, got 'top7'"):
+        tuning.choose(sweep, results, "top7")
+
+
+def test_unequal_budgets_are_refused(tmp_path: Path) -> None:
+    path, results = tmp_path / "x.tuning.yml", tmp_path / "results"
+    path.write_text(TUNING.replace("[1.0e-4, 0.3]", "[0.3]"))
+    assert main(["sweep", str(path), "--results", str(results), "--workers", "1"]) == 0
+    with pytest.raises(ValueError, match=r"as many candidates as every other, they have \[1, 2\]"):
+        tuning.final_sweep(path, results)
+
+
+# --- once more ---
+
+SMALL: dict[str, Any] = {
+    "data": {"name": "sample", "fraction": 0.2},
+    "model": {"name": "linear"},
+    "loss": {"name": "smooth", "k": 5},
+    "training": {"epochs": 2, "batch": 100, "optimizer": "adamw", "learning_rate": 0.02, "evaluate_every": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def small_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of a small run on the sample, four seeds."""
+    folder = tmp_path_factory.mktemp("small")
+    for seed in range(4):
+        records.write(folder, {**SMALL, "seed": seed}, train({**SMALL, "seed": seed}, progress=False))
+    return folder
+
+
+def test_a_record_is_reproduced_to_the_last_digit(small_records: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = records.paths(small_records)[0]
+    assert main(["reproduce", str(path)]) == 0
+    found = capsys.readouterr().out
+    assert "metrics reproduced" in found
+    assert all(item.then == item.now for item in reproduce.reproduce(path, exact=True) if item.then == item.then)
+
+
+def test_elsewhere_a_record_is_reproduced_within_its_seeds(small_records: Path, tmp_path: Path) -> None:
+    path = records.paths(small_records)[0]
+    compared = {item.metric: item for item in reproduce.reproduce(path, exact=False)}
+    assert all(item.holds for item in compared.values())
+    top5 = [records.read(other)["result"]["final"]["top5"] for other in records.paths(small_records)]
+    assert compared["top5"].low < min(top5) <= max(top5) < compared["top5"].high
+    alone = tmp_path / path.name
+    alone.write_text(path.read_text())
+    with pytest.raises(ValueError, match="1 runs with other seeds beside it"):
+        reproduce.reproduce(alone, exact=False)
+    assert all(item.holds for item in reproduce.reproduce(alone, exact=False, tolerance=1e-3))
+
+
+def test_a_changed_record_is_not_reproduced(small_records: Path, tmp_path: Path) -> None:
+    path = records.paths(small_records)[0]
+    record = json.loads(path.read_text())
+    record["result"]["final"]["top5"] += 0.01
+    changed = tmp_path / path.name
+    changed.write_text(json.dumps(record))
+    assert main(["reproduce", str(changed)]) == 1
+    record["result"]["data_fingerprint"] = "00"
+    changed.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="not those of the record"):
+        reproduce.reproduce(changed)
+
+
+# --- what is shipped, and what is said of it ---
+
+
+def test_what_is_shipped_is_what_was_measured() -> None:
+    found = shipped.sweeps_of(ROOT / "notebooks")
+    for chapter in shipped.chapters():
+        wanted = [sweep for path in found[chapter] for sweep in shipped.asked(path)]
+        assert shipped.expected(chapter) == shipped.progress(ROOT / "book" / "results" / chapter, wanted), (
+            f"run python -m topk.lab ship records: {chapter}"
+        )
+        made, there = shipped.table(ROOT / "book" / "results" / chapter, wanted), shipped.load(chapter)
+        assert set(made.get("key", ())) == set(there["key"])
+        if len(made):
+            both = made.merge(there, on="key", suffixes=("", "_shipped"))
+            for metric in [name for name in ("top1", "top5", "candidates_99", "run_seconds") if name in made]:
+                np.testing.assert_allclose(both[metric], both[f"{metric}_shipped"], rtol=1e-6, atol=1e-6)
+
+
+def test_packing_and_pending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebooks, results = tmp_path / "notebooks", tmp_path / "results"
+    notebooks.mkdir()
+    path = notebooks / "77_x.tuning.yml"
+    path.write_text(TUNING)
+    sweep = grid.read(path)
+    key, config = next(iter(sweep.configs.items()))
+    records.write(results / "77_x", config, train(config, progress=False))
+    assert shipped.pack(results, notebooks, tmp_path / "shipped") == {"77_x": 1}
+    monkeypatch.setattr(shipped.resources, "files", lambda _: tmp_path)
+    assert shipped.chapters() == ["77_x"]
+    frame = shipped.load("77_x")
+    assert frame["key"].tolist() == [key]
+    assert frame["training.top1"][0] > 0
+    assert [(row["sweep"], row["runs"], row["recorded"]) for row in experiments.pending("77_x")] == [
+        ("77_x.tuning", 4, 1),
+        ("77_x", 4, 0),
+    ]
+    assert "1 records" in experiments.provenance(frame)
+    with pytest.raises(ValueError, match="chapter must be one of 77_x"):
+        shipped.load("78_y")
+
+
+def frame_of(values: dict[str, list[float]]) -> pd.DataFrame:
+    rows = [
+        {"loss": loss, "seed": seed, "top5": value, "candidates_99": 30 + seed, "sweep": "s"}
+        for loss, column in values.items()
+        for seed, value in enumerate(column)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_differences_are_paired_and_in_points() -> None:
+    frame = frame_of({"cross-entropy": [0.5, 0.6, 0.7], "smooth": [0.51, 0.612, 0.708], "focal": [0.4, 0.7, 0.6]})
+    found = experiments.differences(frame, "top5").set_index("loss")
+    assert found.loc["smooth", "mean"] == pytest.approx(1.0)
+    half = 4.302653 * np.std([1.0, 1.2, 0.8], ddof=1) / 3**0.5
+    assert found.loc["smooth", "high"] == pytest.approx(1 + half, abs=1e-4)
+    assert experiments.apart(frame, "top5") == (["smooth"], []) or half * 1.6 > 1
+    assert experiments.differences(frame, "candidates_99")["mean"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"loss.name": "cross_entropy", "loss.label_smoothing": 0.0}, "cross-entropy"),
+        ({"loss.name": "cross_entropy", "loss.label_smoothing": 0.1}, "label smoothing"),
+        ({"loss.name": "cross_entropy", "model.name": "cosine"}, "cross-entropy, cosine"),
+        ({"loss.name": "cross_entropy", "loss.weight": "balanced"}, "cross-entropy, balanced weights"),
+        ({"loss.name": "hinge", "loss.variant": "kth", "loss.k": 5.0}, "kth hinge"),
+        ({"loss.name": "hinge", "loss.variant": "entropy", "loss.k": "5"}, "truncated entropy"),
+        ({"loss.name": "smooth", "loss.k": "5"}, "smooth"),
+        ({"loss.name": "smooth", "loss.k": "20"}, "smooth, k = 20"),
+        ({"loss.name": "smooth", "loss.k": "0.5*1+0.5*5"}, "smooth, k = 1 and 5"),
+        ({"loss.name": "differentiable", "loss.k": "0.5*1+0.5*5"}, "differentiable [.5, 0, 0, 0, .5]"),
+        ({"loss.name": "differentiable", "loss.k": "1*5"}, "differentiable [0, 0, 0, 0, 1]"),
+        ({"loss.name": "noised", "loss.margins": "class", "loss.k": "5"}, "noised, imbalanced"),
+        ({"loss.name": "ldam", "loss.k": float("nan")}, "LDAM"),
+    ],
+)
+def test_losses_have_readable_names(row: dict[str, Any], name: str) -> None:
+    assert experiments.loss_name(row) == name
+
+
+def test_every_sweep_of_the_book_can_be_read() -> None:
+    found = shipped.sweeps_of(ROOT / "notebooks")
+    assert {"14_cifar100", "15_label_noise", "16_little_data", "17_long_tails", "18_imagenet", "19_sensitivity"} <= set(
+        found
+    )
+    for path in [path for paths in found.values() for path in paths]:
+        for profile in grid.PROFILES:
+            assert grid.read(path, profile).configs, path
+
+
+def test_evaluation_only_at_the_end(small_records: Path) -> None:
+    record = records.read(records.paths(small_records)[0])
+    assert [sorted(epoch) for epoch in record["result"]["epochs"]] == [["epoch", "learning_rate", "training"]] * 2
+    assert sweeps.Results(small_records).known

@@ -1,0 +1,106 @@
+"""Many limited models at once: each is the model it would be alone, trained by the Adam everyone knows."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from topk.lab import limited, shipped
+from topk.lab.limited import LOSSES, MODELS, Effort, Setting
+
+SETTING = Setting("mixtures", 4, 2, 0.5, "MLP")
+SMALL = Effort(rows=5, test_rows=7, steps=6, seeds=3, tuning_seeds=2)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_training_is_torchs_adam_with_a_cosine(model: str) -> None:
+    setting = Setting("mixtures", 4, 2, 0.5, model)
+    inputs, labels = limited.sample(setting, [3], 5, "train")
+    start = limited.first_weights(setting, [3])
+    trained = limited.train(LOSSES["cross-entropy"], start, inputs, labels, 0.1, 20)
+    layers = [layer.clone().requires_grad_() for layer in start]
+    optimiser = torch.optim.Adam(layers, lr=0.1, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 20)
+    for _ in range(20):
+        optimiser.zero_grad()
+        values = inputs[0]
+        for number, layer in enumerate(layers):
+            values = (values.tanh() if number else values) @ layer[0, :-1] + layer[0, -1]
+        F.cross_entropy(values, labels).backward()
+        optimiser.step()
+        schedule.step()
+    for mine, expected in zip(trained, layers, strict=True):
+        torch.testing.assert_close(mine, expected.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "noised"])
+def test_a_model_does_not_see_the_others(name: str) -> None:
+    inputs, labels = limited.sample(SETTING, [0, 1], 5, "train")
+    start = limited.first_weights(SETTING, [0, 1])
+    rates = torch.tensor([0.1, 0.3])
+    together = limited.train(LOSSES[name], start, inputs, labels, rates, 8)
+    alone = limited.train(LOSSES[name], tuple(layer[1:] for layer in start), inputs[1:], labels, 0.3, 8)
+    for many, one in zip(together, alone, strict=True):
+        torch.testing.assert_close(many[1:], one, rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_differ_and_repeat() -> None:
+    inputs, labels = limited.sample(SETTING, [0, 1, 0], 5, "train")
+    fresh, _ = limited.sample(SETTING, [0], 5, "test")
+    assert inputs.shape == (3, 20, 2)
+    assert labels.tolist() == [c for c in range(4) for _ in range(5)]
+    assert torch.equal(inputs[0], inputs[2])
+    assert not torch.equal(inputs[0], inputs[1])
+    assert not torch.equal(inputs[0], fresh[0])
+    first = limited.first_weights(SETTING, [0, 1, 0])
+    assert [tuple(layer.shape) for layer in first] == [(3, 3, 8), (3, 9, 4)]
+    assert all(torch.equal(layer[0], layer[2]) and not torch.equal(layer[0], layer[1]) for layer in first)
+
+
+def test_accuracies_count_hits() -> None:
+    scores = torch.tensor([[[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]], [[1.0, 2.0, 3.0], [3.0, 1.0, 2.0]]])
+    top1, top2 = limited.accuracies(scores, torch.tensor([0, 1]))
+    assert top1.tolist() == [0.5, 0.0]
+    assert top2.tolist() == [1.0, 0.0]
+
+
+def test_the_best_rate_is_the_best_on_fresh_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([0.2, 0.2, 0.6, 0.6, 0.4, 0.4])
+    monkeypatch.setattr(
+        limited, "accuracies", lambda scores, labels: (None, torch.tensor([next(found) for _ in scores]))
+    )
+    best = limited.best_rates(SETTING, {"cross-entropy": LOSSES["cross-entropy"]}, SMALL)
+    assert best == {"cross-entropy": limited.RATES[1]}
+
+
+def test_comparison_is_complete_and_repeats() -> None:
+    found = limited.compare(SETTING, LOSSES, SMALL)
+    assert set(found) == set(LOSSES)
+    for values in found.values():
+        assert values["rate"][0] in limited.RATES
+        for part in ("train", "test"):
+            one, two = values[f"{part} top-1"], values[f"{part} top-2"]
+            assert len(one) == len(two) == SMALL.seeds
+            assert all(0 <= a <= b <= 1 for a, b in zip(one, two, strict=True))
+    assert limited.compare(SETTING, LOSSES, SMALL) == found
+
+
+def test_recorded_reads_what_a_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = limited.compare(SETTING, LOSSES, SMALL)
+    row: dict[str, object] = {"date": "2000-01-01", "commit": "0", "processor": "p", "torch": "t", "threads": 1}
+    for loss, metrics in found.items():
+        row |= {f"{limited.name_of(SETTING)}.{loss}.{name}": json.dumps(values) for name, values in metrics.items()}
+    monkeypatch.setattr(shipped, "load", lambda chapter: pd.DataFrame([row]))
+    read, source = limited.recorded([SETTING])
+    assert read == {SETTING: found}
+    assert source["processor"] == "p"
+
+
+def test_scan_holds_every_combination_once() -> None:
+    settings = limited.scan((0.0, 1.0), (4, 8))
+    assert len(settings) == len(set(settings)) == 5 * 2 * 2 * 2
+    assert {setting.model for setting in settings} == set(MODELS)
