@@ -59,8 +59,9 @@ def test_special_rows(options: dict[str, Any], kind: torch.dtype) -> None:
     compare_special_rows(smooth_topk_loss, 13, kind, **options)
 
 
-def test_special_rows_in_streams(short_tiles: None) -> None:
-    compare_special_rows(smooth_topk_loss, 37, torch.float32, k={2: 0.5, 9: 0.5})
+@pytest.mark.parametrize("options", [{"k": {2: 0.5, 4: 0.5}}, {"k": 9}], ids=str)
+def test_special_rows_in_streams(options: dict[str, Any], short_tiles: None) -> None:
+    compare_special_rows(smooth_topk_loss, 17, torch.float32, **options)
 
 
 @pytest.mark.parametrize("classes", [5, 6, 15, 16, 17, 1000])
@@ -88,7 +89,7 @@ def _shapes(classes: int, k: int, scale: float) -> Iterator[Tensor]:
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
-@pytest.mark.parametrize(("k", "classes"), [(1, 3), (8, 17), (9, 30), (20, 21), (20, 300), (50, 1000), (100, 203)])
+@pytest.mark.parametrize(("k", "classes"), [(1, 3), (5, 40), (6, 8), (7, 17), (20, 21), (50, 300), (100, 203)])
 def test_scales_and_shapes(k: int, classes: int, scale: float) -> None:
     """The slopes hold to 2e-6 / k, the loss to a few units of float32."""
     rows = torch.stack(list(_shapes(classes, k, scale)))

@@ -110,7 +110,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
 def _smaller(tiling: common.Tiling) -> common.Tiling:
     """Fewer rows a program, since each has a tile of nodes too; shorter tiles in a stream, to spare registers."""
     if tiling.streams:
-        return replace(tiling, block=max(16, tiling.block // 2))
+        return replace(tiling, block=max(16, tiling.block // 2), warps=max(1, tiling.warps // 2))
     rows = max(1, min(tiling.rows, 128 // tiling.block))
     return replace(tiling, rows=rows, warps=1 if tiling.rows > 1 else tiling.warps)
 
@@ -368,7 +368,7 @@ def _newton_identities(sums, lanes, K: tl.constexpr):
         power = lane(sums, lanes, m)
         reversed_ = _shifted(reversed_, lanes)
         reversed_ = tl.where(lanes == 0, (power if m % 2 == 1 else -power)[:, None], reversed_)
-        known = tl.where(lanes == m, tl.sum(known * reversed_, 1)[:, None] / m, known)
+        known = tl.where(lanes == m, tl.sum(known * reversed_, 1)[:, None] * (1.0 / m), known)
     return known
 
 
@@ -793,7 +793,7 @@ def _store_powers(record, here, real, imag, steps, circle, count, up, down, K: t
     head = lanes >= 32
     j = lanes % 32
     size = circle.to(tl.float32)[:, None]
-    turn = (_modulo(steps, circle)[:, None] + tl.where(head, -1 - j, 1 + j).to(tl.float32)) % size
+    turn = _modulo(steps, circle)[:, None] + tl.where(head, -1 - j, 1 + j).to(tl.float32)
     chances = tl.zeros((ROWS, 64), tl.float32) + 1.0
     chances_less = tl.zeros((ROWS, 64), tl.float32) + 1.0
     nodes = tl.arange(0, _NODES)[None, :]
