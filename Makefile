@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := triton,lab,book,test,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu test-cluster bench book site serve notebooks notebook-check address browser-check clean
+.PHONY: help setup lint test test-slow test-gpu gpu test-cluster bench book site serve notebooks notebook-check address times test-book mathjax pdf speed links newest release attach clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -32,7 +32,11 @@ test-slow: .venv/.ready  ## the tests that take minutes: inductor, sampling stat
 	$(BIN)/python -m pytest -m slow $(PYTEST)
 
 test-gpu: .venv/.ready  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu $(PYTEST)
+	$(BIN)/python -m pytest -m gpu -n 0
+
+gpu: test-gpu  ## all that needs a GPU: kernel tests, benchmarks, records
+	$(BIN)/python -m topk.kernels.resources --capabilities $$($(BIN)/python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+	$(BIN)/python -m bench --suite gpu
 
 # Ray has an environment of its own, which borrows every other package from .venv.
 .venv-cluster/.ready: .venv/.ready
@@ -63,11 +67,43 @@ notebooks: .venv/.ready  ## write the committed .ipynb again, with outputs of th
 notebook-check: .venv/.ready  ## every .ipynb agrees with its text twin and has its outputs
 	$(BIN)/python -m book.pipeline check
 
-address: .venv/.ready  ## after a change of the address in _config.yml: write it into every generated place
+address: .venv/.ready  ## after a change of address, release or record: write every generated place again
 	$(BIN)/python -m book.pipeline address
 
-browser-check: .venv/.ready  ## the built pages in a real browser (needs playwright and chromium)
-	$(BIN)/python -m book.pipeline.browser
+times: .venv/.ready  ## run every notebook alone, note how long it takes, say so in the texts
+	$(BIN)/python -m book.pipeline times
+
+# A local copy of the typesetter of formulas, for builds that are read without a network.
+node_modules/mathjax/package.json:
+	npm install --no-save --no-audit --no-fund mathjax@3
+
+mathjax: node_modules/mathjax/package.json  ## a local copy of MathJax (needs npm); later builds use it
+
+# CHROMIUM: path of the browser, if it is not found by itself.
+test-book: site  ## the built pages in a real browser, and a notebook on a stand-in for Colab
+	$(BIN)/python -m book.pipeline.browser --shots _build/shots $(if $(CHROMIUM),--chromium $(CHROMIUM))
+	$(BIN)/python -m pytest -m slow tests/test_colab.py
+
+pdf: site  ## the whole book as one PDF, printed by the browser: _build/topk-book.pdf
+	$(BIN)/python -m book.pipeline.printing $(if $(CHROMIUM),--chromium $(CHROMIUM))
+
+speed: site  ## how fast the heaviest page appears on a slow phone, and how much it shifts
+	$(BIN)/python -m book.pipeline.speed $(if $(CHROMIUM),--chromium $(CHROMIUM))
+
+links: site  ## every link that leads out of the book (needs a network)
+	$(BIN)/python -m book.pipeline.links
+
+newest:  ## run and build the book with the newest release of every package, in an environment of its own
+	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]'
+	.venv-newest/bin/python -m book.pipeline build $(if $(JOBS),--jobs $(JOBS))
+
+# TAG: the tag of the release, v and its number.
+release: pdf  ## the files of a release, into _build/release/
+	$(BIN)/python -m book.pipeline release $(TAG)
+
+attach: release  ## publish the release TAG with its files (needs gh and its token)
+	gh release create $(TAG) --verify-tag --generate-notes _build/release/*
 
 clean:  ## remove what was built, keep .venv
 	rm -rf _build build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

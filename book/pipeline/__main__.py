@@ -6,6 +6,8 @@ import argparse
 import functools
 import http.server
 import os
+import re
+import shutil
 import sys
 import time
 import webbrowser
@@ -13,9 +15,9 @@ from pathlib import Path
 
 import nbformat
 
-from book.pipeline import checks, execute, site
+from book.pipeline import checks, execute, imprint, picture, site, times
 from book.pipeline.chapters import plain, read, with_outputs
-from book.pipeline.layout import HTML, PROFILES, BookError, chapter_number, twins
+from book.pipeline.layout import HTML, PDF, PROFILES, RELEASE, ROOT, BookError, chapter_number, twins, version
 
 
 def build(profile: str, jobs: int) -> None:
@@ -57,15 +59,51 @@ def check() -> None:
 
 
 def address() -> None:
-    """Writes the texts and set-up cells of the committed notebooks again and keeps their outputs."""
+    """Writes address and release wherever they are generated; the committed notebooks keep their outputs."""
+    if picture.write():
+        print(f"drew {picture.PATH.relative_to(ROOT)}")
+    for path in imprint.write():
+        print(f"wrote {path.relative_to(ROOT)}")
     for twin in twins():
         path = twin.with_suffix(".ipynb")
+        if not path.exists():
+            continue
         notebook = read(twin)
         committed = nbformat.read(path, as_version=4)
         for cell in committed.cells:  # the set-up cell may have a new address; it has no output
             if "setup" in cell.metadata.get("tags", []):
                 cell.source = notebook.cells[1].source
-        nbformat.write(plain(with_outputs(notebook, committed), chapter_number(twin)), path)
+        try:
+            nbformat.write(plain(with_outputs(notebook, committed), chapter_number(twin)), path)
+        except BookError as error:
+            print(f"notebooks/{path.name} left as it is, {error}: run `make notebooks`")
+
+
+def release(tag: str) -> None:
+    """Packs the built pages and the PDF for the release `tag`; refuses what does not belong together."""
+    expected = f"v{version()}"
+    if tag != expected:
+        raise BookError(f"the tag must be {expected} (topk/version.py), got {tag!r}")
+    heading = re.search(r"^## (\S+)", (ROOT / "book" / "changelog.md").read_text(), re.MULTILINE)
+    if heading is None or f"v{heading[1]}" != tag:
+        raise BookError(f"book/changelog.md must begin with {version()}, it begins with {heading and heading[1]}")
+    if imprint.write():
+        raise BookError("generated places were out of date and have been written: commit them and tag again")
+    shutil.rmtree(RELEASE, ignore_errors=True)
+    RELEASE.mkdir(parents=True)
+    shutil.make_archive(str(RELEASE / f"topk-book-{version()}-html"), "zip", HTML)
+    shutil.copy(PDF, RELEASE / f"topk-book-{version()}.pdf")
+    for path in sorted(RELEASE.iterdir()):
+        print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+def measure(names: list[str], profiles: list[str]) -> None:
+    """Runs notebooks one after the other and writes how long each took, here and into the texts that say so."""
+    chosen = [twin for twin in twins() if not names or any(twin.name.startswith(name) for name in names)]
+    for profile in profiles:
+        executed = execute.run_all(chosen, profile, jobs=1, fresh=True)
+        times.note(profile, {stem: notebook.metadata["run"]["seconds"] for stem, notebook in executed.items()})
+    address()
 
 
 def serve(port: int) -> None:
@@ -92,12 +130,16 @@ def main() -> int:
         command.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="notebooks at a time")
         if name == "notebooks":
             command.add_argument("names", nargs="*", help="beginnings of file names, such as 06; none: all")
+    command = commands.add_parser("times", help=measure.__doc__)
+    command.add_argument("--profiles", nargs="+", choices=PROFILES, default=["smoke", "laptop"])
+    command.add_argument("names", nargs="*", help="beginnings of file names, such as 06; none: all")
     for name, function in (("site", build_site), ("check", check), ("address", address)):
         commands.add_parser(name, help=function.__doc__)
+    commands.add_parser("release", help=release.__doc__).add_argument("tag")
     commands.add_parser("serve", help=serve.__doc__).add_argument("--port", type=int, default=8000)
     arguments = vars(parser.parse_args())
     functions = {"build": build, "notebooks": notebooks, "site": build_site, "check": check}
-    functions |= {"address": address, "serve": serve}
+    functions |= {"address": address, "serve": serve, "times": measure, "release": release}
     try:
         functions[arguments.pop("command")](**arguments)
     except BookError as error:

@@ -1,10 +1,11 @@
 """Opens the built pages in a real browser and says what a reader would stumble over.
 
-    python -m book.pipeline.browser [--chromium PATH] [--shots FOLDER] [PAGE ...]
+    python -m book.pipeline.browser [--chromium PATH] [--shots FOLDER] [--jobs N] [PAGE ...]
 
 Every page, wide and as narrow as a phone, light and dark: no console error, every formula typeset, no sideways scroll,
-pictures described, links inside the book lead somewhere, chapters carry a launch button for an existing notebook, text
-has contrast, and the search finds what is in the book.
+pictures described and sized, links inside the book lead somewhere, chapters carry a launch button for an existing
+notebook, text and the writing in figures have contrast (WCAG AA), folded parts and sliders work from the keyboard, and
+the search finds what is in the book.
 """
 
 from __future__ import annotations
@@ -12,64 +13,162 @@ from __future__ import annotations
 import argparse
 import functools
 import http.server
-import re
+import io
+import os
 import shutil
 import sys
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from book.pipeline.layout import HTML, ROOT
+from book.pipeline.layout import HTML, ROOT, address, config
 
 SIZES = {"wide": (1280, 900), "phone": (390, 844)}
+THEMES = ("light", "dark")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+CONTRAST = 4.5
+"""What WCAG AA asks of text."""
 
 _FACTS = Path(__file__).with_name("browser.js").read_text()
+_KEYBOARD = Path(__file__).with_name("keyboard.js").read_text()
+_ALL_PICTURES = """Promise.all([...document.images].map((image) => {
+    image.loading = "eager"; return image.decode().catch(() => 0); }))"""
+_WORDS = {
+    "untypeset": "formula not typeset",
+    "errors": "formula with an error",
+    "raw": "raw markup",
+    "undescribed": "picture without a description",
+    "unsized": "picture without width and height",
+    "contrast": "little contrast",
+}
 
 
-def check(chromium: str, shots: Path | None, chosen: list[str]) -> list[str]:
-    """Complaints, page by page."""
+@dataclass
+class Seen:
+    """A page: what is wrong with it and what other pages may refer to."""
+
+    name: str
+    complaints: list[str] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    anchors: list[str] = field(default_factory=list)
+    launch: list[str] = field(default_factory=list)
+
+
+def find_chromium() -> str | None:
+    """The path of a Chromium on this machine: the system's, else the one Playwright downloaded."""
+    for name in NAMES:
+        if (path := shutil.which(name)) is not None:
+            return path
     from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        own = playwright.chromium.executable_path
+    return own if Path(own).exists() else None
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[str]:
+    """The address under which a folder is served while the block runs."""
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_: object) -> None:
             """Says nothing."""
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(HTML)))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    root = f"http://127.0.0.1:{server.server_port}"
-    pages = [str(page.relative_to(HTML)) for folder in ("book", "notebooks") for page in (HTML / folder).glob("*.html")]
-    pages = [page for page in sorted(pages) if not chosen or any(name in page for name in chosen)]
-    complaints: list[str] = []
-    facts: dict[str, dict[str, Any]] = {}
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+@contextmanager
+def opened(chromium: str) -> Iterator[Any]:
+    """A browser."""
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
-        for size, (width, height) in SIZES.items():
-            for theme in ("light", "dark"):
-                context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
-                context.add_init_script(
-                    f"localStorage.setItem('mode','{theme}');localStorage.setItem('theme','{theme}');"
-                )
-                for name in pages:
-                    where = f"{name} ({size}, {theme})"
-                    page = context.new_page()
-                    _listen(page, where, complaints)
-                    page.goto(f"{root}/{name}", wait_until="load")
-                    page.wait_for_timeout(300)
-                    if page.evaluate("!!document.querySelector('.math')"):
-                        complaints += _typeset(page, where)
-                    facts[name] = page.evaluate(_FACTS)
-                    complaints += _page_complaints(where, facts[name])
-                    if shots is not None:
-                        shots.mkdir(parents=True, exist_ok=True)
-                        page.screenshot(path=shots / f"{Path(name).stem}-{size}-{theme}.png", full_page=True)
-                    page.close()
-                context.close()
-        complaints += _search(browser, root)
+        yield browser
         browser.close()
-    server.shutdown()
-    return complaints + _links(facts, root)
+
+
+def pages_of(html: Path, chosen: list[str]) -> list[str]:
+    """The pages, but for the front door, which only leads on."""
+    found = [page.relative_to(html) for page in html.rglob("*.html")]
+    names = [str(page) for page in found if not page.parts[0].startswith("_") and page.name != "index.html"]
+    return sorted(name for name in names if not chosen or any(part in name for part in chosen))
+
+
+def check(
+    html: Path, chromium: str, *, shots: Path | None = None, chosen: list[str] | None = None, jobs: int = 1
+) -> list[str]:
+    """Complaints, page by page."""
+    names = pages_of(html, chosen or [])
+    with served(html) as root:
+        look = functools.partial(_look_at_some, root, chromium, shots)
+        with ProcessPoolExecutor(max(1, min(jobs, len(names))), mp_context=get_context("spawn")) as pool:
+            seen = [page for part in pool.map(look, [names[start::jobs] for start in range(jobs)]) for page in part]
+        complaints = [line for page in sorted(seen, key=lambda page: page.name) for line in page.complaints]
+        complaints += _links({page.name: page for page in seen}, html, root)
+        if (html / "search.html").exists():
+            with opened(chromium) as browser:
+                complaints += _search(browser, root)
+    return complaints
+
+
+def _look_at_some(root: str, chromium: str, shots: Path | None, names: list[str]) -> list[Seen]:
+    with opened(chromium) as browser:
+        found = []
+        for name in names:
+            found.append(look(browser, root, name, shots))
+            print(f"  {name}: {len(found[-1].complaints) or 'no'} complaint(s)", flush=True)
+        return found
+
+
+def look(browser: Any, root: str, name: str, shots: Path | None = None) -> Seen:
+    """One page in every size and theme."""
+    seen = Seen(name)
+    for size, (width, height) in SIZES.items():
+        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="light")
+        context.add_init_script("localStorage.setItem('mode','light');localStorage.setItem('theme','light');")
+        page = context.new_page()
+        _listen(page, f"{name} ({size})", seen.complaints)
+        page.goto(f"{root}/{name}", wait_until="load")
+        page.evaluate(_ALL_PICTURES)
+        if page.evaluate("!!document.querySelector('.math')"):
+            seen.complaints += _typeset(page, f"{name} ({size})")
+        for theme in THEMES:
+            where = f"{name} ({size}, {theme})"
+            _set_theme(page, theme)
+            facts = page.evaluate(_FACTS)
+            seen.complaints += _page_complaints(where, facts)
+            if shots is not None:
+                shots.mkdir(parents=True, exist_ok=True)
+                stem = name.removesuffix(".html").replace("/", "-")
+                page.evaluate("scrollTo(0, 0)")
+                page.screenshot(path=shots / f"{stem}-{size}-{theme}.png", full_page=True)
+            if size == "wide":
+                seen.links, seen.anchors, seen.launch = facts["links"], facts["anchors"], facts["launch"]
+                seen.complaints += _figures(page, where)
+        if size == "wide":
+            seen.complaints += _keyboard(page, name)
+        context.close()
+    return seen
+
+
+def _set_theme(page: Any, theme: str) -> None:
+    """What the theme button does, without its animation."""
+    page.emulate_media(color_scheme=theme)
+    page.evaluate(f"Object.assign(document.documentElement.dataset, {{theme: '{theme}', mode: '{theme}'}})")
+    page.add_style_tag(content="* { transition: none !important; animation: none !important; }")
 
 
 def _listen(page: Any, where: str, complaints: list[str]) -> None:
@@ -87,70 +186,146 @@ def _listen(page: Any, where: str, complaints: list[str]) -> None:
 def _typeset(page: Any, where: str) -> list[str]:
     """Waits for MathJax; without a network it has to be a local copy (see `site.mathjax`)."""
     try:
-        page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise", timeout=10000)
+        page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise", timeout=30000)
         page.evaluate("MathJax.startup.promise.then(() => 1)")
     except Exception:
-        return [f"{where}: MathJax did not load; set MATHJAX to the folder of a local copy and build again"]
+        return [f"{where}: MathJax did not load; without a network run `make mathjax` and build again"]
     return []
 
 
 def _page_complaints(where: str, found: dict[str, Any]) -> list[str]:
     complaints = [f"{where}: scrolls sideways by {found['wide']} pixels"] if found["wide"] > 0 else []
-    for kind, words in (
-        ("untypeset", "formula not typeset"),
-        ("errors", "formula with an error"),
-        ("raw", "raw markup"),
-        ("undescribed", "picture without a description"),
-        ("contrast", "little contrast"),
-    ):
+    for kind, words in _WORDS.items():
         complaints += [f"{where}: {words}: {item}" for item in found[kind]]
     if any(count == 0 for count in found["knobs"]):
         complaints.append(f"{where}: an interactive figure without its sliders")
     return complaints
 
 
-def _links(facts: dict[str, dict[str, Any]], root: str) -> list[str]:
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _figures(page: Any, where: str) -> list[str]:
+    """Pictures whose writing along the axes is too faint, as the browser shows them in this theme."""
     complaints = []
-    for name, found in facts.items():
+    for number, picture in enumerate(page.query_selector_all("article .cell_output img, article .bd-content img"), 1):
+        if picture.is_visible():
+            ratio = ink_contrast(picture.screenshot())
+            if ratio < CONTRAST:
+                complaints.append(f"{where}: the writing in figure {number} has a contrast of {ratio:.1f}")
+    return complaints
+
+
+def ink_contrast(png: bytes) -> float:
+    """Contrast of the strongest ink in the outer strips left and below, where axes are labelled, with the paper."""
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png)) as image:
+        inside = image.crop((2, 2, image.width - 2, image.height - 2))  # the edge may show a row of the page
+        pixels = np.asarray(inside.convert("RGB"), dtype=float) / 255
+    linear = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
+    luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
+    values, counts = np.unique(luminance.round(4), return_counts=True)
+    paper = values[counts.argmax()]
+    height, width = luminance.shape
+    strips = np.concatenate((luminance[:, : width // 8].ravel(), luminance[-height // 6 :].ravel()))
+    ratios = (np.maximum(strips, paper) + 0.05) / (np.minimum(strips, paper) + 0.05)
+    return float(np.quantile(ratios, 0.998))
+
+
+# --- keyboard --------------------------------------------------------------------------------------------------------
+
+
+def _keyboard(page: Any, name: str) -> list[str]:
+    """Folded parts open with Enter, sliders move with an arrow, and a reader sees where the focus is."""
+    complaints = []
+    page.keyboard.press("Tab")  # from now on the browser shows the focus
+    for thing in page.evaluate(_KEYBOARD):
+        where = f"{name}: {thing['kind'].lower()} {thing['name']!r}"
+        for fact, words in (("reached", "cannot be reached"), ("seen", "does not show that it has the focus")):
+            if not thing[fact]:
+                complaints.append(f"{where} {words} from the keyboard")
+        if not thing["name"]:
+            complaints.append(f"{where} has no name for a screen reader")
+        if thing["reached"] and not _operates(page, thing):
+            complaints.append(f"{where} does not answer to the keyboard")
+    return complaints
+
+
+def _operates(page: Any, thing: dict[str, Any]) -> bool:
+    node = f"document.querySelector('[data-thing=\"{thing['number']}\"]')"
+    state = f"{node}.parentElement.open" if thing["kind"] == "SUMMARY" else f"{node}.value"
+    keys = ("Enter",) if thing["kind"] == "SUMMARY" else ("ArrowRight", "ArrowLeft")
+    before = page.evaluate(f"{node}.focus(), {state}")
+    for key in keys:
+        page.keyboard.press(key)
+        if page.evaluate(state) != before:
+            return True
+    return False
+
+
+# --- links and search ------------------------------------------------------------------------------------------------
+
+
+def _links(seen: dict[str, Seen], html: Path, root: str) -> list[str]:
+    complaints = []
+    for name, page in seen.items():
         if name.startswith("notebooks/"):
-            paths = {re.sub(r".*/blob/[^/]+/", "", link) for link in found["launch"]}
-            if not paths or not all((ROOT / path).exists() for path in paths):
-                complaints.append(f"{name}: launch button leads to {sorted(paths)}")
-        for link in found["links"]:
+            complaints += _launch(page)
+        for link in sorted(set(page.links)):
             if not link.startswith(root):
                 continue
-            address = urlparse(link)
-            path = unquote(address.path.lstrip("/"))
-            target = HTML / path
+            parts = urlparse(link)
+            path = unquote(parts.path.lstrip("/"))
+            target = html / path
             if target.is_dir():
                 target, path = target / "index.html", f"{path.rstrip('/')}/index.html".lstrip("/")
             if not target.exists():
                 complaints.append(f"{name}: dead link {path}")
-            elif address.fragment and path in facts and unquote(address.fragment) not in facts[path]["anchors"]:
-                complaints.append(f"{name}: no anchor {path}#{address.fragment}")
+            elif parts.fragment and path in seen and unquote(parts.fragment) not in seen[path].anchors:
+                complaints.append(f"{name}: no anchor {path}#{parts.fragment}")
     return complaints
 
 
+def _launch(page: Seen) -> list[str]:
+    """The buttons open, in this repository, a notebook that exists."""
+    start = f"github/{'/'.join(address().split('/')[-2:])}/blob/{config()['repository']['branch']}/"
+    paths = {link.partition(start)[2] for link in page.launch}
+    if paths and all(path and (ROOT / path).is_file() for path in paths):
+        return []
+    return [f"{page.name}: launch button leads to {sorted(page.launch)}"]
+
+
 def _search(browser: Any, root: str) -> list[str]:
+    """The search finds a chapter by a word of it."""
     page = browser.new_page()
     page.goto(f"{root}/search.html?q=Poisson-binomial")
     try:
-        page.wait_for_selector("ul.search li a", timeout=15000)
+        page.wait_for_selector("ul.search li a[href*='poisson_binomial']", timeout=15000)
     except Exception:
-        return ["search for Poisson-binomial finds nothing"]
+        return ["search for Poisson-binomial does not find its chapter"]
     finally:
         page.close()
     return []
 
 
 def main() -> int:
-    """Prints complaints; 1 if there are any."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--chromium", default=shutil.which("chromium") or shutil.which("google-chrome") or "chromium")
+    """Prints complaints; 1 if there are any. Without a browser says so and lets the rest go on."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chromium", help="path of the browser; default: the one on this machine")
     parser.add_argument("--shots", type=Path, help="folder for screenshots of every page")
+    parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="browsers at a time")
     parser.add_argument("pages", nargs="*", help="parts of page names; none: all")
     arguments = parser.parse_args()
-    complaints = check(arguments.chromium, arguments.shots, arguments.pages)
+    chromium = arguments.chromium or find_chromium()
+    if chromium is None:
+        print(f"SKIPPED: no browser found ({', '.join(NAMES)}), so no page was looked at")
+        return 0
+    if not pages_of(HTML, []):
+        print("there are no pages yet: run `make site` or `make book`", file=sys.stderr)
+        return 1
+    complaints = check(HTML, chromium, shots=arguments.shots, chosen=arguments.pages, jobs=arguments.jobs)
     print("\n".join(complaints) or "every page is in order")
     return 1 if complaints else 0
 

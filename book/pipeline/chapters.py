@@ -18,6 +18,7 @@ import jupytext
 import nbformat
 from nbformat import NotebookNode
 
+from book.pipeline import times
 from book.pipeline.layout import ROOT, BookError, address, chapter_number, twins, version
 
 SETUP = """\
@@ -43,8 +44,9 @@ def setup_source() -> str:
 
 
 def read(twin: Path) -> NotebookNode:
-    """The twin as a notebook in MyST, with the set-up cell after its opening text."""
+    """The twin as a notebook in MyST, with how long it runs in its opening text and the set-up cell after it."""
     notebook = jupytext.read(twin)
+    notebook.cells[0].source = _with_time(notebook.cells[0].source, times.sentence(twin.stem))
     setup = nbformat.v4.new_code_cell(setup_source(), metadata={"tags": ["setup", "remove-cell"]})
     notebook.cells.insert(1, setup)
     for number, cell in enumerate(notebook.cells):
@@ -59,6 +61,13 @@ def read(twin: Path) -> NotebookNode:
     )
     notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
+
+
+def _with_time(opening: str, sentence: str) -> str:
+    """The sentence as a paragraph of its own, after the one that says how long reading takes, or after the title."""
+    paragraphs = opening.split("\n\n")
+    at = next((number for number, text in enumerate(paragraphs) if "**Time**" in text), 0)
+    return "\n\n".join((*paragraphs[: at + 1], sentence, *paragraphs[at + 1 :]))
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

@@ -60,13 +60,13 @@ def key(notebook: NotebookNode, profile: str) -> str:
     return hashlib.sha256(surroundings() + f"{profile}\0{code}".encode()).hexdigest()[:16]
 
 
-def run_all(chosen: Iterable[Path], profile: str, jobs: int) -> dict[str, NotebookNode]:
-    """Executed notebooks by stem; those the cache holds do not run. Raises BookError naming every failed cell."""
+def run_all(chosen: Iterable[Path], profile: str, jobs: int, *, fresh: bool = False) -> dict[str, NotebookNode]:
+    """Executed notebooks by stem; those the cache holds run only if `fresh`. Raises BookError naming failed cells."""
     results: dict[str, NotebookNode] = {}
     todo: dict[str, Path] = {}
     for twin in chosen:
         cached = EXECUTED / f"{twin.stem}.{profile}.{key(read(twin), profile)}.ipynb"
-        if cached.exists():
+        if cached.exists() and not fresh:
             results[twin.stem] = nbformat.read(cached, as_version=4)
         else:
             todo[twin.stem] = cached

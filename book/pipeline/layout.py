@@ -15,6 +15,8 @@ HTML = BUILD / "html"
 STAGE = BUILD / "stage"
 EXECUTED = BUILD / "executed"
 SCRATCH = BUILD / "scratch"
+PDF = BUILD / "topk-book.pdf"
+RELEASE = BUILD / "release"
 
 PROFILES = ("smoke", "laptop", "gpu")
 

@@ -19,7 +19,7 @@ import nbformat
 import yaml
 from nbformat import NotebookNode
 
-from book.pipeline import pages
+from book.pipeline import imprint, pages, pictures
 from book.pipeline.chapters import plain, read, with_outputs
 from book.pipeline.execute import surroundings
 from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, address, chapter_number, config, twins, version
@@ -45,6 +45,7 @@ def build(outputs: dict[str, NotebookNode]) -> Path:
     complaints = _run_sphinx()
     if complaints:
         raise BookError("\n".join(complaints))
+    pictures.size(HTML)
     _plain_downloads(outputs)
     _CLEAN.write_text(key)
     return _FRONT
@@ -102,6 +103,7 @@ def _stage(outputs: dict[str, NotebookNode]) -> str:
         notebook = with_outputs(read(twin), outputs[twin.stem])
         notebooks[twin.stem] = notebook
         _name_pictures(notebook)
+        pictures.lighten(notebook)
         wanted[Path("notebooks") / f"{twin.stem}.ipynb"] = nbformat.writes(notebook).encode()
     for name, text in pages.generated(notebooks).items():
         wanted[Path("book") / name] = text.encode()
@@ -120,15 +122,20 @@ def _stage(outputs: dict[str, NotebookNode]) -> str:
 
 
 def _filled(path: Path) -> bytes:
-    """A page, with the address and the version where it names them."""
+    """A page, with the address, the release and the BibTeX entries where it asks for them."""
     content = path.read_bytes()
-    if path.suffix == ".md":
-        return content.replace(b"@ADDRESS@", address().encode()).replace(b"@VERSION@", version().encode())
+    if path.suffix != ".md":
+        return content
+    parts = {"ADDRESS": address, "VERSION": version, "BOOK_ENTRY": imprint.book_entry, "PAPERS": imprint.paper_entries}
+    for name, part in parts.items():
+        if f"@{name}@".encode() in content:
+            content = content.replace(f"@{name}@".encode(), part().encode())
     return content
 
 
 def _staged_config() -> dict[str, object]:
     staged = config()
+    staged["html"]["baseurl"] = imprint.pages_address()
     sphinx = staged["sphinx"]["config"]
     local = mathjax()
     if local is not None:

@@ -1,0 +1,65 @@
+"""Pictures of the pages: few bytes, and a size in the page, so that nothing jumps when one arrives."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+
+from nbformat import NotebookNode
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+_DOTS_PER_CSS_PIXEL = 1.44  # figures are drawn with 144 dots an inch and shown with 100 pixels an inch
+_INLINE = re.compile(r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)")
+_IMAGE = re.compile(r"<img\b[^>]*>")
+
+
+def smaller(png: bytes) -> bytes:
+    """The picture with a palette of 256 colours, if that is fewer bytes; what is written into it is kept."""
+    information, buffer = PngInfo(), io.BytesIO()
+    with Image.open(io.BytesIO(png)) as image:
+        for key, value in image.info.items():
+            if isinstance(value, str):
+                information.add_text(key, value)
+        image.convert("RGB").quantize(256).save(buffer, format="png", optimize=True, pnginfo=information)
+    return min(png, buffer.getvalue(), key=len)
+
+
+def lighten(notebook: NotebookNode) -> None:
+    """Makes every picture among the outputs smaller, also those inside HTML."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            if "image/png" in data:
+                data["image/png"] = _again(data["image/png"])
+            if "text/html" in data:
+                text = data["text/html"] if isinstance(data["text/html"], str) else "".join(data["text/html"])
+                data["text/html"] = _INLINE.sub(lambda match: match[1] + _again(match[2]), text)
+
+
+def _again(text: str) -> str:
+    return base64.b64encode(smaller(base64.b64decode(text))).decode()
+
+
+def size(pages: Path) -> None:
+    """Writes width and height of each picture into the pages; all but a page's first load when they come near."""
+    for page in pages.rglob("*.html"):
+        text = page.read_text()
+        first = True
+
+        def sized(match: re.Match[str], page: Path = page) -> str:
+            nonlocal first
+            source = re.search(r'\bsrc="([^":]+\.png)"', match[0])
+            if source is None or re.search(r"\b(width|height)=", match[0]) or not (page.parent / source[1]).is_file():
+                return match[0]
+            with Image.open(page.parent / source[1]) as image:
+                width, height = (round(side / _DOTS_PER_CSS_PIXEL) for side in image.size)
+            wait = "" if first else ' loading="lazy"'
+            first = False
+            return match[0].replace("<img", f'<img width="{width}" height="{height}"{wait}', 1)
+
+        changed = _IMAGE.sub(sized, text)
+        if changed != text:
+            page.write_text(changed)

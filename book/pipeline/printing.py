@@ -1,0 +1,208 @@
+"""The whole book as one PDF, printed by the browser from the built pages.
+
+    python -m book.pipeline.printing [--chromium PATH] [--to FILE]
+
+The pages' articles are put one after the other, in the order of the contents, into one document, so that references
+between chapters become links inside the PDF and headings its outline. Solutions are printed unfolded; folded code and
+data stay in the notebooks. Interactive figures show what they start with, without their sliders.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import posixpath
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import yaml
+from bs4 import BeautifulSoup
+
+from book.pipeline.browser import find_chromium, opened, served
+from book.pipeline.imprint import pages_address
+from book.pipeline.layout import HTML, PDF, ROOT, BookError, config, version
+
+_STYLE = Path(__file__).with_name("printing.css").read_text()
+_NAME = "print.html"
+_MARGIN = {"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}
+_FOOTER = (
+    '<div style="width:100%;font:8px sans-serif;color:#555;padding:0 17mm;display:flex;justify-content:space-between">'
+    '<span>{title}</span><span class="pageNumber"></span></div>'
+)
+
+
+def contents() -> dict[str, list[str]]:
+    """caption -> its pages below the site's root, as the table of contents has them."""
+    table = yaml.safe_load((ROOT / "_toc.yml").read_text())
+    parts = {part["caption"]: [f"{entry['file']}.html" for entry in part["chapters"]] for part in table["parts"]}
+    return {"": [f"{table['root']}.html"], **parts}
+
+
+def document(site: Path, parts: dict[str, list[str]]) -> str:
+    """All articles as one page; what they refer to is found from the site's root."""
+    names = [name for pages in parts.values() for name in pages]
+    missing = [name for name in names if not (site / name).is_file()]
+    if missing:
+        raise BookError(f"not built yet: {', '.join(missing)}")
+    soups = {name: BeautifulSoup((site / name).read_text(), "html.parser") for name in names}
+    articles = [_article(name, soup, set(names)) for name, soup in soups.items()]
+    body = "\n".join((_front(parts, soups), *articles))
+    return (
+        f'<!doctype html><html lang="en" data-theme="light" data-mode="light"><head><meta charset="utf-8">'
+        f"<title>{html.escape(str(config()['title']))}</title>{_head(names[0], soups[names[0]])}"
+        f"<style>{_STYLE}</style></head><body>{body}</body></html>"
+    )
+
+
+def _head(name: str, soup: BeautifulSoup) -> str:
+    """Style sheets and the typesetter of formulas, without the scripts of the site's menus."""
+    kept = []
+    for tag in soup.head.find_all(["link", "script"]):  # type: ignore[union-attr]
+        if tag.name == "link" and "stylesheet" not in tag.get("rel", []):
+            continue
+        if tag.name == "script" and "mathjax" not in str(tag).lower():
+            continue
+        for place in ("href", "src"):
+            if tag.get(place):
+                tag[place] = _from_root(name, tag[place])
+        kept.append(str(tag))
+    return "".join(kept)
+
+
+def _from_root(name: str, target: str) -> str:
+    if urlsplit(target).scheme or target.startswith(("/", "data:")):
+        return target
+    return "/" + posixpath.normpath(posixpath.join(posixpath.dirname(name), target.split("?")[0]))
+
+
+def _anchor(name: str, fragment: str = "") -> str:
+    """An id that is the page's own in the common document."""
+    return f"{name.removesuffix('.html').replace('/', '-')}--{fragment}"
+
+
+def _article(name: str, soup: BeautifulSoup, names: set[str]) -> str:
+    article = soup.select_one("article.bd-article") or soup.body
+    assert article is not None
+    for tag in article.select("a.headerlink, .topk-knobs + script[src]"):
+        tag.decompose()
+    for tag in article.find_all(True):
+        if tag.get("id"):
+            tag["id"] = _anchor(name, tag["id"])
+        if tag.name == "img" and tag.get("src"):
+            tag["src"] = _from_root(name, tag["src"])
+            tag.attrs.pop("loading", None)
+        if tag.name == "a" and tag.get("href"):
+            tag["href"] = _target(name, tag["href"], names)
+        if tag.name == "details" and "sd-dropdown" in tag.get("class", []):
+            tag["open"] = ""
+    return f'<article class="bd-article bd-content" id="{_anchor(name)}">{article.decode_contents()}</article>'
+
+
+def _target(name: str, target: str, names: set[str]) -> str:
+    """Inside the document where it can be, else on the published site."""
+    parts = urlsplit(target)
+    if parts.scheme:
+        return target
+    page = posixpath.normpath(posixpath.join(posixpath.dirname(name), parts.path)) if parts.path else name
+    if page in names:
+        return "#" + _anchor(page, unquote(parts.fragment))
+    return f"{pages_address()}{page}" + (f"#{parts.fragment}" if parts.fragment else "")
+
+
+def _front(parts: dict[str, list[str]], soups: dict[str, BeautifulSoup]) -> str:
+    """Title page and contents."""
+    facts = config()
+    listed = ""
+    for caption, names in parts.items():
+        items = "".join(f'<li><a href="#{_anchor(name)}">{_title(soups[name])}</a></li>' for name in names)
+        listed += f"<p>{html.escape(caption)}</p><ul>{items}</ul>"
+    return (
+        f'<section class="front"><p class="title">{html.escape(str(facts["title"]))}</p>'
+        f"<p>{html.escape(str(facts['author']))}</p><p>Version {version()}</p>"
+        f'<p><a href="{pages_address()}">{pages_address()}</a></p>'
+        f'<div class="licence">{facts["html"]["extra_footer"]}</div></section>'
+        f'<nav class="all-pages"><h1>Contents</h1>{listed}</nav>'
+    )
+
+
+def _title(soup: BeautifulSoup) -> str:
+    heading = soup.select_one("article h1") or soup.h1
+    return html.escape(heading.get_text().removesuffix("#").strip()) if heading is not None else ""
+
+
+def write(site: Path, parts: dict[str, list[str]], browser: Any, target: Path) -> None:
+    """Prints the pages to `target`. Raises BookError if a formula or a picture would be missing."""
+    text = document(site, parts)
+    with served(site) as root:
+        page = browser.new_page()
+        page.route(f"**/{_NAME}", lambda route: route.fulfill(body=text, content_type="text/html"))
+        page.goto(f"{root}/{_NAME}", wait_until="load", timeout=300_000)
+        page.emulate_media(media="print", color_scheme="light")
+        complaints = _typeset(page)
+        if complaints:
+            raise BookError("\n".join(complaints))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        page.pdf(
+            path=target,
+            format="A4",
+            margin=_MARGIN,
+            display_header_footer=True,
+            header_template="<span></span>",
+            footer_template=_FOOTER.format(title=html.escape(str(config()["title"]))),
+            print_background=True,
+            outline=True,
+            tagged=True,
+        )
+
+
+def _typeset(page: Any) -> list[str]:
+    """Waits for formulas and pictures; says which are not there."""
+    page.set_default_timeout(600_000)
+    if page.evaluate("!!document.querySelector('.math')"):
+        try:
+            page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise", timeout=120_000)
+        except Exception:
+            return ["MathJax did not load; without a network run `make mathjax` and build again"]
+        page.evaluate("MathJax.startup.promise.then(() => 1)")
+        page.evaluate(_FIT)
+    page.evaluate("Promise.all([...document.images].map((image) => image.decode().catch(() => 0)))")
+    return list(page.evaluate(_MISSING))
+
+
+# Paper does not scroll: what is wider than the column becomes smaller.
+_FIT = """document.querySelectorAll("mjx-container[display=true]").forEach((box) => {
+  const formula = box.querySelector("mjx-math"), room = box.parentElement.clientWidth - 60;
+  if (formula && formula.scrollWidth > room) box.style.fontSize = Math.max(50, 100 * room / formula.scrollWidth) + "%";
+})"""
+_MISSING = """[
+  ...[...document.querySelectorAll(".math")].filter((n) => !n.querySelector("mjx-container"))
+    .map((n) => "formula not typeset: " + n.textContent.slice(0, 60)),
+  ...[...document.querySelectorAll("mjx-merror")].map((n) => "formula with an error: " + n.textContent.slice(0, 60)),
+  ...[...document.images].filter((n) => !n.naturalWidth).map((n) => "picture missing: " + n.src.slice(-60)),
+]"""
+
+
+def main() -> int:
+    """Prints the book; 1 if something would be missing in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chromium", help="path of the browser; default: the one on this machine")
+    parser.add_argument("--to", type=Path, default=PDF, help="default: %(default)s")
+    arguments = parser.parse_args()
+    chromium = arguments.chromium or find_chromium()
+    if chromium is None:
+        print("no browser found to print with: install chromium, or pass CHROMIUM=PATH", file=sys.stderr)
+        return 1
+    try:
+        with opened(chromium) as browser:
+            write(HTML, contents(), browser, arguments.to)
+    except BookError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{arguments.to.resolve().as_uri()}: {arguments.to.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""The browser's checks find what they are there for: small pages, each with one flaw, beside one that is in order."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("jupytext")
+pytest.importorskip("playwright")
+pytest.importorskip("PIL")
+from PIL import Image, ImageChops, ImageDraw, ImageStat
+
+from book.pipeline import browser, layout, printing, speed
+
+CHROMIUM = browser.find_chromium()
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+PAGE = """<!doctype html><html lang="en" data-theme="light"><head><title>A page</title>
+<link rel="icon" href="data:,"><style>
+body {{ background: #fff; color: #111; }} html[data-theme=dark] body {{ background: #111; color: #eee; }}
+summary:focus-visible, input:focus-visible {{ outline: 2px solid blue; }} {style}
+</style></head><body><article class="bd-article"><h1 id="top">A page</h1><p>Text.</p>{body}</article></body></html>"""
+
+GOOD = (
+    "<details><summary>Solution</summary><p>Because.</p></details>"
+    '<div class="topk-knobs"><input type="range" aria-label="tau" min="0" max="3" value="1"></div>'
+    '<p><a href="good.html#top" style="color: inherit">A link</a></p>'
+)
+FLAWS = {
+    "wide": ('<div style="width: 2000px">wide</div>', "scrolls sideways by"),
+    "raw": ("<p>See $$x$$.</p>", "raw markup"),
+    "placeholder": ("<p>@PAPERS@</p>", "raw markup"),
+    "undescribed": ('<img src="figure.png" width="60" height="60">', "picture without a description"),
+    "unsized": ('<img src="figure.png" alt="A line">', "picture without width and height"),
+    "lost": ('<img src="lost.png" alt="Lost" width="9" height="9">', "404"),
+    "error": ("<script>undefinedFunction()</script>", "undefinedFunction is not defined"),
+    "faint": ('<p style="color: #aaa">faint</p>', "little contrast"),
+    "half": ('<p style="opacity: 0.4">faint</p>', "little contrast"),
+    "faint-on-dark": ('<p style="color: #333">dark on dark</p>', "(wide, dark): little contrast"),
+    "formula": (
+        '<span class="math">\\(x\\)</span><script>window.MathJax = {startup: {promise: 1}}</script>',
+        "not typeset",
+    ),
+    "dead": ('<a href="nowhere.html" style="color: inherit">x</a>', "dead link nowhere.html"),
+    "anchor": ('<a href="good.html#nothing" style="color: inherit">x</a>', "no anchor good.html#nothing"),
+    "no-sliders": ('<div class="topk-knobs">...</div>', "an interactive figure without its sliders"),
+    "nameless": ('<div class="topk-knobs"><input type="range"></div>', "has no name for a screen reader"),
+    "unreachable": (
+        '<details><summary tabindex="-1" onfocus="this.blur()">Solution</summary>x</details>',
+        "cannot be reached",
+    ),
+    "stuck": (
+        '<details><summary onclick="event.preventDefault()">Solution</summary>x</details>',
+        "does not answer to the keyboard",
+    ),
+    "unseen": (
+        '<details><summary style="outline: none">Solution</summary>x</details>',
+        "does not show that it has the focus",
+    ),
+}
+
+
+def figure(ink: int, paper: int = 255) -> bytes:
+    """A picture with lettering of this grey along its left edge."""
+    image, buffer = Image.new("L", (240, 160), paper), io.BytesIO()
+    draw = ImageDraw.Draw(image)
+    for place in range(10, 150, 12):
+        draw.text((4, place), "0.25", fill=ink)
+    draw.line([(40, 140), (220, 20)], fill=0)
+    image.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "figure.png").write_bytes(figure(ink=0))
+    (folder / "good.html").write_text(PAGE.format(style="", body=GOOD))
+    for name, (body, _) in FLAWS.items():
+        (folder / f"{name}.html").write_text(PAGE.format(style="", body=body))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened_browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine")
+    with browser.opened(CHROMIUM) as found:
+        yield found
+
+
+@needs_chromium
+def test_a_page_in_order_has_no_complaint(pages: Path) -> None:
+    assert browser.check(pages, str(CHROMIUM), chosen=["good"]) == []
+
+
+@pytest.mark.parametrize("name", FLAWS)
+def test_a_flaw_is_found(name: str, pages: Path, opened_browser: Any) -> None:
+    with browser.served(pages) as root:
+        seen = browser.look(opened_browser, root, f"{name}.html")
+        good = browser.Seen("good.html", anchors=["top"])
+        complaints = seen.complaints + browser._links({seen.name: seen, good.name: good}, pages, root)
+    assert any(FLAWS[name][1] in line for line in complaints), complaints
+
+
+def test_faint_lettering_in_a_figure_is_found(tmp_path: Path, opened_browser: Any) -> None:
+    assert browser.ink_contrast(figure(ink=0)) > 15
+    assert browser.ink_contrast(figure(ink=190)) < browser.CONTRAST
+    assert browser.ink_contrast(figure(ink=255, paper=0)) > 15
+    (tmp_path / "figure.png").write_bytes(figure(ink=190))
+    body = '<div class="cell_output"><img src="figure.png" alt="A line" width="240" height="160"></div>'
+    (tmp_path / "page.html").write_text(PAGE.format(style="", body=body))
+    with browser.served(tmp_path) as root:
+        complaints = browser.look(opened_browser, root, "page.html").complaints
+    assert [line.split(": ", 1)[1][:35] for line in complaints] == ["the writing in figure 1 has a contr"] * 2
+
+
+def test_screenshots_are_kept(pages: Path, tmp_path: Path, opened_browser: Any) -> None:
+    with browser.served(pages) as root:
+        browser.look(opened_browser, root, "good.html", tmp_path)
+    sizes = {}
+    for path in tmp_path.iterdir():
+        with Image.open(path) as image:
+            sizes[path.stem] = image.size[0]
+    assert sizes == {
+        f"good-{size}-{theme}": browser.SIZES[size][0] for size in browser.SIZES for theme in browser.THEMES
+    }
+
+
+def test_a_launch_button_names_this_repository_and_a_notebook() -> None:
+    twin = next(twin for twin in layout.twins() if twin.with_suffix(".ipynb").exists())
+    start = "https://colab.research.google.com/github"
+    here = "/".join(layout.address().split("/")[-2:])
+    good = browser.Seen("notebooks/x.html", launch=[f"{start}/{here}/blob/main/notebooks/{twin.stem}.ipynb"])
+    assert browser._launch(good) == []
+    for wrong in (f"{start}/{here}/blob/main/notebooks/99_none.ipynb", f"{start}/other/book/blob/main/README.md"):
+        assert browser._launch(browser.Seen("notebooks/x.html", launch=[wrong])) != []
+    assert browser._launch(browser.Seen("notebooks/x.html")) != []
+
+
+def test_without_a_browser_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(browser, "find_chromium", lambda: None)
+    monkeypatch.setattr("sys.argv", ["browser"])
+    assert browser.main() == 0
+    assert capsys.readouterr().out.startswith("SKIPPED: no browser found")
+
+
+# --- speed -----------------------------------------------------------------------------------------------------------
+
+
+def test_slow_and_jumping_pages_are_measured(tmp_path: Path, opened_browser: Any) -> None:
+    jump = "<script>setTimeout(() => document.querySelector('h1').style.marginTop = '300px', 500)</script>"
+    (tmp_path / "still.html").write_text(PAGE.format(style="", body="<p>Text.</p>" * 40))
+    (tmp_path / "jumps.html").write_text(PAGE.format(style="", body="<p>Text.</p>" * 40 + jump))
+    still = speed.measure(opened_browser, tmp_path, "still.html", loads=1)
+    jumps = speed.measure(opened_browser, tmp_path, "jumps.html", loads=1)
+    assert still["shift"] == 0 < 0.1 < jumps["shift"]
+    assert still["paint"] > 0.15, "one round trip takes longer than that"
+
+
+# --- pictures and print ----------------------------------------------------------------------------------------------
+
+
+def test_pictures_become_smaller_and_keep_their_words() -> None:
+    import nbformat
+
+    from book.pipeline import pictures
+
+    noisy = Image.effect_noise((300, 200), 40).convert("RGB")
+    buffer = io.BytesIO()
+    noisy.save(buffer, format="png")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    output = nbformat.v4.new_output(
+        "display_data", {"image/png": text, "text/html": f'<img src="data:image/png;base64,{text}" alt="noise">'}
+    )
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("show()", outputs=[output])])
+    pictures.lighten(notebook)
+    data = notebook.cells[0].outputs[0].data
+    assert len(data["image/png"]) < 0.7 * len(text)
+    assert data["text/html"] == f'<img src="data:image/png;base64,{data["image/png"]}" alt="noise">'
+    with Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) as image:
+        assert image.size == (300, 200)
+        changed = ImageChops.difference(image.convert("L"), noisy.convert("L"))
+    assert ImageStat.Stat(changed).mean[0] < 3
+
+
+def test_pictures_get_their_size(tmp_path: Path) -> None:
+    from book.pipeline import pictures
+
+    (tmp_path / "figure.png").write_bytes(figure(ink=0))
+    page = tmp_path / "page.html"
+    page.write_text('<img alt="a" src="figure.png"/><img alt="b" src="figure.png"/><img src="gone.png"/>')
+    pictures.size(tmp_path)
+    assert page.read_text() == (
+        '<img width="167" height="111" alt="a" src="figure.png"/>'
+        '<img width="167" height="111" loading="lazy" alt="b" src="figure.png"/><img src="gone.png"/>'
+    )
+    pictures.size(tmp_path)
+    assert page.read_text().count("width=") == 2
+
+
+def test_book_is_printed_with_links_and_outline(tmp_path: Path, opened_browser: Any) -> None:
+    pdfium = pytest.importorskip("pypdfium2")
+    (tmp_path / "a").mkdir()
+    one = '<section id="s"><p>Read <a href="two.html#s">the other</a> and <a href="gone.html">this</a>.</p></section>'
+    two = '<section id="s"><details class="sd-dropdown"><summary>Solution</summary><p>Unfolded.</p></details></section>'
+    (tmp_path / "a" / "one.html").write_text(PAGE.format(style="", body=one))
+    (tmp_path / "a" / "two.html").write_text(PAGE.format(style="", body=two))
+    target = tmp_path / "book.pdf"
+    parts = {"": ["a/one.html"], "Part": ["a/two.html"]}
+    printing.write(tmp_path, parts, opened_browser, target)
+    document = pdfium.PdfDocument(target)
+    text = [document[page].get_textpage().get_text_range() for page in range(len(document))]
+    assert len(text) == 4
+    assert "Version" in text[0]
+    assert "Part" in text[1]
+    assert "Unfolded." in text[3]
+    assert [entry.get_title() for entry in document.get_toc()] == ["Contents", "A page", "A page"]
+    source = printing.document(tmp_path, parts)
+    assert 'href="#a-two--s"' in source
+    assert 'id="a-two--s"' in source
+    assert "a/gone.html" in source
+    with pytest.raises(layout.BookError, match=r"a/three\.html"):
+        printing.document(tmp_path, {"": ["a/three.html"]})
+    (tmp_path / "a" / "two.html").write_text(PAGE.format(style="", body='<img src="lost.png" alt="lost">'))
+    with pytest.raises(layout.BookError, match=r"picture missing: .*lost\.png"):
+        printing.write(tmp_path, parts, opened_browser, target)

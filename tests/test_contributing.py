@@ -1,0 +1,92 @@
+"""CONTRIBUTING.md: its worked example, applied to a copy of the project, fulfils the contract; its paths exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "CONTRIBUTING.md").read_text()
+_STEP = re.compile(
+    r"^\*\*`([^`]+)`\*\*, (a new file|at its end|below|in place of)(?: `([^`]+)`)?:\n\n```python\n(.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def _apply(copy: Path) -> list[str]:
+    """Follows the example in a copy of the project; returns the files it touched."""
+    touched = []
+    for name, how, anchor, code in _STEP.findall(TEXT):
+        path = copy / name
+        touched.append(name)
+        if how == "a new file":
+            assert not path.exists(), f"{name} is there already"
+            path.write_text(code)
+            continue
+        text = path.read_text()
+        if how == "at its end":
+            path.write_text(text + code)
+            continue
+        whole = f"{anchor}\n" if how == "below" else anchor
+        assert text.count(whole) == 1, f"{anchor!r} stands {text.count(whole)} times in {name}"
+        path.write_text(text.replace(whole, whole + code if how == "below" else code.rstrip("\n")))
+    return touched
+
+
+def test_worked_example_fulfils_the_contract(tmp_path: Path) -> None:
+    for name in ("topk", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "shipped"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    touched = _apply(tmp_path)
+    assert len(touched) == 12
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    run = subprocess.run(
+        [*pytest, "tests/test_contract.py", "tests/test_logistic.py", "-k", "logistic"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    counted = re.search(r"(\d+) passed", run.stdout)
+    assert counted is not None
+    assert int(counted[1]) > 20, run.stdout[-500:]
+    # Of rooms in the package, not of this checkout.
+    where = subprocess.run(
+        [sys.executable, "-c", "import topk; print(topk.__file__, topk.topk_logistic_loss)"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert where.stdout.startswith(str(tmp_path))
+
+
+def test_worked_example_is_clean(tmp_path: Path) -> None:
+    """ruff finds nothing to say about the new files."""
+    shutil.copytree(ROOT / "topk" / "losses", tmp_path / "topk" / "losses")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for name, how, _, code in _STEP.findall(TEXT):
+        if how == "a new file":
+            (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+            (tmp_path / name).write_text(code)
+            for command in (["check"], ["format", "--check"]):
+                done = subprocess.run(
+                    [sys.executable, "-m", "ruff", *command, name], cwd=tmp_path, capture_output=True, text=True
+                )
+                assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_files_and_targets_it_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"`make ([a-z-]+)`", TEXT)) <= targets
+    before_example = TEXT[: TEXT.index("### A worked example")]
+    for path in re.findall(r"`([\w./-]+\.(?:py|yml|bib|md))`", before_example):
+        if "N" not in Path(path).stem.replace("README", ""):
+            assert (ROOT / path).exists(), path
