@@ -79,7 +79,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     if not ks:
         return common.no_loss(target, classes, ignore_index), table.zero_()
     loss = scores.new_empty(rows, dtype=torch.float32)
-    tiling = _smaller(common.whole_rows(classes))
+    tiling = _smaller(common.whole_rows(classes), scores)
     common.launch(
         _forward,
         tiling.programs(rows),
@@ -107,12 +107,16 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     return loss, table
 
 
-def _smaller(tiling: common.Tiling) -> common.Tiling:
-    """Fewer rows a program, since each has a tile of nodes too; shorter tiles in a stream, to spare registers."""
+def _smaller(tiling: common.Tiling, scores: Tensor) -> common.Tiling:
+    """Fewer rows a program, since each has a tile of nodes too, and more classes a thread, since reductions cost most.
+
+    In a stream, tiles so short that no register is spilled: where eight scores are read at once, eight a thread.
+    """
     if tiling.streams:
-        return replace(tiling, block=max(16, tiling.block // 2), warps=max(1, tiling.warps // 2))
+        share = 1 if common.alignment(scores) == 8 else 2
+        return replace(tiling, block=max(16, tiling.block // 2), warps=max(1, tiling.warps // share))
     rows = max(1, min(tiling.rows, 128 // tiling.block))
-    return replace(tiling, rows=rows, warps=1 if tiling.rows > 1 else tiling.warps)
+    return replace(tiling, rows=rows, warps=max(1, tiling.warps // 2) if tiling.rows == 1 else 1)
 
 
 @triton.jit
@@ -299,18 +303,18 @@ def _small_k(
     one = tl.where(lanes == 0, 1.0, 0.0).to(tl.float64)
     alone, full = tl.broadcast_to(one, tail.shape), tail
     for i in tl.static_range(K):
-        shrink = tl.exp((center - tl.where(live, lane(head, lanes, i), center)) * rate).to(tl.float64)
-        success = (1.0 / (1.0 + shrink))[:, None]
-        failure = shrink[:, None] * success
+        shrink = tl.exp((center - tl.where(live, lane(head, lanes, i), center)) * rate)
+        success = (1.0 / (1.0 + shrink)).to(tl.float64)[:, None]  # rounding scales all coefficients alike
+        failure = shrink.to(tl.float64)[:, None] * success
         alone = alone * failure + _shifted(alone, lanes) * success
         full = full * failure + _shifted(full, lanes) * success
     chance, chance_less = lane(full, lanes, K), lane(full, lanes, K - 1)
-    ratio = (chance / chance_less).to(tl.float32)
-    gap = tl.log(ratio) + (center - mine) * rate + margin / tau
+    inverse, inverse_less = 1.0 / chance, 1.0 / chance_less
+    gap = tl.log((chance * inverse_less).to(tl.float32)) + (center - mine) * rate + margin / tau
     term, slope, told = _outcome(gap, absent, live, bad, mine, wlanes, tau, K)
 
     # slopes: a polynomial in w, and the values at the K largest, each divided out of the product from the top down
-    up, down = (told / chance)[:, None], (told / chance_less)[:, None]
+    up, down = (told * inverse)[:, None], (told * inverse_less)[:, None]
     sign = tl.where(lanes % 2 == 1, -1.0, 1.0)
     series = sign * (_at(full, K - 1 - lanes) * up - _at(full, K - 2 - lanes) * down)
     partner = _at(tail, K - 1 - lanes) * up - _at(tail, K - 2 - lanes) * down
@@ -801,10 +805,12 @@ def _store_powers(record, here, real, imag, steps, circle, count, up, down, K: t
         node_real = tl.sum(tl.where(nodes == m, real, 0.0), 1)[:, None]
         node_imag = tl.sum(tl.where(nodes == m, imag, 0.0), 1)[:, None]
         twice = tl.where(m <= count, 2.0, 0.0)[:, None]
+        sine, rest = _sine_and_cosine(m / size)
+        next_real = node_real - (node_real * rest + node_imag * sine)
+        next_imag = node_imag - (node_imag * rest - node_real * sine)
         sine, rest = _sine_and_cosine(_turns(m * turn, size))
         chances += twice * (node_real - (node_real * rest + node_imag * sine))
-        sine, rest = _sine_and_cosine(_turns(m * (turn + 1.0), size))
-        chances_less += twice * (node_real - (node_real * rest + node_imag * sine))
+        chances_less += twice * (next_real - (next_real * rest + next_imag * sine))
     chances = tl.where(head | (j < K), chances, 0.0)
     chances_less = tl.where(head | (j < K - 1), chances_less, 0.0)
     sign = tl.where((lanes % 2 == 1) != head, -1.0, 1.0)
