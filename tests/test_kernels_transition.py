@@ -24,23 +24,28 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+def named(options: dict[str, Any]) -> str:
+    """The same in every process, which a function's own text is not."""
+    return ", ".join(f"{key}={getattr(value, '__name__', value)}" for key, value in options.items())
+
+
 @pytest.fixture
 def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "WIDEST", 16)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=named)
 def test_every_option(options: dict[str, Any]) -> None:
     compare(transition_topk_loss, random_scores(7, 33), torch.randint(33, (7,)), **options)
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=str)
-@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4], OPTIONS[6]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4], OPTIONS[6]], ids=named)
 def test_special_rows(options: dict[str, Any], kind: torch.dtype) -> None:
     compare_special_rows(transition_topk_loss, 12, kind, **options)
 
 
-@pytest.mark.parametrize("options", [OPTIONS[5], OPTIONS[6]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[5], OPTIONS[6]], ids=named)
 def test_special_rows_in_streams(options: dict[str, Any], short_tiles: None) -> None:
     compare_special_rows(transition_topk_loss, 37, torch.float32, **options)
 

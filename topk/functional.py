@@ -255,7 +255,8 @@ def differentiable_topk_loss(
             or "optimal".
         inverse_temperature: the networks' steepness, one over the others' temperature, > 0.
         art_lambda: the power of "logistic_phi", >= 0 and < 1.
-        m: how many scores are kept. With m >= classes all are, and enter in class order.
+        m: how many scores are kept. With m >= classes all are, and enter in class order, on which a network's result
+            then depends.
         top1: one of the names above.
         cross_entropy_over: with top1="cross_entropy", whether its softmax is over the "kept" scores or "all".
         iterations: at most so many of Sinkhorn's; on devices other than the CPU, exactly so many.
