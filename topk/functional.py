@@ -206,6 +206,8 @@ def noised_topk_loss(
     scale = check_number("scale", scale, above=0.0)
     check_generator(generator, scores)
     margin = _margins(1.0 if margins is None else margins, scores, target, check_ignore_index(ignore_index))
+    if epsilon == 0:
+        samples = 1  # without noise, all samples are the same one
     if samples is None or epsilon == 0:
         seeds = torch.zeros(1, dtype=torch.int64, device=scores.device)
     else:
@@ -491,7 +493,8 @@ def _reduced(
     if ks is not None:
         kept = [(k, p) for k, p in zip(ks, weights, strict=True) if k < classes]
         options = ([k for k, _ in kept], [p for _, p in kept], *options)
-    chosen = ops.resolve_backend(backend, scores.device, scores.dtype, name, options)
+    absent = tuple(option is None for option in options)
+    chosen = ops.resolve_backend(backend, scores.device, scores.dtype, name, absent)
     loss = ops.row_loss(name, rows, flat, extras, options, ignore_index, chosen)
     return _reduce(loss, flat, target.shape, weight, ignore_index, reduction)
 

@@ -42,9 +42,9 @@ def why_not_triton(
     device: torch.device,
     kind: torch.dtype = torch.float32,
     name: str | None = None,
-    options: tuple[Any, ...] | None = None,
+    absent: tuple[bool, ...] | None = None,
 ) -> str | None:
-    """None when the Triton kernels (of that loss, with those options) can run on such scores, otherwise why not.
+    """None when the Triton kernels (of that loss) can run on such scores, otherwise why not; `absent`: options at None.
 
     Below compute capability 8.0, which Triton does not promise to serve, the first question of a device runs the
     kernels on small cases and compares them with the torch path; the answer is remembered.
@@ -58,8 +58,8 @@ def why_not_triton(
     interpreted = device.type == "cpu" and _interpreted()
     if device.type != "cuda" and not interpreted:
         return f"the Triton kernels need scores on a CUDA device (or TRITON_INTERPRET=1), these are on {device}"
-    if name is not None and options is not None:
-        unserved: str | None = getattr(kernels.kernel_room(name), "why_not", _serves_all)(options)
+    if name is not None and absent is not None:
+        unserved: str | None = getattr(kernels.kernel_room(name), "why_not", _serves_all)(absent)
         if unserved is not None:
             return unserved
     if interpreted:
@@ -73,18 +73,22 @@ def why_not_triton(
 
 
 def resolve_backend(
-    backend: str | None, scores_on: torch.device, kind: torch.dtype, name: str, options: tuple[Any, ...] | None = None
+    backend: str | None, scores_on: torch.device, kind: torch.dtype, name: str, absent: tuple[bool, ...] | None = None
 ) -> str:
-    """The backend to use for a loss; an explicit one that cannot run raises."""
+    """The backend to use for a loss; an explicit one that cannot run raises.
+
+    `absent` says which options are None. Their values do not matter, and would not be constants where torch.compile
+    follows a number that changes between calls.
+    """
     if backend == "triton":
-        reason = why_not_triton(scores_on, kind, name, options)
+        reason = why_not_triton(scores_on, kind, name, absent)
         if reason is not None:
             raise RuntimeError(f"backend='triton' cannot run: {reason}")
         return "triton"
     # Interpreted kernels are for tests: nobody gets them without asking.
     if backend == "torch" or scores_on.type != "cuda" or _interpreted():
         return "torch"
-    return "torch" if why_not_triton(scores_on, kind, name, options) is not None else "triton"
+    return "torch" if why_not_triton(scores_on, kind, name, absent) is not None else "triton"
 
 
 # What torch.compiler.assume_constant_result does; that one would import the whole compiler, and triton, with topk.
@@ -92,7 +96,7 @@ for _constant in (why_not_triton, resolve_backend):
     _constant._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
-def _serves_all(options: tuple[Any, ...]) -> None:
+def _serves_all(absent: tuple[bool, ...]) -> None:
     """The answer of a kernel room that has no `why_not`."""
 
 

@@ -13,8 +13,8 @@ A kernel room `topk.kernels.<room>` offers what follows; `topk.ops` calls it in 
     examples(rows, classes, device) -> list[(extras, options)]
         A few calls that between them reach every path of the kernels: for the check of a device on first use and for
         the tests that compile without one. Their losses must be those of the torch path (no noise worth mentioning).
-    why_not(options) -> str | None                                                          (optional)
-        Which of these options no kernel serves, in words; None, as without it: they all are served.
+    why_not(absent) -> str | None                                                           (optional)
+        What no kernel serves when those options are None (a bool an option), in words; without it, all are served.
     for_formula(scores, target, extras, saved, ignore_index, options) -> saved tensors      (optional)
         What the torch room's formula needs for second derivatives. Without it the torch room's forward runs again,
         which is right wherever forward draws no random numbers.

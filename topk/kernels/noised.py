@@ -46,10 +46,9 @@ _LARGEST_NORMAL = tl.constexpr(6.8)  # no noise is larger: sqrt(-2 log 2^-33) = 
 _BELOW_MINUS_INFINITY = tl.constexpr(-2139095042)  # the order of -inf is one more
 
 
-def why_not(options: Options) -> str | None:
+def why_not(absent: tuple[bool, ...]) -> str | None:
     """The expectation by quadrature has no kernel."""
-    _, _, epsilon, samples, _ = options
-    return "samples=None (quadrature) has no Triton kernel" if samples is None and epsilon > 0 else None
+    return "samples=None (quadrature) has no Triton kernel" if absent[3] else None
 
 
 def _draws(options: Options) -> int:
