@@ -73,7 +73,7 @@ def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
 
 def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, wlaness, tau, margin = options
+    ks, weights, tau, margin = options
     rows, classes = scores.shape
     (table,) = common.allocate(scores, saved(rows, classes, options))
     if not ks:
@@ -95,7 +95,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
         float(margin),
         COUNT=len(ks),
         KS=common.packed(ks),
-        WEIGHTS=common.packed(wlaness),
+        WEIGHTS=common.packed(weights),
         HEAD=max((k for k in ks if k <= _FEW.value), default=0),
         MANY=max(ks) > _FEW.value,
         ROWS=tiling.rows,
@@ -226,11 +226,11 @@ def _width(COUNT: tl.constexpr, KS: tl.constexpr):
 
 
 @triton.jit
-def _outcome(gap, absent, live, bad, mine, wlanes, tau, K: tl.constexpr):
-    """The wlanesed loss, minus its derivative by x_y, and the latter with NaN for bad rows."""
-    term = tl.where(absent, 0.0, wlanes * tau * softplus(tl.where(absent, 0.0, gap)))
+def _outcome(gap, absent, live, bad, mine, weight, tau, K: tl.constexpr):
+    """The weighted loss, minus its derivative by x_y, and the latter with NaN for bad rows."""
+    term = tl.where(absent, 0.0, weight * tau * softplus(tl.where(absent, 0.0, gap)))
     term = tl.where(mine == float("-inf"), float("inf"), term)
-    slope = tl.where(live, wlanes / K / (1.0 + tl.exp(-gap)), 0.0)
+    slope = tl.where(live, weight / K / (1.0 + tl.exp(-gap)), 0.0)
     return term, slope, tl.where(bad, float("nan"), slope)
 
 
@@ -279,7 +279,7 @@ def _small_k(
     bad,
     inside,
     record,
-    wlanes,
+    weight,
     tau,
     margin,
     K: tl.constexpr,
@@ -311,7 +311,7 @@ def _small_k(
     chance, chance_less = lane(full, lanes, K), lane(full, lanes, K - 1)
     inverse, inverse_less = 1.0 / chance, 1.0 / chance_less
     gap = tl.log((chance * inverse_less).to(tl.float32)) + (center - mine) * rate + margin / tau
-    term, slope, told = _outcome(gap, absent, live, bad, mine, wlanes, tau, K)
+    term, slope, told = _outcome(gap, absent, live, bad, mine, weight, tau, K)
 
     # slopes: a polynomial in w, and the values at the K largest, each divided out of the product from the top down
     up, down = (told * inverse)[:, None], (told * inverse_less)[:, None]
@@ -407,7 +407,7 @@ def _large_k(
     bad,
     inside,
     record,
-    wlanes,
+    weight,
     tau,
     margin,
     K: tl.constexpr,
@@ -415,7 +415,7 @@ def _large_k(
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
-    """The wlanesed loss of one k, and minus its derivative by x_y; stores the record."""
+    """The weighted loss of one k, and minus its derivative by x_y; stores the record."""
     rate = 1.0 / (K * tau)
     absent = possible < K  # y cannot be missed
     live = used & (bad == 0) & (absent == 0)
@@ -428,14 +428,14 @@ def _large_k(
     real, imag = _nodes(
         x, starts, class_stride, classes, used, target, center, shift, rate, circle, count, ROWS, BLOCK, STREAMS
     )
-    chance, chance_less, node_wlanes = _chances(real, imag, heads - K, circle, count, live)
+    chance, chance_less, node_weight = _chances(real, imag, heads - K, circle, count, live)
 
     gap = tl.log(chance / chance_less) - shift + (center - mine) * rate + margin / tau
-    term, slope, told = _outcome(gap, absent, live, bad, mine, wlanes, tau, K)
+    term, slope, told = _outcome(gap, absent, live, bad, mine, weight, tau, K)
     tl.store(record, center, mask=inside)
     tl.store(record + 1, shift, mask=inside)
     up, down = told / chance, told / chance_less
-    _store_series(record + 2, inside, real, imag, heads - K, circle, count, node_wlanes, variance, up, down, K, ROWS)
+    _store_series(record + 2, inside, real, imag, heads - K, circle, count, node_weight, variance, up, down, K, ROWS)
     return term, slope
 
 
@@ -724,17 +724,17 @@ def _turned(real, imag, lanes, steps, circle):
 
 @triton.jit
 def _chances(real, imag, steps, circle, count, live):
-    """Pr[S = k] and Pr[S = k - 1] (1 for rows that do not count), and the nodes' wlaness. steps: heads - k."""
+    """Pr[S = k] and Pr[S = k - 1] (1 for rows that do not count), and the nodes' weights. steps: heads - k."""
     lanes = tl.arange(0, _NODES)[None, :]
     m = lanes.to(tl.float32)
     size = circle.to(tl.float32)
     steps = _modulo(steps, circle)
-    wlanes = tl.where(lanes <= count[:, None], tl.where(lanes == 0, 1.0, 2.0), 0.0) / size[:, None]
+    weight = tl.where(lanes <= count[:, None], tl.where(lanes == 0, 1.0, 2.0), 0.0) / size[:, None]
     turned, _ = _turned(real, imag, m, steps, size)
     turned_less, _ = _turned(real, imag, m, steps + 1.0, size)
-    chance = tl.sum(wlanes * turned, 1)
-    chance_less = tl.sum(wlanes * turned_less, 1)
-    return tl.where(live, chance, 1.0), tl.where(live, chance_less, 1.0), wlanes
+    chance = tl.sum(weight * turned, 1)
+    chance_less = tl.sum(weight * turned_less, 1)
+    return tl.where(live, chance, 1.0), tl.where(live, chance_less, 1.0), weight
 
 
 @triton.jit
@@ -748,14 +748,14 @@ def _modulo(steps, circle):
 
 @triton.jit
 def _store_series(
-    record, inside, real, imag, steps, circle, count, wlanes, variance, up, down, K: tl.constexpr, ROWS: tl.constexpr
+    record, inside, real, imag, steps, circle, count, weight, variance, up, down, K: tl.constexpr, ROWS: tl.constexpr
 ):
     """The number of terms, negative for a Chebyshev series, and their coefficients times the loss's slope."""
     wide = variance >= _SPREAD
     terms = tl.where(wide, _terms_of_chebyshev(variance), _terms_of_chances(variance))
     tl.store(record, tl.where(wide, -terms, terms).to(tl.float32), mask=inside)
     if tl.max((inside & wide).to(tl.int32), 0) > 0:
-        _store_chebyshev(record + 1, inside & wide, real, imag, steps, circle, wlanes, up, down)
+        _store_chebyshev(record + 1, inside & wide, real, imag, steps, circle, weight, up, down)
     if tl.max((inside & (wide == 0)).to(tl.int32), 0) > 0:
         _store_powers(record + 1, inside & (wide == 0), real, imag, steps, circle, count, up, down, K, ROWS)
 
@@ -766,7 +766,7 @@ def _terms_of_chebyshev(variance):
 
 
 @triton.jit
-def _store_chebyshev(record, here, real, imag, steps, circle, wlanes, up, down):
+def _store_chebyshev(record, here, real, imag, steps, circle, weight, up, down):
     """sum over nodes of Re(2 i g sin(t/2) (2 - [d = 0]) (-i tan(t/4))^d), g the node's part of the slopes."""
     lanes = tl.arange(0, _NODES)[None, :]
     m = lanes.to(tl.float32)
@@ -777,10 +777,10 @@ def _store_chebyshev(record, here, real, imag, steps, circle, wlanes, up, down):
     # half the angle: its sine, and the tangent of half of that
     half_sine, half_rest = _sine_and_cosine(tl.minimum(m / size[:, None], 1.0) * 0.5)
     tangent = half_sine / (2.0 - half_rest)
-    factor = 2.0 * wlanes * half_sine
+    factor = 2.0 * weight * half_sine
     part_real = factor * (real_k * up[:, None] - real_less * down[:, None])
     part_imag = factor * (imag_k * up[:, None] - imag_less * down[:, None])
-    power = tl.where(wlanes > 0.0, 1.0, 0.0)
+    power = tl.where(weight > 0.0, 1.0, 0.0)
     rest = tl.arange(0, 64)[None, :]
     unused = here[:, None] & (rest >= _TERMS // 2) & (rest < 2 * _TERMS)
     tl.store(record[:, None] + rest, tl.zeros_like(rest).to(tl.float32), mask=unused)
