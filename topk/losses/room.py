@@ -8,6 +8,7 @@ and reduction in `topk.functional`; half types, ignored rows, autograd, vmap and
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,11 +150,33 @@ def row_chunks(rows: int, cost: int, budget: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
+_kept = threading.local()
+
+
+def buffers(scores: Tensor, count: int, budget: int = CHUNK, width: int | None = None) -> list[Tensor]:
+    """Work spaces for one chunk of rows, to be used before anything else asks for any: the CPU's are used again.
+
+    Fresh memory costs the CPU more than the arithmetic, a microsecond for every page of it. So every thread keeps what
+    it needed last, `count * budget` elements at most.
+    """
+    rows, classes = scores.shape
+    shape = (count, min(rows, max(1, budget // classes)), width or classes)
+    size = math.prod(shape)
+    if not scores.is_cpu or size > 2 * CHUNK:
+        return list(scores.new_empty(shape).unbind())
+    kept: Tensor | None = getattr(_kept, str(scores.dtype), None)
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):  # else it could not be written outside that mode later
+            kept = torch.empty(size, dtype=scores.dtype)
+        setattr(_kept, str(scores.dtype), kept)
+    return list(kept[:size].view(shape).unbind())
+
+
 def sum_exponentials(scores: Tensor, shift: Tensor, index: Tensor, rate: float = 1.0) -> Tensor:
     """Sum of exp(rate (x - shift)) over the classes of each row that `index` does not list."""
     rows, classes = scores.shape
     total = torch.empty_like(shift)
-    buffer = scores.new_empty((min(rows, max(1, CHUNK // classes)), classes))
+    (buffer,) = buffers(scores, 1)
     for part in row_chunks(rows, classes, CHUNK):
         field = torch.sub(scores[part], shift[part, None], out=buffer[: part.stop - part.start])
         torch.sum(field.mul_(rate * LOG2_E).exp2_().scatter_(1, index[part], 0.0), 1, out=total[part])

@@ -39,6 +39,7 @@ from topk.losses.room import (
     Room,
     Saved,
     SavedShape,
+    buffers,
     largest_wrong,
     not_finite_above,
     row_chunks,
@@ -150,7 +151,7 @@ def _odds(scores: Tensor, kth: Tensor, tilt: Tensor | None, rate: float, out: Te
 def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
     """sum of w^m over the tail, all classes but those at `places`, for m = 1..k (k, rows)."""
     sums = scores.new_empty((k, scores.shape[0]))
-    odds_buffer, power_buffer = _buffers(scores, _SUM_CHUNK)
+    odds_buffer, power_buffer = buffers(scores, 2, _SUM_CHUNK)
     for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
         odds = _odds(scores[rows], kth[rows], None, rate, odds_buffer[:count]).scatter_(1, places[rows], 0.0)
@@ -160,13 +161,6 @@ def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float
             power = torch.mul(power, odds, out=power_buffer[:count])
             torch.sum(power, 1, out=sums[m, rows])
     return sums
-
-
-def _buffers(scores: Tensor, budget: int, count: int = 2, width: int | None = None) -> list[Tensor]:
-    """Work spaces for one chunk of rows, allocated once: fresh pages cost more than the arithmetic."""
-    rows, classes = scores.shape
-    shape = (min(rows, max(1, budget // classes)), width or classes)
-    return [scores.new_empty(shape) for _ in range(count)]
 
 
 def _newton_identities(sums: Tensor) -> Tensor:
@@ -185,7 +179,7 @@ def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, r
     rows, classes = scores.shape
     lanes = min(max(1, _LANES // rows), max(1, classes // (4 * k)))
     steps = -(-classes // lanes)
-    exponents, buffer = _buffers(scores, _LANE_CHUNK, width=lanes * steps)
+    exponents, buffer = buffers(scores, 2, _LANE_CHUNK, lanes * steps)
     exponents, buffer = exponents[:rows], buffer[:rows]
     exponents[:, classes:] = -torch.inf
     torch.sub(scores, kth[:, None], out=exponents[:, :classes]).mul_(rate)
@@ -303,14 +297,17 @@ def _add_one_k(
     """Writes the gradient of one k into `result`, or adds it; what it leaves at y is overwritten later."""
     columns = polynomial.unsqueeze(-1).unbind()
     kth, tilt, rate = exponent
-    odds_buffer, *field_buffer = _buffers(scores, _SUM_CHUNK, 2 if add else 1)
+    odds_buffer, *field_buffer = buffers(scores, 2 if add else 1, _SUM_CHUNK)
     for rows in row_chunks(scores.shape[0], scores.shape[1], _SUM_CHUNK):
         count = rows.stop - rows.start
         odds = _odds(scores[rows], kth[rows], None if tilt is None else tilt[rows], rate, odds_buffer[:count])
         field = field_buffer[0][:count] if add else result[rows]
         torch.mul(odds, columns[-1][rows], out=field)
-        for column in columns[-2::-1]:
-            field.add_(column[rows]).mul_(odds)
+        if len(columns) > 1:
+            field.add_(columns[-2][rows])
+            for column in columns[-3::-1]:
+                torch.addcmul(column[rows], field, odds, out=field)
+            field.mul_(odds)
         field.scatter_(1, index[rows], at_head[rows])
         if add:
             result[rows] += field
