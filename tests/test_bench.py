@@ -153,10 +153,14 @@ def test_quantiles() -> None:
 
 
 def test_cpu_clock() -> None:
-    clock = clock_of("cpu")
+    clock = CpuClock()
     assert 5 <= clock.time(lambda: time.sleep(0.005)) < 500
     assert clock.peak(lambda: torch.empty(1000)) == 4000
     assert clock.peak(lambda: None) <= 1
+    clock._other_data.fill_(1)
+    clock.time(lambda: None)
+    assert not clock._other_data.any(), "the caches are overwritten before every call"
+    assert clock._other_data.numel() > 2**24
     with pytest.raises(NoReplayError, match="no graphs"):
         clock.replay(lambda: None)
     with pytest.raises(ValueError, match="device must be cpu or cuda, got meta"):
