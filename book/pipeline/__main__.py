@@ -11,6 +11,7 @@ import shutil
 import sys
 import time
 import webbrowser
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -133,12 +134,17 @@ def main() -> int:
     command = commands.add_parser("times", help=measure.__doc__)
     command.add_argument("--profiles", nargs="+", choices=PROFILES, default=["smoke", "laptop"])
     command.add_argument("names", nargs="*", help="beginnings of file names, such as 06; none: all")
-    for name, function in (("site", build_site), ("check", check), ("address", address)):
-        commands.add_parser(name, help=function.__doc__)
+    for name, action in (("site", build_site), ("check", check), ("address", address)):
+        commands.add_parser(name, help=action.__doc__)
     commands.add_parser("release", help=release.__doc__).add_argument("tag")
     commands.add_parser("serve", help=serve.__doc__).add_argument("--port", type=int, default=8000)
     arguments = vars(parser.parse_args())
-    functions = {"build": build, "notebooks": notebooks, "site": build_site, "check": check}
+    functions: dict[str, Callable[..., None]] = {
+        "build": build,
+        "notebooks": notebooks,
+        "site": build_site,
+        "check": check,
+    }
     functions |= {"address": address, "serve": serve, "times": measure, "release": release}
     try:
         functions[arguments.pop("command")](**arguments)

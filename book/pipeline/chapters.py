@@ -45,7 +45,7 @@ def setup_source() -> str:
 
 def read(twin: Path) -> NotebookNode:
     """The twin as a notebook in MyST, with how long it runs in its opening text and the set-up cell after it."""
-    notebook = jupytext.read(twin)
+    notebook: NotebookNode = jupytext.read(twin)
     notebook.cells[0].source = _with_time(notebook.cells[0].source, times.sentence(twin.stem))
     setup = nbformat.v4.new_code_cell(setup_source(), metadata={"tags": ["setup", "remove-cell"]})
     notebook.cells.insert(1, setup)
@@ -126,7 +126,7 @@ def _proof_labels(text: str) -> Iterator[tuple[str, str]]:
 
 def plain(notebook: NotebookNode, chapter: int) -> NotebookNode:
     """The same notebook in markdown that GitHub, Jupyter and Colab show as it is meant."""
-    result = nbformat.from_dict(notebook)
+    result: NotebookNode = nbformat.from_dict(notebook)
     sections = 0
     for cell in result.cells:
         if cell.cell_type != "markdown":
@@ -236,7 +236,7 @@ def _citation(key: str, textual: bool) -> str:
 
 def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode:
     """A copy of `notebook` that carries the outputs of `executed`, whose code cells are the same."""
-    result = nbformat.from_dict(notebook)
+    result: NotebookNode = nbformat.from_dict(notebook)
     mine, theirs = code_cells(result), code_cells(executed)
     if [cell.source for cell in mine] != [cell.source for cell in theirs]:
         raise BookError("these outputs belong to other code")

@@ -21,7 +21,7 @@ def smaller(png: bytes) -> bytes:
     information, buffer = PngInfo(), io.BytesIO()
     with Image.open(io.BytesIO(png)) as image:
         for key, value in image.info.items():
-            if isinstance(value, str):
+            if isinstance(key, str) and isinstance(value, str):
                 information.add_text(key, value)
         image.convert("RGB").quantize(256).save(buffer, format="png", optimize=True, pnginfo=information)
     return min(png, buffer.getvalue(), key=len)

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import yaml
-from bs4 import BeautifulSoup
+from bs4 import BeautifulSoup, Tag
 
 from book.pipeline.browser import find_chromium, opened, served
 from book.pipeline.imprint import pages_address
@@ -60,13 +60,13 @@ def _head(name: str, soup: BeautifulSoup) -> str:
     """Style sheets and the typesetter of formulas, without the scripts of the site's menus."""
     kept = []
     for tag in soup.head.find_all(["link", "script"]):  # type: ignore[union-attr]
-        if tag.name == "link" and "stylesheet" not in tag.get("rel", []):
+        if tag.name == "link" and "stylesheet" not in _attribute(tag, "rel").split():
             continue
         if tag.name == "script" and "mathjax" not in str(tag).lower():
             continue
         for place in ("href", "src"):
             if tag.get(place):
-                tag[place] = _from_root(name, tag[place])
+                tag[place] = _from_root(name, _attribute(tag, place))
         kept.append(str(tag))
     return "".join(kept)
 
@@ -82,6 +82,12 @@ def _anchor(name: str, fragment: str = "") -> str:
     return f"{name.removesuffix('.html').replace('/', '-')}--{fragment}"
 
 
+def _attribute(tag: Tag, name: str) -> str:
+    """An attribute as text; the empty one where there is none, as with lists of values joined by blanks."""
+    value = tag.get(name, "")
+    return value if isinstance(value, str) else " ".join(value or [])
+
+
 def _article(name: str, soup: BeautifulSoup, names: set[str]) -> str:
     article = soup.select_one("article.bd-article") or soup.body
     assert article is not None
@@ -89,13 +95,13 @@ def _article(name: str, soup: BeautifulSoup, names: set[str]) -> str:
         tag.decompose()
     for tag in article.find_all(True):
         if tag.get("id"):
-            tag["id"] = _anchor(name, tag["id"])
+            tag["id"] = _anchor(name, _attribute(tag, "id"))
         if tag.name == "img" and tag.get("src"):
-            tag["src"] = _from_root(name, tag["src"])
+            tag["src"] = _from_root(name, _attribute(tag, "src"))
             tag.attrs.pop("loading", None)
         if tag.name == "a" and tag.get("href"):
-            tag["href"] = _target(name, tag["href"], names)
-        if tag.name == "details" and "sd-dropdown" in tag.get("class", []):
+            tag["href"] = _target(name, _attribute(tag, "href"), names)
+        if tag.name == "details" and "sd-dropdown" in _attribute(tag, "class").split():
             tag["open"] = ""
     return f'<article class="bd-article bd-content" id="{_anchor(name)}">{article.decode_contents()}</article>'
 

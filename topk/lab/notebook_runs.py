@@ -32,7 +32,7 @@ def give(result: Mapping[str, Any]) -> None:
 
 def parameters_of(notebook: Path) -> set[str]:
     """The names in the notebook's cell tagged `parameters`."""
-    from papermill import inspect_notebook  # type: ignore[import-untyped]
+    from papermill import inspect_notebook
 
     return set(inspect_notebook(str(notebook)))
 
