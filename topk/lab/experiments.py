@@ -50,14 +50,19 @@ def runs(chapter: str, sweep: str | None = None) -> pd.DataFrame:
 
 def loss_name(row: Mapping[str, Any]) -> str:
     """A run's loss in words, its tuned settings left out: what readers compare."""
+    margins = row["loss.name"] == "ldam" or row.get("loss.margins") == "class"  # they are always used with cosines
+    text = _family_name(row)
+    if row.get("loss.weight") == "balanced":
+        text += ", balanced weights"
+    if "cosine" in (row.get("model.name"), row.get("model.head")) and not margins:
+        text += ", cosine"
+    return text
+
+
+def _family_name(row: Mapping[str, Any]) -> str:
     name, k = str(row["loss.name"]), _k(row.get("loss.k"))
     if name == "cross_entropy":
-        text = "label smoothing" if (_value(row, "loss.label_smoothing") or 0) > 0 else "cross-entropy"
-        if row.get("loss.weight") == "balanced":
-            text += ", balanced weights"
-        if "cosine" in (row.get("model.name"), row.get("model.head")):
-            text += ", cosine"
-        return text
+        return "label smoothing" if (_value(row, "loss.label_smoothing") or 0) > 0 else "cross-entropy"
     if name == "hinge":
         variant = str(row["loss.variant"])
         return _with_k(_SHORT_NAMES.get(variant, f"{variant} hinge"), k)
