@@ -309,6 +309,31 @@ def test_differences_are_paired_and_in_points() -> None:
     assert experiments.differences(frame, "candidates_99")["mean"].tolist() == [0, 0]
 
 
+def test_the_table_of_what_was_chosen() -> None:
+    tuning = pd.DataFrame([
+        {"loss": "smooth", "model.name": "linear", "loss.tau": tau, "loss.epsilon": 1.0, "validation.top5": value}
+        for tau, value in ((0.3, 0.5), (1.0, 0.625), (3.0, 0.25))
+    ])  # fmt: skip
+    (row,) = experiments.tuned_rows(tuning, tuning.iloc[[1]], heads={"linear": "a linear head"})
+    assert row == {
+        "head": "a linear head", "loss": "smooth", "candidates": 3, "chosen": "tau 1", "worst": "25.00",
+        "validation top-5, best": "62.50",
+    }  # fmt: skip
+    (row,) = experiments.tuned_rows(tuning.iloc[:0], tuning.iloc[[1]])
+    assert (row["candidates"], row["worst"]) == (0, "pending")
+
+
+def test_learning_rates_at_an_edge_are_named() -> None:
+    rates = [0.01, 0.1, 1.0]
+    tuning = pd.DataFrame([
+        {"loss": loss, "model.name": "linear", "training.learning_rate": rate} for loss in "abc" for rate in rates
+    ])  # fmt: skip
+    final = tuning.iloc[[0, 4, 8]]
+    text = experiments.rates_at_an_edge(tuning, final)
+    assert "the smallest that was tried for a and the largest that was tried for c" in text
+    assert "inside" in experiments.rates_at_an_edge(tuning, tuning.iloc[[1, 4, 7]])
+
+
 @pytest.mark.parametrize(
     ("row", "name"),
     [

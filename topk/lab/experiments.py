@@ -30,6 +30,10 @@ _SHORT_NAMES = {
     "smooth_limit": "smooth-limit hinge",
     "entropy": "truncated entropy",
 }
+_TUNED = (
+    "training.learning_rate", "training.weight_decay", "loss.tau", "loss.epsilon", "loss.width", "loss.margin",
+    "loss.gamma", "loss.label_smoothing", "loss.inverse_temperature", "loss.max_margin", "loss.scale", "model.scale",
+)  # fmt: skip
 _METRIC_NAMES = {
     "nll": "negative log-likelihood",
     "ece": "calibration error",
@@ -296,30 +300,55 @@ def curves(frame: pd.DataFrame) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def tuned_rows(
-    tuning: pd.DataFrame, final: pd.DataFrame, names: Sequence[str], metric: str = "top5"
+    tuning: pd.DataFrame, final: pd.DataFrame, metric: str = "top5", heads: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """What was chosen for every loss of a sweep, of how many candidates, and how far the candidates lay apart."""
+    """What was chosen for every loss of a sweep, of how many candidates, and how far the candidates lay apart.
+
+    heads: how to call the models, {model.name: words}, where there are several.
+    """
     rows = []
-    for loss, group in final.groupby("loss", sort=False):
-        candidates = tuning[tuning["loss"] == loss][f"validation.{metric}"].astype(float) * _factor(metric)
-        first = group.iloc[0]
-        chosen = {name: first[name] for name in names if name in group and not _missing(first[name])}
+    for (model, loss), group in final.groupby(["model.name", "loss"], sort=False):
+        tried = tuning[(tuning["model.name"] == model) & (tuning["loss"] == loss)]
+        reached = [float(value) * _factor(metric) for value in tried.get(f"validation.{metric}", [])]
+        chosen = {name: group[name].iloc[0] for name in _TUNED if name in tried and tried[name].nunique() > 1}
         rows.append({
+            **({"head": heads[str(model)]} if heads else {}),
             "loss": loss,
-            "candidates": len(candidates),
+            "candidates": len(reached),
             "chosen": ", ".join(f"{_setting(name)} {_plain(value)}" for name, value in chosen.items()),
-            f"validation {metric_name(metric)}, best": f"{candidates.max():.2f}" if len(candidates) else "pending",
-            "worst": f"{candidates.min():.2f}" if len(candidates) else "pending",
+            f"validation {metric_name(metric)}, best": f"{max(reached):.2f}" if reached else "pending",
+            "worst": f"{min(reached):.2f}" if reached else "pending",
         })  # fmt: skip
     return rows
 
 
+def show_tuning(
+    tuning: pd.DataFrame, final: pd.DataFrame, metric: str = "top5", heads: Mapping[str, str] | None = None
+) -> None:
+    """The table of `tuned_rows`, which learning rates lie at an edge, and where the numbers come from."""
+    if len(final):
+        notebook.table(tuned_rows(tuning, final, metric, heads))
+        notebook.say(f"{rates_at_an_edge(tuning, final)} *{provenance(tuning)}.*")
+    else:
+        notebook.say("*No records yet.*")
+
+
+def rates_at_an_edge(tuning: pd.DataFrame, final: pd.DataFrame) -> str:
+    """A sentence that names the losses whose chosen learning rate is the smallest or the largest that was tried."""
+    rate, found = "training.learning_rate", {"smallest": list[str](), "largest": list[str]()}
+    for (model, loss), group in final.groupby(["model.name", "loss"], sort=False):
+        tried = tuning[(tuning["model.name"] == model) & (tuning["loss"] == loss)][rate].astype(float)
+        name = str(loss) if final["model.name"].nunique() == 1 else f"{loss} ({model})"
+        for end, value in (("smallest", tried.min()), ("largest", tried.max())):
+            found[end] += [name] * bool((group[rate].astype(float) == value).any())
+    if not any(found.values()):
+        return "Every chosen learning rate lies inside the range that was tried."
+    ends = " and ".join(f"the {end} that was tried for {listed(names)}" for end, names in found.items() if names)
+    return f"The chosen learning rate is {ends}: there a wider range might find a little more."
+
+
 def _setting(column: str) -> str:
     return column.split(".")[-1].replace("_", " ")
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value != value
 
 
 def _plain(value: Any) -> str:
