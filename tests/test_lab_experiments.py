@@ -339,10 +339,10 @@ def test_learning_rates_at_an_edge_are_named() -> None:
     [
         ({"loss.name": "cross_entropy", "loss.label_smoothing": 0.0}, "cross-entropy"),
         ({"loss.name": "cross_entropy", "loss.label_smoothing": 0.1}, "label smoothing"),
-        ({"loss.name": "cross_entropy", "model.name": "cosine"}, "cross-entropy, cosine"),
-        ({"loss.name": "cross_entropy", "loss.weight": "balanced"}, "cross-entropy, balanced weights"),
-        ({"loss.name": "smooth", "loss.k": "5", "loss.weight": "balanced"}, "smooth, balanced weights"),
-        ({"loss.name": "noised", "loss.k": "5", "model.name": "cosine"}, "noised, cosine"),
+        ({"loss.name": "cross_entropy", "model.name": "cosine"}, "cross-entropy on cosines"),
+        ({"loss.name": "cross_entropy", "loss.weight": "balanced"}, "weighted cross-entropy"),
+        ({"loss.name": "smooth", "loss.k": "5", "loss.weight": "balanced"}, "weighted smooth"),
+        ({"loss.name": "noised", "loss.k": "5", "model.name": "cosine"}, "noised on cosines"),
         ({"loss.name": "ldam", "model.name": "cosine"}, "LDAM"),
         ({"loss.name": "hinge", "loss.variant": "kth", "loss.k": 5.0}, "kth hinge"),
         ({"loss.name": "hinge", "loss.variant": "entropy", "loss.k": "5"}, "truncated entropy"),
@@ -351,7 +351,7 @@ def test_learning_rates_at_an_edge_are_named() -> None:
         ({"loss.name": "smooth", "loss.k": "0.5*1+0.5*5"}, "smooth, k = 1 and 5"),
         ({"loss.name": "differentiable", "loss.k": "0.5*1+0.5*5"}, "differentiable [.5, 0, 0, 0, .5]"),
         ({"loss.name": "differentiable", "loss.k": "1*5"}, "differentiable [0, 0, 0, 0, 1]"),
-        ({"loss.name": "noised", "loss.margins": "class", "loss.k": "5"}, "noised, imbalanced"),
+        ({"loss.name": "noised", "loss.margins": "class", "loss.k": "5"}, "imbalanced noised"),
         ({"loss.name": "ldam", "loss.k": float("nan")}, "LDAM"),
     ],
 )

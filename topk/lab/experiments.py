@@ -57,9 +57,9 @@ def loss_name(row: Mapping[str, Any]) -> str:
     margins = row["loss.name"] == "ldam" or row.get("loss.margins") == "class"  # they are always used with cosines
     text = _family_name(row)
     if row.get("loss.weight") == "balanced":
-        text += ", balanced weights"
+        text = f"weighted {text}"
     if "cosine" in (row.get("model.name"), row.get("model.head")) and not margins:
-        text += ", cosine"
+        text += " on cosines"
     return text
 
 
@@ -73,7 +73,7 @@ def _family_name(row: Mapping[str, Any]) -> str:
     if name == "differentiable":
         return f"differentiable {shares(k)}"
     if name == "noised" and row.get("loss.margins") == "class":
-        return _with_k("noised, imbalanced", k)
+        return _with_k("imbalanced noised", k)
     return {"ldam": "LDAM"}.get(name, _with_k(name, k))
 
 
@@ -230,7 +230,7 @@ def style(loss: str) -> dict[str, Any]:
         if loss == name:
             return look
     for name in ("differentiable", "smooth", "noised", "transition"):
-        if loss.startswith(name) and not loss.endswith("hinge"):
+        if name in loss.split(",")[0].split() and not loss.endswith("hinge"):
             return {"color": figures.LOSSES[name]["color"]}
     return {"color": "#777777"}
 
