@@ -46,6 +46,10 @@ FLAWS = {
         '<span class="math">\\(x\\)</span><script>window.MathJax = {startup: {promise: 1}}</script>',
         "not typeset",
     ),
+    "swollen": (
+        '<p><mjx-container>x<mjx-c style="font-size: 200%">k</mjx-c></mjx-container></p>',
+        "formula with letters larger than the text",
+    ),
     "dead": ('<a href="nowhere.html" style="color: inherit">x</a>', "dead link nowhere.html"),
     "anchor": ('<a href="good.html#nothing" style="color: inherit">x</a>', "no anchor good.html#nothing"),
     "no-sliders": ('<div class="topk-knobs">...</div>', "an interactive figure without its sliders"),

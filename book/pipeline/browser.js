@@ -69,11 +69,18 @@
     return [...found.values()].slice(0, 8);
   };
 
+  // A sign in letters clearly larger than the text around the formula. (Large operators are other signs, not larger letters.)
+  const swollen = (formula) => {
+    const usual = 1.3 * parseFloat(getComputedStyle(formula.parentElement).fontSize);
+    return [...formula.querySelectorAll("mjx-c, mjx-utext")].some((n) => parseFloat(getComputedStyle(n).fontSize) > usual);
+  };
+
   const images = [...article.querySelectorAll("img")];
   return {
     wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
     untypeset: [...document.querySelectorAll(".math")].filter((n) => visible(n) && !n.querySelector("mjx-container")).map(text),
     errors: [...document.querySelectorAll("mjx-merror, [data-mjx-error]")].map(text),
+    swollen: [...document.querySelectorAll("mjx-container")].filter((n) => visible(n) && swollen(n)).map(text),
     raw: raw(),
     undescribed: images.filter((n) => !n.alt || /\.(png|svg)$/.test(n.alt)).map((n) => n.src.slice(-60)),
     unsized: images.filter((n) => visible(n) && n.src && !(n.getAttribute("width") && n.getAttribute("height"))).map((n) => n.src.slice(-60)),

@@ -43,6 +43,7 @@ _ALL_PICTURES = """Promise.all([...document.images].map((image) => {
 _WORDS = {
     "untypeset": "formula not typeset",
     "errors": "formula with an error",
+    "swollen": "formula with letters larger than the text",
     "raw": "raw markup",
     "undescribed": "picture without a description",
     "unsized": "picture without width and height",
