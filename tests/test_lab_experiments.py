@@ -373,3 +373,43 @@ def test_evaluation_only_at_the_end(small_records: Path) -> None:
     record = records.read(records.paths(small_records)[0])
     assert [sorted(epoch) for epoch in record["result"]["epochs"]] == [["epoch", "learning_rate", "training"]] * 2
     assert sweeps.Results(small_records).known
+
+
+# --- what the decision page says -------------------------------------------------------------------------------------
+
+
+def of(frame: pd.DataFrame, metric: str) -> tuple[set[str], set[str]]:
+    above, below = experiments.apart(frame, metric)
+    return set(above), set(below)
+
+
+def test_the_decision_page_on_cifar100() -> None:
+    frame = experiments.runs("14_cifar100")
+    above, below = of(frame, "top5")
+    assert above == {"smooth, k = 1 and 5", "differentiable [.2, .2, .2, .2, .2]"}
+    assert "smooth" not in below, "level"
+    assert {"transition", "noised"} <= below
+    assert {loss for loss in frame["loss"] if loss.endswith("hinge")} <= below
+    above, below = of(frame, "top1")
+    assert not above
+    assert "smooth, k = 1 and 5" not in below, "keeps top-1"
+    saved = -experiments.differences(frame, "candidates_99").set_index("loss")["mean"]
+    assert 0.5 < saved["transition"] < 1.5
+    assert saved["transition"] < saved["smooth, k = 1 and 5"] < 3
+
+
+def test_the_decision_page_on_long_tails() -> None:
+    cifar = experiments.runs("17_long_tails")
+    for frame in (cifar[cifar["data.imbalance"] == 100], experiments.runs("17_long_tails", "17_long_tails.imagenet")):
+        mean = frame.groupby("loss")["macro_top5"].mean()
+        margins, weighted = ["LDAM", "imbalanced noised"], [name for name in mean.index if name.startswith("weighted")]
+        assert mean[weighted].min() > mean[margins].max(), "weights more than any margin"
+        assert of(frame, "many_top5")[1] >= {"weighted cross-entropy", "weighted smooth"}, "the frequent classes pay"
+        assert abs(mean["weighted smooth"] - mean["weighted cross-entropy"]) < 0.006
+        first = frame.groupby("loss")["macro_top1"].mean()
+        assert first["weighted smooth"] < first["weighted cross-entropy"]
+        assert mean["LDAM"] > mean["imbalanced noised"] > max(mean["noised"], mean["cross-entropy"])
+        assert mean["cross-entropy on cosines"] - mean["cross-entropy"] > 0.3 * (
+            mean["imbalanced noised"] - mean["cross-entropy"]
+        )
+        assert of(frame, "few_top5")[1] >= {"noised", "smooth"}, "rare classes worse"

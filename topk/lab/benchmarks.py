@@ -184,7 +184,7 @@ def time_and_memory(frame: pd.DataFrame, family: str, along: str, clock: str = "
         right.plot(x, rows["score_copies"], **style(name))
     for panel, title in ((left, "time, ms"), (right, "peak memory, in copies of the scores")):
         panel.set(title=title, xlabel=_AXIS[along], xscale="log", yscale="log")
-        _plain_ticks(panel.yaxis)
+        _plain_ticks(panel.xaxis, panel.yaxis)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=8.5)
     return figure, _columns(chosen, (along, "batch", "contender", f"{clock}p50_ms", "score_copies"))
 
@@ -201,7 +201,7 @@ def ratio_to_cross_entropy(frame: pd.DataFrame, along: str, clock: str = "", fix
             shown.append(rows)
     axes.axhline(1, color=figures.BLACK, linewidth=0.9, linestyle="-")
     axes.set(title="time over that of cross-entropy", xlabel=_AXIS[along], xscale="log", yscale="log")
-    _plain_ticks(axes.yaxis)
+    _plain_ticks(axes.xaxis, axes.yaxis)
     if shown:
         axes.legend(fontsize=8.5, ncol=2)
     together = pd.concat(shown) if shown else frame.iloc[:0]
