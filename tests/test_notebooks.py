@@ -67,3 +67,12 @@ def test_a_difference_is_found() -> None:
     chapters.code_cells(order)[1].execution_count = 7
     assert any("no output" in line for line in checks.out_of_step(twin, empty))
     assert any("execution count" in line for line in checks.out_of_step(twin, order))
+
+
+def test_numbers_in_a_table_stay_on_one_line() -> None:
+    from topk.lab import notebook
+
+    assert notebook._cell("61.24 ± 0.11") == "61.24\u00a0±\u00a00.11"
+    assert notebook._cell("3 of 4 runs") == "3 of 4 runs"
+    assert notebook._cell("learning rate 0.1") == "learning rate 0.1"
+    assert notebook._cell(0.12345) == "0.123"

@@ -6,6 +6,7 @@ import base64
 import inspect
 import json
 import platform
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import resources
 from itertools import product
@@ -49,6 +50,9 @@ def say(text: str) -> None:
     display(Markdown(text))  # type: ignore[no-untyped-call]
 
 
+_NUMERIC = re.compile(r"[-+(\d][^a-zA-Z|]{0,24}")
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> None:
     """A table of dictionaries with the same keys; numbers with three digits."""
     names = list(rows[0])
@@ -61,7 +65,8 @@ def _cell(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         value = value.item()
     if not isinstance(value, float):
-        return str(value)
+        text = str(value)
+        return text.replace(" ", "\u00a0") if _NUMERIC.fullmatch(text) else text  # "61.2 ± 0.1" stays on one line
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
