@@ -413,3 +413,27 @@ def test_the_decision_page_on_long_tails() -> None:
             mean["imbalanced noised"] - mean["cross-entropy"]
         )
         assert of(frame, "few_top5")[1] >= {"noised", "smooth"}, "rare classes worse"
+
+
+def test_the_decision_page_on_imagenet_heads() -> None:
+    frame = experiments.runs("18_imagenet")
+    other = {"loss.method": "splitter_selection", "loss.distribution": "cauchy", "loss.m": 16.0}
+    usual = np.ones(len(frame), dtype=bool)
+    for column, value in other.items():
+        same = frame[column].astype(float) == value if column == "loss.m" else frame[column] == value
+        usual &= (same | (frame["loss.name"] != "differentiable")).to_numpy()
+    above, below = of(frame[usual], "top5")
+    assert not above
+    mixtures = {loss for loss in frame["loss"] if loss.startswith("differentiable") and loss != "differentiable [1]"}
+    assert not below & ({"smooth", "transition"} | mixtures), "level"
+    above, worse = of(frame[usual], "top1")
+    assert not above
+    assert len(worse & ({"smooth", "transition"} | mixtures)) > 4
+    mean = frame[usual].groupby("loss")[["top5", "candidates_99"]].mean()
+    spread = mean.loc[sorted(mixtures), "top5"]
+    assert spread.max() - spread.min() < 0.002, "P_K matters little"
+    mixed = frame[(frame["loss"] == "differentiable [.25, 0, 0, 0, .75]") & (frame["loss.m"].astype(float) == 16)]
+    by_operator = mixed[mixed["loss.distribution"] == "cauchy"].groupby("loss.method")["top5"].mean()
+    assert by_operator.idxmax() == "splitter_selection"
+    assert by_operator["neuralsort"] < by_operator.drop("neuralsort").min() - 0.01
+    assert mean.loc[sorted(mixtures), "candidates_99"].min() > mean.loc["cross-entropy", "candidates_99"]
