@@ -77,11 +77,6 @@ class Contender:
     backward: bool = True
     passes: int = 3  # times the bytes of the scores, the least that this work has to move
 
-    @property
-    def is_ours(self) -> bool:
-        """Whether this is one of this package's losses."""
-        return self.name.startswith("topk ")
-
     def why_not(self, setting: Setting, device: torch.device = torch.device("cpu")) -> str | None:  # noqa: B008
         """None, or the reason why this contender sits this setting out."""
         for module in self.needs:

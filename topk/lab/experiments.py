@@ -10,7 +10,7 @@ Everything comes from `topk.lab.shipped`; a number that has no record is not sho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -356,8 +356,3 @@ def _plain(value: Any) -> str:
         return f"{float(value):g}"
     except (TypeError, ValueError):
         return str(value)
-
-
-def per_loss(frame: pd.DataFrame, summary: Callable[[pd.DataFrame], Any]) -> dict[str, Any]:
-    """{loss: summary of its runs}."""
-    return {str(loss): summary(group) for loss, group in frame.groupby("loss", sort=False)}
