@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import topk
+from topk.losses import room
 
 CLASSES = 13
 
@@ -172,6 +173,30 @@ def test_targets_of_any_integer_type(loss: Case) -> None:
         torch.testing.assert_close(loss(scores, target.to(dtype)), loss(scores, target))
 
 
+@every_loss
+def test_narrow_targets_do_not_wrap(loss: Case) -> None:
+    """In uint8 -100 is 156, and 257 is 1."""
+    scores, target = torch.randn(4, 200, dtype=torch.float64), torch.tensor([156, 156, 3, 1])
+    weight = torch.rand(200, dtype=torch.float64)
+    for keywords in ({}, {"weight": weight}, {"ignore_index": 257}, {"ignore_index": 257, "weight": weight}):
+        for reduction in ("mean", "none"):
+            found = loss(scores, target.to(torch.uint8), reduction=reduction, **keywords)
+            assert torch.equal(found, loss(scores, target, reduction=reduction, **keywords))
+
+
+@every_loss
+def test_a_k_of_weight_zero_does_not_count(loss: Case) -> None:
+    if "k" not in loss.keywords:
+        pytest.skip("knows no k")
+    scores, target = batch()
+    scores[1, int(target[1])] = -torch.inf
+    only, with_others = {3: 1.0}, {5: 0.0, 3: 1.0, 1: 0.0}
+    expected = value_and_gradient(loss, scores, target, k=only, reduction="none")
+    found = value_and_gradient(loss, scores, target, k=with_others, reduction="none")
+    assert expected[0][1] == torch.inf
+    torch.testing.assert_close(found, expected)
+
+
 @every_loss_and_noise
 def test_row_gradients_of_any_kind(loss: Case) -> None:
     scores, target = batch()
@@ -289,6 +314,63 @@ def test_functional_transforms(loss: Case) -> None:
     torch.testing.assert_close(hessian, reverse)
     if not loss.kinked:
         assert hessian.abs().max() > 1e-8
+
+
+def _curvature(loss: Case, scores: Tensor, target: Tensor, direction: Tensor) -> Tensor:
+    """The Hessian of the loss times a direction."""
+    scores = scores.detach().clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(scores, target), scores, create_graph=True)
+    return torch.autograd.grad((gradient * direction).sum(), scores)[0]
+
+
+@every_loss
+def test_second_derivatives_of_ignored_rows_are_zero(loss: Case) -> None:
+    scores, target = batch()
+    used = torch.tensor([True, False, True, False, True, True])
+    scores[1], scores[3, 2] = torch.nan, torch.inf
+    target[~used] = -100
+    direction = torch.randn_like(scores)
+    found = _curvature(loss, scores, target, direction)
+    assert (found[~used] == 0).all()
+    torch.testing.assert_close(found[used], _curvature(loss, scores[used], target[used], direction[used]))
+
+
+@every_loss
+def test_second_derivatives_far_from_zero(loss: Case) -> None:
+    scores, target = batch(dtype=torch.float32)
+    direction = torch.randn_like(scores)
+    expected = _curvature(loss, scores.double().add(4096.0).float().double() - 4096.0, target, direction.double())
+    found = _curvature(loss, scores.double().add(4096.0).float(), target, direction)
+    assert (found - expected).abs().max() <= 2e-4 * max(1e-3, expected.abs().max())
+
+
+@every_loss
+def test_traces_and_linearizes(loss: Case) -> None:
+    scores, target = batch()
+    value, gradient = value_and_gradient(loss, scores, target)
+    direction = torch.randn_like(scores)
+    linear_value, push = torch.func.linearize(lambda x: loss(x, target), scores)
+    torch.testing.assert_close(linear_value, value)
+    torch.testing.assert_close(push(direction), (gradient * direction).sum(), rtol=1e-5, atol=1e-7)
+
+
+@every_loss_and_noise
+def test_another_default_device(loss: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores stay where they are, and so do the work spaces that a thread keeps; modules and shapes need no numbers."""
+    monkeypatch.undo()  # torch does not know the poisoned functions as makers of tensors
+    torch.utils._device._device_constructors.cache_clear()
+    for classes in (CLASSES, 2500):
+        scores, target = torch.randn(3, classes), torch.arange(3)
+        expected = value_and_gradient(loss, scores, target)
+        room._kept.__dict__.clear()
+        with torch.device("meta"):
+            found = value_and_gradient(loss, scores, target)
+            shapes = value_and_gradient(loss, torch.empty(3, classes), torch.zeros(3, dtype=torch.int64))
+            loss.module(**loss.keywords)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(value_and_gradient(loss, scores, target), expected)
+        assert shapes[0].is_meta
+        assert shapes[1].shape == scores.shape
 
 
 @every_loss_and_noise

@@ -195,6 +195,19 @@ def test_impossible_classes_influence_no_other(method: str, m: int) -> None:
         assert not gradient[scores == -torch.inf].any()
 
 
+@pytest.mark.parametrize("method", NETWORKS)
+@pytest.mark.parametrize(("power", "beta"), [(0.9, 1e-6), (0.98, 0.1), (0.999, 1.0)])
+def test_impossible_classes_lose_whatever_the_power(method: str, power: float, beta: float) -> None:
+    """A power close to 1 flattens every difference, however large: -inf must still lose to all others."""
+    scores = torch.tensor([[0.3, -torch.inf, 1.2, -torch.inf, -0.5, 0.9, -torch.inf, 2.0]], dtype=torch.float64)
+    options = {"method": method, "distribution": "logistic_phi", "art_lambda": power}
+    loss, gradient = ours(scores, torch.tensor([4]), 3, inverse_temperature=beta, **options)
+    expected = reference.differentiable_topk_loss(scores[0], 4, 3, beta=beta, **options)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert gradient.isfinite().all()
+    assert (gradient[0, [1, 3, 6]] == 0).all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("top1", ["softmax", "cross_entropy", "sort"])
 @pytest.mark.parametrize("over", ["kept", "all"])

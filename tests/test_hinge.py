@@ -57,6 +57,14 @@ def test_equals_the_definition(variant: str, classes: int, k: int) -> None:
         same(ours(scores, target, k, **keywords), truth(scores, target, k, **keywords))
 
 
+@pytest.mark.parametrize("offset", [1e6, -1e17, 3e38])
+def test_entropy_far_from_zero(offset: float) -> None:
+    for kind in (torch.float32, torch.float64):
+        loss, gradient = ours(torch.full((1, 11), offset, dtype=kind), torch.tensor([4]), 2, variant="entropy")
+        assert loss.item() == pytest.approx(math.log(10), rel=1e-6)
+        assert gradient[0, 4].item() == pytest.approx(-0.9, rel=1e-6)
+
+
 def test_by_hand() -> None:
     scores, target = torch.tensor([[4.0, 3.0, 2.5, 0.0]]), torch.tensor([2])
     expected = {

@@ -204,7 +204,11 @@ def test_thinning_is_exact(
         assert (exact - places / draws).abs().max() < KS_LIMIT / math.sqrt(draws) + 1 / draws
         # Which class it is: against the derivative of the expectation.
         grid = noised_quadrature.expected_order(
-            row[None].double(), row[None].double().topk(depth).values, torch.zeros(1, dtype=torch.float64), [j], epsilon
+            row[None].double(),
+            row[None].double().topk(depth).values,
+            torch.zeros(1, 1, dtype=torch.float64),
+            [j],
+            epsilon,
         )[1]
         share = torch.zeros(1, classes, dtype=torch.float64)
         one = torch.ones(1, dtype=torch.float64)
@@ -370,6 +374,20 @@ def test_expectation_against_very_many_nodes(kind: str, spread: float, classes: 
     scores[0] = -50.0  # so that the hinge is not at rest
     loss = topk.noised_topk_loss(scores, torch.tensor(0), k, samples=None)
     torch.testing.assert_close(loss, reference.noised_topk_loss_expected(scores, 0, k), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("top", [1e3, 1e8, 1e17, 3e38])
+def test_many_k_whose_levels_are_far_apart(top: float) -> None:
+    """Every level has a centre of its own: E[Z_[2]] of two is -1 / sqrt(pi), and the other hinge is at rest."""
+    scores = torch.tensor([[top, top, 0.0, -1.0, 3.0]])
+    for samples, expected, tolerance in ((None, 0.5 - 0.5 / math.sqrt(math.pi), 1e-6), (40_000, 0.2179, 0.01)):
+        options = {"samples": samples, "generator": seeded(3)}
+        loss, gradient = value_and_gradient(scores, torch.tensor([0]), {1: 0.5, 3: 0.5}, **options)
+        assert loss.item() == pytest.approx(expected, abs=tolerance)
+        found = gradient[0].tolist()
+        assert found == pytest.approx([-0.25, 0.25, 0.0, 0.0, 0.0], abs=tolerance)
+    loss, _ = value_and_gradient(scores, torch.tensor([0]), {1: 0.5, 3: 0.5}, epsilon=0.0)
+    assert loss.item() == 0.5
 
 
 @pytest.mark.parametrize("classes", [2, 3, 10, 400])

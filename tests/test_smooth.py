@@ -178,6 +178,36 @@ def test_masked_and_broken_rows(k: int) -> None:
     assert gradient[6].isfinite().all()
 
 
+@pytest.mark.parametrize(("classes", "k", "lead"), [(1000, 5, 8.0), (1000, 8, 8.0), (4000, 6, 30.0), (4000, 9, 30.0)])
+@pytest.mark.parametrize("above", [0.0, 0.05])
+def test_a_crowd_behind_few_leaders(classes: int, k: int, lead: float, above: float) -> None:
+    """The tail's coefficients span dozens of orders of magnitude here, and all but one of the head's odds are huge."""
+    scores = torch.zeros(1, classes)
+    scores[0, : k - 1] = lead * k
+    scores[0, k - 1] = above * k
+    target = torch.tensor([classes - 1])
+    expected, expected_gradient = truth(scores, target, k)
+    for kind, bound in ((torch.float64, 1e-10), (torch.float32, 2e-5 / k)):
+        loss, gradient = ours(scores.to(kind), target, k)
+        torch.testing.assert_close(loss.double(), expected, rtol=3e-6, atol=3e-6)
+        assert (gradient - expected_gradient).abs().max() <= bound
+
+
+@pytest.mark.parametrize("k", [1, 5, 8, 9])
+@pytest.mark.parametrize("kind", ["gaussian", "tied"])
+def test_second_derivatives_with_many_classes(kind: str, k: int) -> None:
+    """Against differences of the reference's gradient: no probability may underflow on the way, in float32 either."""
+    scores, target = make_scores(kind, 2, 600, 1.0, k).double(), torch.tensor([3, 599])
+    direction = torch.randn_like(scores)
+    step = 1e-4 * direction
+    expected = (truth(scores + step, target, k)[1] - truth(scores - step, target, k)[1]) / 2e-4
+    for dtype, tolerance in ((torch.float64, 1e-6), (torch.float32, 1e-4)):
+        x = scores.to(dtype).requires_grad_()
+        (gradient,) = torch.autograd.grad(topk.smooth_topk_loss(x, target, k, reduction="sum"), x, create_graph=True)
+        (product,) = torch.autograd.grad((gradient * direction.to(dtype)).sum(), x)
+        assert (product - expected).abs().max() <= tolerance * expected.abs().max()
+
+
 @pytest.mark.parametrize("k", [1, 3, 6, 9, 10])
 def test_derivatives(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(smooth, "POWER_SUM_LIMIT", 5)  # both paths at small sizes

@@ -336,3 +336,32 @@ def test_many_classes() -> None:
 def test_wrong_arguments(keywords: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         topk.transition_topk_loss(torch.randn(4, 6), torch.arange(4), 2, **keywords)
+
+
+# --- far ends --------------------------------------------------------------------------------------------------------
+
+
+def test_differences_beyond_float32() -> None:
+    """log p_y overflows where G, which does not, is all that counts; and an overflowing class is not a masked one."""
+    scores = torch.tensor([[-3e38, 2e38, -torch.inf], [-3e38, 2e38, -3.1e38], [0.0, 1.0, 2.0]])
+    for keywords in ({}, {"transition": 1.0}, {"label_smoothing": 0.1}, {"transition": 1.0, "label_smoothing": 1.0}):
+        loss, gradient = ours(scores, torch.zeros(3, dtype=torch.int64), 2, **keywords)
+        assert loss[:2].tolist() == [0.0, 0.0]
+        assert loss[2].isfinite()
+        assert gradient.isfinite().all()
+    loss, _ = ours(torch.tensor([[2e38, -3e38, 0.0]]), torch.tensor([0]), 1, transition=0.0, label_smoothing=1.0)
+    assert loss.item() == torch.inf
+    loss, _ = ours(torch.tensor([[0.0, -torch.inf, 1.0]]), torch.tensor([1]), 1, transition=0.0, label_smoothing=1.0)
+    assert loss.item() == torch.inf
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_the_running_accuracy_is_never_a_half_type(kind: torch.dtype) -> None:
+    """In float16 the count of a large batch overflows, in bfloat16 a step of a hundredth is rounded away."""
+    module = topk.TransitionTopKLoss(1, transition="accuracy").to(kind)
+    scores, target = torch.zeros(70_000, 3), torch.zeros(70_000, dtype=torch.int64)
+    for _ in range(300):
+        module(scores[:100], target[:100])
+    assert module(scores, target).isfinite()
+    assert module.running_accuracy.item() == pytest.approx(1 - 0.99**301, rel=1e-4)
+    assert module.to("meta").running_accuracy.is_meta

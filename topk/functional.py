@@ -102,13 +102,14 @@ def transition_topk_loss(
             "margin": per example s^2 (3 - 2 s) with s = clip((x_y - x_[k+1]) / width, 0, 1);
             a number from 0 to 1, or a tensor that holds one, or one for every k: fixed;
             a callable: it gets the detached margins x_y - x_[k+1] in the shape of ``target``, +inf where there is
-            no (k+1)-th score, once for every k, and returns a from 0 to 1 in the same shape. Values outside raise
-            on the CPU; a NaN makes its row's loss NaN.
+            no (k+1)-th score, once for every k of weight > 0, and returns a from 0 to 1 in the same shape. Values
+            outside raise on the CPU; a NaN makes its row's loss NaN.
             "accuracy" needs memory of what came before: only ``TransitionTopKLoss`` has it.
         width: the lead over the (k+1)-th score at which "margin" has moved over to G, > 0.
         label_smoothing: as in ``F.cross_entropy``, in CE alone, and spread over the classes that are not masked by
             -inf; G stays as it is.
-        weight: a number for every class, or None.
+        weight: a number for every class, or None. The row's whole loss is multiplied by its target's, the smoothing
+            included, where ``F.cross_entropy`` takes every class's own weight in the smoothing.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
         backend: None (choose), "torch" or "triton".
@@ -118,17 +119,17 @@ def transition_topk_loss(
     width = check_number("width", width, above=0.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, least=0.0, most=1.0)
     ignore_index = check_ignore_index(ignore_index)
-    mix = (_transition_weights(transition, scores, target, ks, ignore_index),)
+    mix = (_transition_weights(transition, scores, target, ks, weights, ignore_index),)
     options = (width, label_smoothing)
     return _reduced("transition", scores, target, ks, weights, options, weight, ignore_index, reduction, backend, mix)
 
 
 def _transition_weights(
-    transition: Transition, scores: Tensor, target: Tensor, ks: list[int], ignore_index: int
+    transition: Transition, scores: Tensor, target: Tensor, ks: list[int], weights: list[float], ignore_index: int
 ) -> Tensor:
-    """The weight a for every row and k below the number of classes; no columns where the margins decide."""
+    """The weight a for every row and k that counts; no columns where the margins decide."""
     classes = scores.shape[0] if scores.dim() == 1 else scores.shape[1]
-    kept = [place for place, k in enumerate(ks) if k < classes]
+    kept = _counting(ks, weights, classes)
     shape, kind = (target.numel(), len(kept)), torch.promote_types(scores.dtype, torch.float32)
     if isinstance(transition, str):
         if transition == "accuracy":
@@ -188,7 +189,8 @@ def noised_topk_loss(
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
         target: class indices.
-        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; all of them share the noise.
+        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; all of them share the noise,
+            unless some level x_[k+1] is thousands of epsilon from another.
         epsilon: how much noise, in units of the scores, >= 0.
         samples: how many draws of the noise the expectation is taken over, or None: by quadrature, without noise.
         margins: by how much the right class must lead: a number for every class, one >= 0 for all, or None: 1.
@@ -480,7 +482,7 @@ def _reduced(
 ) -> Tensor:
     """Rows, the room's op, class weights and reduction: the part that all losses share.
 
-    `ks` is None for a loss that knows no k. A k equal to the number of classes is dropped here: every guess is right.
+    `ks` is None for a loss that knows no k.
     """
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", backend, (None, "torch", "triton"))
@@ -489,14 +491,19 @@ def _reduced(
     if weight is not None:
         weight = check_class_tensor("weight", weight, scores, classes)
     rows = _flatten(scores)
-    flat = target.reshape(-1)
+    flat = target.reshape(-1).to(torch.int64)  # compared with a number out of its range, a narrower type wraps
     if ks is not None:
-        kept = [(k, p) for k, p in zip(ks, weights, strict=True) if k < classes]
-        options = ([k for k, _ in kept], [p for _, p in kept], *options)
+        kept = _counting(ks, weights, classes)
+        options = ([ks[place] for place in kept], [weights[place] for place in kept], *options)
     absent = tuple(option is None for option in options)
     chosen = ops.resolve_backend(backend, scores.device, scores.dtype, name, absent)
     loss = ops.row_loss(name, rows, flat, extras, options, ignore_index, chosen)
     return _reduce(loss, flat, target.shape, weight, ignore_index, reduction)
+
+
+def _counting(ks: list[int], weights: list[float], classes: int) -> list[int]:
+    """The places of the ks that count: not those of weight 0, nor all classes, among which every guess is right."""
+    return [place for place, (k, p) in enumerate(zip(ks, weights, strict=True)) if k < classes and p > 0.0]
 
 
 def _reduce(
@@ -509,7 +516,7 @@ def _reduce(
     used = flat != ignore_index
     if weight is None:
         return loss.sum() / used.sum()
-    share = torch.where(used, weight.to(loss.dtype)[torch.where(used, flat, 0).long()], 0.0)
+    share = torch.where(used, weight.to(loss.dtype)[torch.where(used, flat, 0)], 0.0)
     if reduction == "none":
         return (loss * share).reshape(shape)
     total = torch.where(used, loss * share, 0.0).sum()

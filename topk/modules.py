@@ -121,7 +121,16 @@ class TransitionTopKLoss(_Loss):
     def _prepare(self) -> None:
         check_number("momentum", self.momentum, least=0.0, most=1.0)
         if isinstance(self.transition, str) and self.transition == "accuracy":
-            self.register_buffer("running_accuracy", torch.zeros(len(check_k(self.k)[0])))
+            kind = torch.promote_types(torch.get_default_dtype(), torch.float32)
+            self.register_buffer("running_accuracy", torch.zeros(len(check_k(self.k)[0]), dtype=kind))
+
+    def _apply(self, *args: Any, **keywords: Any) -> TransitionTopKLoss:
+        """As every module's, but the running accuracy is never a half type, in which its small steps would be lost."""
+        before = self._buffers.get("running_accuracy")
+        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]
+        if before is not None and self.running_accuracy.dtype in (torch.float16, torch.bfloat16):
+            self.running_accuracy = before.to(self.running_accuracy.device)
+        return self
 
     def keywords(self) -> dict[str, Any]:
         """The keywords of the functional form: the running accuracy stands in for "accuracy"."""
@@ -140,7 +149,7 @@ class TransitionTopKLoss(_Loss):
     @torch.no_grad()
     def _count(self, scores: Tensor, target: Tensor) -> None:
         rank = metrics.ranks(scores, target, ignore_index=self.ignore_index).reshape(-1)
-        used = target.reshape(-1) != self.ignore_index
+        used = target.reshape(-1).to(torch.int64) != self.ignore_index
         hits = [((rank <= k) & used).sum() for k in check_k(self.k)[0]]
         counts = torch.stack((*hits, used.sum())).to(self.running_accuracy.dtype)
         if torch.distributed.is_available() and torch.distributed.is_initialized():

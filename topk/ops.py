@@ -300,8 +300,9 @@ def row_loss(
 
 
 def _is_plain(scores: Tensor) -> bool:
-    """Whether nothing but autograd is watching: no subclass of Tensor, no transform of torch.func."""
-    return type(scores) in (Tensor, torch.nn.Parameter) and not torch._C._are_functorch_transforms_active()
+    """Whether there are numbers and nothing but autograd is watching: no subclass, no tracer, no torch.func."""
+    usual = type(scores) in (Tensor, torch.nn.Parameter) and not scores.is_meta
+    return usual and not (torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack())
 
 
 def _op(name: str, suffix: str) -> Any:
@@ -492,6 +493,7 @@ def _directional(
     safe = torch.where(used, target, 0)
 
     def total(x: Tensor) -> Tensor:
+        x = torch.where(used[:, None], x, 0.0)  # an ignored row may hold anything
         loss = ROOMS[name].formula(x.to(_compute_type(x)), safe, extras, saved, options)
         return torch.where(used, loss, 0.0).sum()
 

@@ -240,7 +240,8 @@ def _swap(difference: Tensor, settings: _Settings) -> Tensor:
         return d.sigmoid()
     if settings.distribution == "logistic_phi":
         size = d.abs() / settings.inverse_temperature + 1e-10
-        return (d * size.pow(-settings.art_lambda)).sigmoid()
+        # The second term counts for -inf's stand-in alone: a power close to 1 would bring that back among the others.
+        return torch.add(d * size.pow(-settings.art_lambda), d, alpha=-1e10 / _lowest(d.dtype)).sigmoid()
     if settings.distribution == "gaussian":
         return (d * math.sqrt(0.5)).erf() * 0.5 + 0.5
     if settings.distribution == "reciprocal":

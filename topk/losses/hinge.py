@@ -28,6 +28,7 @@ from topk.losses.room import (
     Room,
     Saved,
     SavedShape,
+    centred,
     finite_or_zero,
     log_sum_exp,
     not_finite_above,
@@ -129,7 +130,7 @@ def _truncated_entropy(
     loss, at_target, slopes = torch.zeros_like(rest), torch.zeros_like(rest), torch.zeros_like(best)
     for k, weight in zip(ks, weights, strict=True):
         others = suffix[:, k - 1]
-        gap = others + origin - x_target.to(wide)
+        gap = others + (origin - x_target.to(wide))
         loss = loss + weight * softplus(gap, threshold=50.0)
         missed = weight * gap.sigmoid().masked_fill(others == -torch.inf, 0.0)
         at_target = at_target - missed
@@ -167,6 +168,7 @@ def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options
     places = torch.cat((index, target[:, None]), 1)
     if variant != "entropy":
         return torch.where(slopes == 0, 0.0, slopes * scores.gather(1, places)).sum(1)
+    scores = centred(scores)
     x_target = target_scores(scores, target)
     impossible = x_target == -torch.inf
     loss = torch.zeros_like(x_target)

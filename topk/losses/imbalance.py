@@ -22,6 +22,7 @@ from topk.losses.room import (
     Room,
     Saved,
     SavedShape,
+    centred,
     finite_or_zero,
     log_sum_exp,
     not_finite_above,
@@ -62,6 +63,7 @@ def _spread(grad: Tensor, scores: Tensor, target: Tensor, table: Tensor, scale: 
 
 def _gap_formula(scores: Tensor, target: Tensor, margins: Tensor | float, scale: float) -> tuple[Tensor, Tensor]:
     """The gap, differentiable and never -inf, and whether y is impossible: then the loss grows like the gap."""
+    scores = centred(scores)
     wrong = torch.ones_like(scores, dtype=torch.bool).scatter(1, target[:, None], False)
     x_target = target_scores(scores, target)
     impossible = x_target == -torch.inf

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from topk.losses.noised_quadrature import expected_order, expected_order_formula, expected_order_gradient
-from topk.losses.noised_sampling import centre, sampled_order
+from topk.losses.noised_sampling import centre, sampled_orders
 from topk.losses.room import (
     Options,
     Room,
@@ -73,7 +73,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     largest, middle, rise, kept = _smoothed_order(scores, seeds, settings)
     x_target = target_scores(scores, target)
     # Where there is no (k+1)-th score the rise is -inf, and so is the gap, or NaN if y is impossible as well.
-    gap = (margins.to(rise.dtype) + (middle.to(rise.dtype) - x_target))[:, None] + rise
+    gap = margins.to(rise.dtype)[:, None] + ((middle.to(rise.dtype) - x_target[:, None]) + rise)
     bad, impossible = not_finite_above(largest), x_target == -torch.inf
     rates = settings.scale * torch.tensor(settings.weights, dtype=rise.dtype, device=scores.device)
     loss = (gap.relu() * rates).sum(1).masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
@@ -82,15 +82,15 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
 
 
 def _smoothed_order(scores: Tensor, seeds: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest score, a `centre` (rows,), E[(x + epsilon Z)_[k+1]] less it (rows, ks), and what to save."""
+    """The largest score (rows,), `centre` and E[(x + epsilon Z)_[k+1]] less it (rows, ks), and what to save."""
     ks, depth = settings.ks, max(settings.ks) + 1
     if not settings.by_quadrature and settings.epsilon > 0:
-        return sampled_order(scores, seeds, ks, settings.epsilon, settings.draws)
+        return sampled_orders(scores, seeds, ks, settings.epsilon, settings.draws)
     order, index = ordered_topk(scores, depth)
-    middle = centre(order[:, -1])
+    middle = centre(order[:, ks])
     if settings.by_quadrature:
         return order[:, 0], middle, *expected_order(scores, order, middle, ks, settings.epsilon)
-    rise = order[:, ks].to(wide_type(scores)) - middle.to(wide_type(scores))[:, None]
+    rise = order[:, ks].to(wide_type(scores)) - middle.to(wide_type(scores))
     return order[:, 0], middle, rise, index[:, None, ks]
 
 

@@ -38,15 +38,18 @@ _CHUNK = 2**20  # probabilities worked on at a time
 def expected_order(
     scores: Tensor, order: Tensor, centre: Tensor, ks: list[int], epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """E[(x + epsilon Z)_[k+1]] - centre (rows, ks), -inf where absent; the grids (rows, ks, 3): centre, c, spacing."""
+    """E[(x + epsilon Z)_[k+1]] - centre (rows, ks), -inf where absent; the grids (rows, ks, 3): centre, c, spacing.
+
+    The centres (rows, ks) are scores close to x_[k+1], so that however large scores are z keeps its digits.
+    """
     rows, classes = scores.shape
     rise = scores.new_empty((rows, len(ks)), dtype=wide_type(scores))
     grids = scores.new_zeros((rows, len(ks), 3), dtype=torch.float64)
-    grids[:, :, 0] = centre[:, None]
+    grids[:, :, 0] = centre
     for here in row_chunks(rows, classes * (BELOW + ABOVE), _CHUNK):
-        z = (scores[here] - centre[here, None]) / epsilon
         for place, k in enumerate(ks):
-            middle, spread = _middle(z, (order[here, k] - centre[here]) / epsilon, k)
+            z = (scores[here] - centre[here, place, None]) / epsilon
+            middle, spread = _middle(z, (order[here, k] - centre[here, place]) / epsilon, k)
             spacing = _SPACING * spread
             nodes = _nodes(middle, spacing)
             near = _within_reach(z, nodes)[0]

@@ -38,11 +38,36 @@ HEAD = 96
 _SMALLER_HEADS = ((4.0, 0), (1.5, 48))  # where the scores fall so far, in units of epsilon, over 4 depth of them
 _BLOCK = 8  # intervals searched together
 _PROBES = 4  # rows looked at to choose the head
+_FAR_APART = 1e4  # in units of epsilon: where noise no longer tells which of the levels it is added to
 _FEW_POINTS = 1 / 32  # a score, below which equal intervals do
 _CHUNK = 2**18  # noised scores worked on at a time on the CPU
 _COUNTED_CHUNK = 2**24  # and elsewhere
 _ROUNDING = 1e-4  # added to the bounds' logarithms, so that they stay bounds in float32
 _WORD = 0xFFFFFFFF
+
+
+def sampled_orders(
+    scores: Tensor, seeds: Tensor, ks: list[int], epsilon: float, samples: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sampled_order`, with a `centre` for every k (rows, ks).
+
+    All k share the noise, but where their levels are so far apart that float32 would lose it (looked for on the CPU).
+    """
+    far_apart = scores.is_cpu and len(ks) > 1 and _far_apart(scores, ks, epsilon)
+    groups = [[k] for k in ks] if far_apart else [ks]
+    parts = [sampled_order(scores, seeds, group, epsilon, samples) for group in groups]
+    best, middle, rise, index = zip(*parts, strict=True)
+    middles = [level[:, None].expand(-1, len(group)) for level, group in zip(middle, groups, strict=True)]
+    return best[0], torch.cat(middles, 1), torch.cat(rise, 1), torch.cat(index, 2)
+
+
+def _far_apart(scores: Tensor, ks: list[int], epsilon: float) -> bool:
+    """Whether the levels of some row are: for certain not, and that is cheap to see, where all scores are close."""
+    if scores.numel() == 0 or float(torch.sub(*scores.aminmax()[::-1])) <= _FAR_APART * epsilon:
+        return False
+    order = largest(scores, max(ks) + 1)[0].to(torch.float64)
+    apart = order[:, min(ks)] - order[:, max(ks)]
+    return bool(((apart > _FAR_APART * epsilon) & (apart < torch.inf)).any())
 
 
 def sampled_order(
@@ -103,7 +128,7 @@ def _drawn(
     """Largest score, `centre` (rows,), largest noised scores less it, and their classes (samples, rows, depth)."""
     top, place = largest(scores, head)
     middle = centre(top[:, depth - 1])
-    noised = torch.randn((samples, *top.shape), generator=generator, dtype=scores.dtype)
+    noised = torch.randn((samples, *top.shape), generator=generator, dtype=scores.dtype, device=scores.device)
     noised.mul_(epsilon).add_(top - middle[:, None])
     value, slot = noised.topk(depth, dim=2)
     index = place.expand(samples, *place.shape).gather(2, slot)
@@ -168,7 +193,7 @@ def _points(sizes: Tensor, samples: int, generator: torch.Generator) -> tuple[Te
     ends = sizes.cumsum(0)
     total = float(ends[-1])
     count = int(torch.poisson(ends[-1:] * samples, generator=generator))
-    spots = torch.empty(count + 1, dtype=torch.float64).exponential_(generator=generator).cumsum_(0)
+    spots = ends.new_empty(count + 1).exponential_(generator=generator).cumsum_(0)
     spots = spots[:-1] * (samples * total / float(spots[-1]))
     copy = (spots / total).long().clamp_(max=samples - 1) if total > 0.0 else spots.long()
     spots.sub_(copy, alpha=total)
@@ -195,7 +220,7 @@ def _merged(value: Tensor, index: Tensor, noised: Tensor, column: Tensor, group:
     """The order statistics once more, with further noised scores, listed in ascending order of their group."""
     samples, rows, depth = value.shape
     sizes = torch.bincount(group, minlength=samples * rows)
-    slot = torch.arange(group.shape[0]) - (sizes.cumsum(0) - sizes)[group]
+    slot = torch.arange(group.shape[0], device=group.device) - (sizes.cumsum(0) - sizes)[group]
     values = value.new_full((samples * rows, depth + int(sizes.max())), -torch.inf)
     indices = index.new_zeros(values.shape)
     values[:, :depth], indices[:, :depth] = value.flatten(0, 1), index.flatten(0, 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,11 +77,11 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return values, index
     best = scores[:, : _GROUP * groups].unflatten(1, (_GROUP, groups)).amax(1)
     group = best.topk(count, dim=1, sorted=False).indices
-    members = torch.arange(0, _GROUP * groups, groups)
+    members = torch.arange(0, _GROUP * groups, groups, device=scores.device)
     index = torch.cat(
         (
             (group[:, None] + members[:, None]).flatten(1),
-            torch.arange(_GROUP * groups, classes).expand(rows, -1),  # the few classes of no group
+            torch.arange(_GROUP * groups, classes, device=scores.device).expand(rows, -1),  # the classes of no group
         ),
         1,
     )
@@ -167,7 +167,7 @@ def buffers(scores: Tensor, count: int, budget: int = CHUNK, width: int | None =
     kept: Tensor | None = getattr(_kept, str(scores.dtype), None)
     if kept is None or kept.numel() < size:
         with torch.inference_mode(False):  # else it could not be written outside that mode later
-            kept = torch.empty(size, dtype=scores.dtype)
+            kept = scores.new_empty(size)
         setattr(_kept, str(scores.dtype), kept)
     return list(kept[:size].view(shape).unbind())
 
@@ -195,6 +195,11 @@ def scaled_exponentials(
     return result
 
 
+def centred(scores: Tensor) -> Tensor:
+    """The scores less the largest of their row: formulas of differences lose digits far from 0."""
+    return scores - finite_or_zero(scores.detach().amax(1))[:, None]
+
+
 def log_sum_exp(scores: Tensor, keep: Tensor) -> Tensor:
     """log of the sum of exp(x) over the classes where `keep` is true; differentiable, -inf where there is none."""
     kept = scores.masked_fill(~keep, -torch.inf)
@@ -213,10 +218,3 @@ def not_finite_above(*values: Tensor) -> Tensor:
 def finite_or_zero(values: Tensor) -> Tensor:
     """A harmless stand-in for what is not finite, where the row's result is settled otherwise."""
     return torch.where(values.isfinite(), values, 0.0)
-
-
-def concatenate(parts: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
-    """Glues the results of row chunks together again, position by position."""
-    if len(parts) == 1:
-        return tuple(parts[0])
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -20,8 +20,10 @@ Backward, with f the coefficients of head and tail together, a tail class has
 
     d rho / d u_i = sum_r (-1)^r w_i^{r+1} (f_{k-1-r} / f_k - f_{k-2-r} / f_{k-1}),
 
-a polynomial in w_i <= 1 whose k coefficients a row are all that is needed; a head class is left out of the product
-from the other end, in powers of 1 / w_i.
+a polynomial in w_i <= 1 whose k coefficients a row are all that is needed. A small head's classes are left out by the
+products of those before and those behind, so that only positive numbers are added: with the tilt at 0 the tail's
+coefficients may span many orders of magnitude, and what a division lost would be multiplied by the largest of them. Of
+a large head, where all are probabilities, each class is divided out from the other end, in powers of 1 / w_i.
 """
 
 from __future__ import annotations
@@ -102,8 +104,9 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
         tilt, tail = _tail(scores, target, index[:, :size], kth, k, rate)
         kth = kth.to(wide)
         log_odds = _log_odds(head[:, :size], kth, tilt, rate)
-        product, full = _with_head(log_odds, tail)
-        gap = (full[k] / full[k - 1]).log_().add_(kth - lead, alpha=rate).sub_(tilt).add_(margin / tau)
+        products, full = _with_head(log_odds, tail)
+        ratio = (full[k] / full[k - 1]).log_()
+        gap = torch.add(ratio, kth - lead, alpha=rate).sub_(tilt).add_(margin / tau)
         term, slope = softplus(gap, threshold=30.0), gap.sigmoid()
         if absent is not None and bad is not None:
             term = term.masked_fill(absent, 0.0).masked_fill(x_target == -torch.inf, torch.inf)
@@ -111,7 +114,9 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
         loss.add_(term, alpha=weight * tau)
         slope.mul_(weight / k)
         pull.sub_(slope)
-        table += [torch.stack((kth, tilt, slope)), *_inclusion(log_odds, tail, product, full, slope)]
+        # Where backward needs no tilt, the one that makes Pr[S = k] and Pr[S = k-1] equal is kept, for `formula`.
+        tilt = tilt if k > POWER_SUM_LIMIT else ratio.neg_().nan_to_num_(0.0, 0.0, 0.0)
+        table += [torch.stack((kth, tilt, slope)), *_inclusion(log_odds, tail, products, full, slope)]
     if not usual:
         pull.masked_fill_(x_target == -torch.inf, 0.0)
     return loss.to(scores.dtype), index, torch.cat([*table, pull[None]]).T.contiguous()
@@ -211,8 +216,11 @@ def _log_odds(head: Tensor, kth: Tensor, tilt: Tensor, rate: float) -> Tensor:
     return torch.add(tilt, head.T.to(kth.dtype) - kth, alpha=rate)
 
 
-def _with_head(log_odds: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """Pr[S = j] over the head alone, every j (size + 1, rows), and head times tail (k + 1, rows)."""
+def _with_head(log_odds: Tensor, tail: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Pr[S = j] over parts of the head, and head times tail (k + 1, rows).
+
+    A head of at most k classes gives the parts before each of its classes, j < k; a larger one gives the whole.
+    """
     success, failure = log_odds.sigmoid(), log_odds.neg().sigmoid_()
     size, rows = log_odds.shape
     if size >= tail.shape[0]:
@@ -222,24 +230,27 @@ def _with_head(log_odds: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
             longer = now[: i + 2] * failure[i]
             longer[1:].addcmul_(now[: i + 1], success[i])
             now[: i + 2] = longer
-        return now, polynomials.product(now, tail)
+        return [now], polynomials.product(now, tail)
     both = torch.stack((torch.zeros_like(tail), tail))  # one recursion for the two, since calls are what costs here
     both[0, 0] = 1.0
+    before = []
     for one, other in zip(failure.unbind(), success.unbind(), strict=True):
+        before.append(both[0, :-1])
         longer = both * one
         longer[:, 1:].addcmul_(both[:, :-1], other)
         both = longer
-    return both[0, : size + 1], both[1]
+    return before, both[1]
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def _inclusion(log_odds: Tensor, tail: Tensor, product: Tensor, full: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+def _inclusion(
+    log_odds: Tensor, tail: Tensor, products: list[Tensor], full: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor]:
     """slope * d rho / d u: coefficients in w for every class with w <= 1 (k, rows), and the head's values.
 
-    A head class with w > 1 is divided out of the head's product from the top degree down, h_{j-1} = f_j - h_j / w,
-    which does not amplify errors; h_j = P Pr[S without it = j].
+    For a head class the latter is the sum over j of P Pr[S without it = j] over the head, times weights[j].
     """
     k, size = tail.shape[0] - 1, log_odds.shape[0]
     silent = slope == 0  # also the rows with nothing to divide by
@@ -249,17 +260,35 @@ def _inclusion(log_odds: Tensor, tail: Tensor, product: Tensor, full: Tensor, sl
     change[:, :-1].addcmul_(falling[:, 1:], down, value=-1.0)
     polynomial, weights = change[0], change[1]
     polynomial[1::2].neg_()
+    if size <= k:
+        return polynomial, _left_out(log_odds, products, weights)
+    small = log_odds.clamp(max=0.0).exp_()
+    at_head = torch.where(log_odds >= 0, _divided_out(log_odds, products[0], weights), _horner(polynomial, small))
+    return polynomial, at_head
+
+
+def _left_out(log_odds: Tensor, before: list[Tensor], weights: Tensor) -> Tensor:
+    """The head's values: each class's product of those before it meets the weights, with those behind it worked in."""
+    success, failure = log_odds.sigmoid(), log_odds.neg().sigmoid_()
+    behind = [weights]
+    for i in range(len(before) - 1, 0, -1):
+        worked_in = behind[-1] * failure[i]
+        worked_in[:-1].addcmul_(behind[-1][1:], success[i])
+        behind.append(worked_in)
+    return torch.stack(before).mul_(torch.stack(behind[::-1])).sum(1).mul_(success)
+
+
+def _divided_out(log_odds: Tensor, product: Tensor, weights: Tensor) -> Tensor:
+    """The head's values where w >= 1, by h_{j-1} = f_j - h_j / w from the top degree down, which amplifies no error."""
+    size, k = log_odds.shape[0], weights.shape[0]
     shrink = log_odds.clamp(min=0.0).neg_().exp_()
     quotient = product[size]
-    at_head = (quotient * weights[size - 1]).expand_as(shrink).clone() if size <= k else torch.zeros_like(shrink)
+    at_head = torch.zeros_like(shrink)
     for j in range(size - 1, 0, -1):
         quotient = torch.addcmul(product[j], shrink, quotient, value=-1.0)
         if j <= k:
             at_head.addcmul_(quotient, weights[j - 1])
-    if size > k or k > POWER_SUM_LIMIT:  # then some of the head may have w < 1
-        small = log_odds.clamp(max=0.0).exp_()
-        at_head = torch.where(log_odds >= 0, at_head, _horner(polynomial, small))
-    return polynomial, at_head
+    return at_head
 
 
 def _horner(polynomial: Tensor, odds: Tensor) -> Tensor:
@@ -317,7 +346,10 @@ def _add_one_k(
 
 
 def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """The loss a row from one balanced tree of products; lambda is a constant, since rho does not depend on it."""
+    """The loss a row from one balanced tree of products; lambda is a constant, since rho does not depend on it.
+
+    It must be such that k successes are likely: at another one their probability underflows where classes are many.
+    """
     ks, weights, tau, margin = options
     classes = scores.shape[1]
     mine = torch.arange(classes, device=scores.device) == target[:, None]

@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from topk.losses.room import Options, Room, Saved, SavedShape, log_sum_exp, ordered_topk, target_scores
+from topk.losses.room import Options, Room, Saved, SavedShape, centred, log_sum_exp, ordered_topk, target_scores
 
 
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -62,27 +62,29 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     mix = _checked(extras[0]) if extras[0].shape[1] > 0 else _from_lead(_lead(x_target, values, ks), width)
     places = torch.cat((index[:, :-1], target[:, None]), 1)
     log_p = scores.log_softmax(1)
-    loss, corrections = _without_smoothing(log_p.gather(1, places), index[:, :-1] == target[:, None], mix, options)
-    flags = loss.new_zeros((rows, 2))
+    best = log_p.gather(1, places)
+    loss, corrections = _without_smoothing(best, index[:, :-1] == target[:, None], mix, options)
+    flags, at_target = loss.new_zeros((rows, 2)), corrections[:, -1:]
     if smoothing > 0.0:
         taken = smoothing * (sum(weights) - sum(w * mix[:, i, None] for i, w in enumerate(weights)))
-        mine = log_p.gather(1, target[:, None])
-        mean, count = _mean_of_possible(log_p)
-        loss += taken * (mine - mean)
-        corrections[:, -1:] += taken
+        mean, count = _mean_of_possible(log_p, scores)
+        loss -= taken * mean.masked_fill(taken == 0.0, 0.0)
+        at_target += taken
         flags[:, :1] = taken / count
-    loss = loss.squeeze(1)
-    if not (scores.is_cpu and math.isfinite(float(loss.sum()))):
-        loss = _mended(loss, corrections, flags, values[:, 0], x_target.squeeze(1))
-    return loss, places, corrections, flags, mix
+    whole = torch.addcmul(loss, at_target, best[:, -1:])
+    if not (scores.is_cpu and math.isfinite(float(whole.sum()))):
+        # Where G alone is left, log p_y does not matter, even if it is beyond float32.
+        whole = torch.where((at_target == 0.0) & (x_target > -torch.inf), loss, whole)
+        whole = _mended(whole, corrections, flags, values[:, :1], x_target)
+    return whole.squeeze(1), places, corrections, flags, mix
 
 
-def _mean_of_possible(log_p: Tensor) -> tuple[Tensor, Tensor | int]:
+def _mean_of_possible(log_p: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | int]:
     """The mean of log p over the classes that are not masked by -inf, and their number; spoils `log_p`."""
     total = log_p.sum(1, keepdim=True)
     if log_p.is_cpu and math.isfinite(float(total.sum())):
         return total / log_p.shape[1], log_p.shape[1]
-    masked = log_p == -torch.inf
+    masked = scores == -torch.inf
     total = log_p.masked_fill_(masked, 0.0).sum(1, keepdim=True)
     count = log_p.copy_(~masked).sum(1, keepdim=True)  # counted here, since the sum of a mask makes it an int64 first
     return total / count, count
@@ -102,7 +104,7 @@ def _from_lead(lead: Tensor, width: float) -> Tensor:
 
 
 def _without_smoothing(log_p: Tensor, hit: Tensor, mix: Tensor, options: Options) -> tuple[Tensor, Tensor]:
-    """The loss (rows, 1) and what has to be added to p on T and y (rows, k + 1)."""
+    """-h log S (rows, 1), and what has to be added to p on T and y (rows, k + 1), but for the smoothing."""
     ks, weights, _, _ = options
     p = log_p.exp()
     prefix = p.cumsum(1)
@@ -115,17 +117,16 @@ def _without_smoothing(log_p: Tensor, hit: Tensor, mix: Tensor, options: Options
         at_top[:, :k].addcdiv_(grouped, group, value=-weight)
         at_target.add_(grouped, alpha=weight)
     at_top.mul_(p[:, :-1])
-    return loss.addcmul_(at_target, log_p[:, -1:]), corrections
+    return loss, corrections
 
 
 def _mended(loss: Tensor, corrections: Tensor, flags: Tensor, largest: Tensor, x_target: Tensor) -> Tensor:
     """The loss with NaN in bad rows and +inf where y is impossible, whose gradient is p alone."""
-    impossible = (x_target == -torch.inf)[:, None]
+    impossible, dead = x_target == -torch.inf, largest == -torch.inf
     corrections.masked_fill_(impossible, 0.0)
-    dead = largest == -torch.inf
-    flags[:, 0].masked_fill_(dead, 0.0)
-    flags[:, 1].masked_fill_(dead, 1.0)
-    return loss.masked_fill(impossible[:, 0], torch.inf).masked_fill(~(largest < torch.inf), torch.nan)
+    flags[:, :1].masked_fill_(dead, 0.0)
+    flags[:, 1:].masked_fill_(dead, 1.0)
+    return loss.masked_fill(impossible, torch.inf).masked_fill(~(largest < torch.inf), torch.nan)
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -152,6 +153,7 @@ def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options
     """The loss a row by log-sum-exps over masks; a and T are constants."""
     ks, weights, _, smoothing = options
     places, _, _, mix = saved
+    scores = centred(scores)
     x_target = target_scores(scores, target)
     impossible = x_target == -torch.inf
     possible = scores > -torch.inf
