@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk.kernels import common
-from topk.kernels.common import as_float, classes_of, keys_of_tile, row_pointers, scan, scores_of, softplus
+from topk.kernels.common import as_float, classes_of, pack, row_pointers, scan, scores_of, softplus
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -35,6 +35,7 @@ def _scan_rows(
     BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
     STREAMS: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     used = row < rows
@@ -42,7 +43,7 @@ def _scan_rows(
     starts = row_pointers(scores_ptr, row, row_stride)
     origin = tl.full((ROWS,), 0.5, tl.float32)
     best, rest, total, possible = scan(
-        starts, class_stride, classes, used, left_out, origin, ROWS, BLOCK, COUNT, LANES, STREAMS, True
+        starts, class_stride, classes, used, left_out, origin, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, True
     )
     lanes = tl.arange(0, LANES)[None, :]
     kept = used[:, None] & (lanes < COUNT)
@@ -149,7 +150,7 @@ def test_nan_and_infinity_come_first_and_stay_in_their_row(widest: int, monkeypa
 @triton.jit
 def _key_round_trip(scores_ptr, out_ptr, class_ptr, N: tl.constexpr):
     columns = tl.arange(0, N)
-    keys = keys_of_tile(tl.load(scores_ptr + columns)[None, :], columns, None)
+    keys = pack(tl.load(scores_ptr + columns)[None, :], columns[None, :])
     tl.store(out_ptr + columns[None, :], scores_of(keys))
     tl.store(class_ptr + columns[None, :], classes_of(keys))
 

@@ -70,3 +70,15 @@ def test_alpha_where_y_ties_for_the_last_place() -> None:
     """z_y = 0 against wrong classes at exactly 0: the lower index takes the place, and with it the slope."""
     scores = torch.tensor([[2.0, 2.0, 0.0, 1.0, -1.0], [1.0, 2.0, 2.0, 0.0, -1.0]])
     compare(topk_hinge_loss, scores, torch.tensor([3, 0]), torch.ones(2), k=3, variant="alpha", margin=1.0)
+
+
+@pytest.mark.parametrize("variant", ["calibrated", "beta"])
+def test_an_infinite_gradient_reaches_only_the_classes_with_a_slope(variant: str) -> None:
+    scores = torch.tensor([[3.0, 2.0, 1.0, 0.0, -1.0], [-1.0, 0.0, 1.0, 2.0, 9.0]]).requires_grad_()
+    losses = topk_hinge_loss(scores, torch.tensor([3, 4]), 1, variant=variant, reduction="none", backend="triton")
+    (gradient,) = torch.autograd.grad(losses, scores, torch.full((2,), torch.inf))
+    assert losses[1] == 0.0
+    pushed = 1 if variant == "calibrated" else 0
+    expected = torch.zeros(2, 5)
+    expected[0, 3], expected[0, pushed] = -torch.inf, torch.inf
+    assert torch.equal(gradient, expected)

@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 
 from topk import smooth_topk_loss
 from topk.kernels import common, smooth
+from topk.lab.traffic import kernel_traffic
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 
@@ -73,6 +74,35 @@ def test_numbers_of_classes(classes: int) -> None:
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_numbers_of_rows(rows: int) -> None:
     compare(smooth_topk_loss, random_scores(rows, 12), torch.randint(12, (rows,)), k={2: 0.5, 10: 0.5})
+
+
+def _rows_to_sift(classes: int) -> Tensor:
+    """Scores that rise, fall, are tied, are mostly masked, crowd into a few columns of a tile, or lie far apart."""
+    scores = random_scores(6, classes)
+    scores[0], scores[1] = scores[0].sort().values, scores[1].sort(descending=True).values
+    scores[2] = scores[2].round()
+    scores[3, torch.rand(classes) < 0.9] = -torch.inf
+    scores[4, 3::16] += 30.0
+    scores[5] *= 1e4
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("options", "reads"), [({"k": 2}, 1), ({"k": {1: 0.5, 6: 0.5}}, 1), ({"k": 8}, 2), ({"k": {5: 0.5, 16: 0.5}}, 2)]
+)
+def test_a_streamed_row_is_read_twice_at_most(options: dict[str, Any], reads: int, short_tiles: None) -> None:
+    """Once for k <= 6, whatever the order of the scores; besides, a row's target and the target's score."""
+    scores = _rows_to_sift(300)
+    target = torch.randint(300, (6,))
+    compare(smooth_topk_loss, scores, target, **options)
+    with kernel_traffic() as moved:
+        smooth_topk_loss(scores, target, backend="triton", **options)
+    assert moved.loaded == 6 * (reads * 300 * 4 + 8 + 4)
+
+
+def test_a_k_too_large_to_sift_for(short_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smooth, "_LONGEST_SIFTED", 16)
+    compare(smooth_topk_loss, _rows_to_sift(40), torch.randint(40, (6,)), k={4: 0.5, 9: 0.5})
 
 
 @pytest.mark.parametrize("options", [{"k": 3}, {"k": 20}], ids=str)

@@ -5,9 +5,10 @@ that a larger key is a larger score or, of equal scores, the lower class. All ke
 everything, so that the largest key tells whether a row holds NaN or +inf. A column beyond the row is a score of -inf
 with a class that no row has: it comes last by itself and needs no mask.
 
-The next largest key is the largest of those below the last one found, which needs no memory of what was taken. A row
-that fits is searched that way; a longer one streams through in tiles, and `insert` takes what beats the smallest key
-kept, some k ln(n / k) times in random order. The exponentials of all the other scores are added up on the way,
+Keys are made of few scores. A tile is cut into groups, a thread's scores each, and `take` offers the best of every
+group to `insert`, which takes what beats the smallest key kept, then the next best of every group, until none is good
+enough: two or three passes over the tile, in 32 bits, however many are kept. A longer row streams through in tiles,
+most of which hold nothing that is large enough. The exponentials of all the other scores are added up on the way,
 relative to the smallest score kept: positive terms that cannot overflow, and the log-sum-exp of the whole row is one
 step from there.
 """
@@ -35,9 +36,6 @@ WIDEST = 8192
 STREAMED = 4096
 """The width of the tiles that a long row is streamed in, and of the tiles of an elementwise pass."""
 
-_TILE = 1024  # elements in a program of short rows
-_THREAD = 16  # elements a thread
-
 
 @dataclass(frozen=True)
 class Tiling:
@@ -55,19 +53,20 @@ class Tiling:
 
 def whole_rows(classes: int) -> Tiling:
     """For kernels that see a whole row in one program, in registers or streamed."""
-    return _tiling(classes, WIDEST)
+    return _tiling(classes, WIDEST, 128, 16 if classes > WIDEST else 32)
 
 
 def elementwise(classes: int) -> Tiling:
     """For kernels that treat every tile of a row alike: a program a tile, `tiles` of them a row."""
-    return _tiling(classes, min(WIDEST, STREAMED))
+    return _tiling(classes, min(WIDEST, STREAMED), 1024, 16)
 
 
-def _tiling(classes: int, widest: int) -> Tiling:
+def _tiling(classes: int, widest: int, together: int, a_thread: int) -> Tiling:
+    """Short rows share a program of so many scores; a thread has at most `a_thread` of them."""
     streams = classes > widest
     block = min(widest, STREAMED) if streams else max(16, triton.next_power_of_2(classes))
-    rows = 1 if streams else max(1, _TILE // block)
-    return Tiling(rows, block, streams, min(16, max(1, rows * block // (32 * _THREAD))))
+    rows = 1 if streams else max(1, together // block)
+    return Tiling(rows, block, streams, min(16, max(1, rows * block // (32 * a_thread))))
 
 
 def tiles(classes: int, tiling: Tiling) -> int:
@@ -98,7 +97,9 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
 
 def whole_row_constants(tiling: Tiling, scores: Tensor, count: int) -> dict[str, Any]:
     """The keywords that a launch over whole rows needs to keep `count` numbers a row."""
-    return {**tile_constants(tiling, scores, count), "STREAMS": tiling.streams}
+    constants = tile_constants(tiling, scores, count)
+    groups = min(32 * tiling.warps, tiling.block // constants["ALIGN"])
+    return {**constants, "STREAMS": tiling.streams, "GROUPS": groups}
 
 
 def tile_constants(tiling: Tiling, scores: Tensor, count: int) -> dict[str, Any]:
@@ -232,11 +233,20 @@ def softplus(z):
     return tl.maximum(z, 0.0) + part
 
 
+@triton.jit
+def tile_of_program(classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """For an elementwise pass: the rows (ROWS,) and the first column of this program's tile."""
+    tiles = tl.cdiv(classes, BLOCK)
+    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
+    return row, tl.program_id(0) % tiles * BLOCK
+
+
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 NO_CLASS = tl.constexpr(0x7FFFFFFF)
 """A class beyond every row; those just below it mark lanes that nothing has filled yet."""
 
+_TAKEN = tl.constexpr(-(2**31))  # below the order of every score
 _BELOW_ALL = tl.constexpr(-(2**63))
 _ABOVE_ALL = tl.constexpr(2**63 - 1)
 
@@ -244,9 +254,19 @@ _ABOVE_ALL = tl.constexpr(2**63 - 1)
 @triton.jit
 def pack(scores, classes):
     """Keys: int64, ordered by score, then by the lower class; NaN above all. classes are int32."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)  # -0.0 and 0.0 are tied
-    order = tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
-    return (order.to(tl.int64) << 32) | (0x7FFFFFFF - classes).to(tl.int64)
+    return _key(_order_of(scores), classes)
+
+
+@triton.jit
+def _order_of(scores):
+    """Integers in the order of the scores; NaN above all, and -0.0 and 0.0 tied."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+
+
+@triton.jit
+def _key(orders, classes):
+    return (orders.to(tl.int64) << 32) | (0x7FFFFFFF - classes).to(tl.int64)
 
 
 @triton.jit
@@ -260,16 +280,6 @@ def scores_of(keys):
 def classes_of(keys):
     """The classes in keys, int32."""
     return 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-
-
-@triton.jit
-def keys_of_tile(scores, columns, left_out):
-    """Keys of a tile; `left_out` (ROWS,) names a class that is not to be found, None for no such class."""
-    classes = tl.broadcast_to(columns[None, :], scores.shape)
-    if left_out is not None:
-        skip = classes == left_out[:, None]
-        return pack(tl.where(skip, float("-inf"), scores), tl.where(skip, 0x7FFFFFFF, classes))
-    return pack(scores, classes)
 
 
 # --- selection -------------------------------------------------------------------------------------------------------
@@ -321,6 +331,32 @@ def insert(kept, lowest, keys):
 
 
 @triton.jit
+def _by_group(tile, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
+    """(ROWS, BLOCK) as (ROWS, _, GROUPS, ALIGN): a group is what a thread holds, runs of ALIGN neighbours."""
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] // (GROUPS * ALIGN), GROUPS, ALIGN))
+
+
+@triton.jit
+def _sum_by_group(tile, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
+    return tl.sum(tl.sum(_by_group(tile, ALIGN, GROUPS), 3), 1)
+
+
+@triton.jit
+def take(kept, lowest, scores, classes, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
+    """`insert` for a tile of scores and their classes (ROWS, BLOCK): the best of every group, then the next of each."""
+    orders = _by_group(_order_of(scores), ALIGN, GROUPS)
+    classes = _by_group(classes, ALIGN, GROUPS)
+    tops = tl.max(tl.max(orders, 3), 1)
+    while tl.max(tl.max((tops >= (lowest >> 32).to(tl.int32)[:, None]).to(tl.int32), 1), 0) > 0:
+        best = orders == tops[:, None, :, None]
+        found = tl.min(tl.min(tl.where(best, classes, NO_CLASS), 3), 1)
+        kept, lowest = insert(kept, lowest, _key(tops, found))
+        orders = tl.where(best & (classes == found[:, None, :, None]), _TAKEN, orders)
+        tops = tl.max(tl.max(orders, 3), 1)
+    return kept, lowest
+
+
+@triton.jit
 def in_order(kept, COUNT: tl.constexpr, LANES: tl.constexpr):
     """The kept keys, descending, as `largest` gives them."""
     lanes = tl.arange(0, LANES)[None, :]
@@ -339,6 +375,8 @@ def scan(
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
     LANES: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GROUPS: tl.constexpr,
     STREAMS: tl.constexpr,
     REST: tl.constexpr,
 ):
@@ -351,51 +389,74 @@ def scan(
     rest = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     possible = tl.zeros((ROWS,), tl.float32)
+    kept, lowest = nothing_kept(ROWS, COUNT, LANES)
     if STREAMS:
-        kept, lowest = nothing_kept(ROWS, COUNT, LANES)
         shift = tl.zeros((ROWS,), tl.float32)
-        outside = tl.zeros((ROWS, BLOCK), tl.float32)
-        pushed_out = tl.zeros((ROWS, LANES), tl.float32)
-        totals = tl.zeros((ROWS, BLOCK), tl.float32)
-        counts = tl.zeros((ROWS, BLOCK), tl.float32)
+        outside = tl.zeros((ROWS, GROUPS), tl.float32)
+        totals = tl.zeros((ROWS, GROUPS), tl.float32)
+        counts = tl.zeros((ROWS, GROUPS), tl.float32)
         for start in range(0, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = load_tile(starts, columns, class_stride, classes, used)
-            keys = keys_of_tile(x, columns, left_out)
-            before = kept
-            kept, lowest = insert(kept, lowest, keys)
-            if REST:
-                # The smallest only grows, except from the stand-in for -inf, while both sums are still 0.
-                new_shift = finite_or_zero(scores_of(lowest))
-                fade = tl.exp(tl.minimum(shift - new_shift, 0.0))[:, None]
-                outside = outside * fade + _exponentials_below(keys, lowest, new_shift)
-                pushed_out = pushed_out * fade + _exponentials_below(before, lowest, new_shift)
-                shift = new_shift
             if origin is not None:
                 there = x > float("-inf")
-                totals += tl.where(there, x - origin[:, None], 0.0)
-                counts += there.to(tl.float32)
+                totals += _sum_by_group(tl.where(there, x - origin[:, None], 0.0), ALIGN, GROUPS)
+                counts += _sum_by_group(there.to(tl.float32), ALIGN, GROUPS)
+            x, found = _without(x, columns, left_out)
+            t = scores_of(lowest)
+            enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
+            if tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0:
+                before = kept
+                kept, lowest = take(kept, lowest, x, found, ALIGN, GROUPS)
+                if REST:
+                    # The smallest only grows, except from the stand-in for -inf, while both sums are still 0.
+                    t = scores_of(lowest)
+                    fade = tl.exp(tl.minimum(shift - finite_or_zero(t), 0.0))
+                    shift = finite_or_zero(t)
+                    outside *= fade[:, None]
+                    rest = rest * fade + _exponentials_up_to(scores_of(before), t) - _ties(kept, t)
+            if REST:
+                below = tl.where(x <= t[:, None], x - shift[:, None], float("-inf"))
+                outside += _sum_by_group(tl.exp(below), ALIGN, GROUPS)
         best, _ = in_order(kept, COUNT, LANES)
         if REST:
-            rest = tl.sum(outside, 1) + tl.sum(pushed_out, 1)
+            rest += tl.sum(outside, 1)
         if origin is not None:
             total = tl.sum(totals, 1)
             possible = tl.sum(counts, 1)
     else:
         columns = tl.arange(0, BLOCK)
         x = load_tile(starts, columns, class_stride, classes, used)
-        keys = keys_of_tile(x, columns, left_out)
-        best, last = largest(keys, COUNT, LANES)
-        if REST:
-            rest = tl.sum(_exponentials_below(keys, last, finite_or_zero(scores_of(last))), 1)
         if origin is not None:
             there = x > float("-inf")
             total = tl.sum(tl.where(there, x - origin[:, None], 0.0), 1)
             possible = tl.sum(there.to(tl.float32), 1)
+        x, found = _without(x, columns, left_out)
+        kept, lowest = take(kept, lowest, x, found, ALIGN, GROUPS)
+        best, last = in_order(kept, COUNT, LANES)
+        if REST:
+            rest = _exponentials_up_to(x, scores_of(last)) - _ties(best, scores_of(last))
     return best, rest, total, possible
 
 
 @triton.jit
-def _exponentials_below(keys, limit, shift):
-    """exp(x - shift) where the key is below the limit, 0 elsewhere."""
-    return tl.exp(tl.where(keys < limit[:, None], scores_of(keys) - shift[:, None], float("-inf")))
+def _without(scores, columns, left_out):
+    """The scores and the classes of a tile, the class `left_out` (ROWS,), if any, made one that no row has."""
+    classes = tl.broadcast_to(columns[None, :], scores.shape)
+    if left_out is not None:
+        skip = classes == left_out[:, None]
+        scores = tl.where(skip, float("-inf"), scores)
+        classes = tl.where(skip, NO_CLASS, classes)
+    return scores, classes
+
+
+@triton.jit
+def _exponentials_up_to(scores, t):
+    """The sum of exp(x - t) over the scores that do not exceed t (ROWS,); 0 for -inf."""
+    return tl.sum(tl.exp(tl.where(scores <= t[:, None], scores - finite_or_zero(t)[:, None], float("-inf"))), 1)
+
+
+@triton.jit
+def _ties(keys, t):
+    """How many keys have the score t, above -inf: their share of `_exponentials_up_to`."""
+    return tl.sum(((scores_of(keys) == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)

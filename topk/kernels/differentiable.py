@@ -125,6 +125,7 @@ def _selected(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
+    GROUPS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     classes = aligned(classes, ALIGN)
@@ -134,7 +135,7 @@ def _selected(
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=float("-inf")).to(tl.float32)
     best, rest, _, _ = scan(
-        starts, class_stride, classes, used, target, None, ROWS, BLOCK, COUNT, LANES, STREAMS, OVER_ALL
+        starts, class_stride, classes, used, target, None, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, OVER_ALL
     )
     lanes = tl.arange(0, LANES)[None, :]
     found = scores_of(best)

@@ -103,6 +103,7 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
+    GROUPS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     classes = aligned(classes, ALIGN)
@@ -114,7 +115,7 @@ def _forward(
     entropy: tl.constexpr = VARIANT == "entropy"
     left_out = None if VARIANT == "calibrated" else target
     best, rest, _, _ = scan(
-        starts, class_stride, classes, used, left_out, None, ROWS, BLOCK, COUNT, LANES, STREAMS, entropy
+        starts, class_stride, classes, used, left_out, None, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, entropy
     )
     lanes = tl.arange(0, LANES)[None, :]
     scores = tl.where(lanes < COUNT, scores_of(best), float("-inf"))

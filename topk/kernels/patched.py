@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from topk.kernels import common
-from topk.kernels.common import aligned, load_tile, patch_tile, row_pointers, row_states, store_tile
+from topk.kernels.common import aligned, load_tile, patch_tile, row_pointers, row_states, store_tile, tile_of_program
 
 
 def patched_exponentials(
@@ -30,7 +30,8 @@ def patched_exponentials(
     """A new contiguous tensor like the scores.
 
     places (rows, w): classes, each once, or -1 for none; slopes (rows, w); field (rows, 3): m, c and f. With `reads`
-    off c and f are 0, or c is NaN for a row of NaN, and the scores are not looked at. Masked classes get 0.
+    off c and f are 0, or c is NaN for a row of NaN, and the scores are not looked at. Masked classes get 0, and so does
+    every class whose slope is 0, or all but those patched where c is 0, however large grad is.
     """
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
@@ -80,14 +81,12 @@ def _patched(
     ALIGN: tl.constexpr,
 ):
     classes = aligned(classes, ALIGN)
-    tiles = tl.cdiv(classes, BLOCK)
-    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
-    start = tl.program_id(0) % tiles * BLOCK
+    row, start = tile_of_program(classes, ROWS, BLOCK)
     inside = row < rows
     _, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     grad = tl.load(grad_ptr + row.to(tl.int64) * grad_stride, mask=used, other=0.0).to(tl.float32)
     at = field_ptr + row.to(tl.int64) * 3
-    scale = tl.where(wrong, float("nan"), grad * tl.load(at + 1, mask=used, other=0.0))
+    scale = tl.where(wrong, float("nan"), _product(grad, tl.load(at + 1, mask=used, other=0.0)))
 
     columns = start + tl.arange(0, BLOCK)
     if READS:
@@ -105,5 +104,11 @@ def _patched(
     kept = used[:, None] & (lanes < COUNT)
     offsets = row.to(tl.int64)[:, None] * COUNT + lanes
     places = tl.load(places_ptr + offsets, mask=kept, other=-1)
-    patches = grad[:, None] * tl.load(slopes_ptr + offsets, mask=kept, other=0.0)
+    patches = _product(grad[:, None], tl.load(slopes_ptr + offsets, mask=kept, other=0.0))
     patch_tile(results, start, places, patches, used, BLOCK)
+
+
+@triton.jit
+def _product(grad, slopes):
+    """grad * slopes, and 0 for a slope of 0: a loss that a score does not move asks nothing of it."""
+    return tl.where(slopes == 0.0, 0.0, grad * slopes)

@@ -23,9 +23,14 @@ out after some 6 sqrt(var) + 5 terms, and leaving a class out of the polynomial 
 
 for w = P / (1 - P) <= 1, and its mirror image in 1 / w for the others.
 
-Bytes moved a row, with n classes of s bytes: forward reads n s (and a streamed row again: for every k <= 6 once, for a
-larger k some four times) and writes 4 (3 k + 1), for a larger k 204; backward reads n s, a tile reads what forward
-wrote, and writes n s.
+A row longer than a tile is sifted: one read leaves its 2 k largest scores in a tile, and of all others power sums,
+relative to a limit that none of them exceeds. The sums of the first k powers are all that k <= 6 asks of them. For a
+larger k four powers give the mean of S to 0.2 % of what the others contribute, since all of those have P < 1/2; that is
+a tilt as good as any, and only the nodes read the row a second time.
+
+Bytes moved a row, with n classes of s bytes: forward reads n s (a streamed row once more for every k > 6; those of a
+k > 1024, which no tile can be sifted for, some four times) and writes 4 (3 k + 1), for a larger k 204; backward reads
+n s, a tile reads what forward wrote, and writes n s.
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from topk.kernels import common
 from topk.kernels.common import (
     aligned,
     as_float,
+    finite_or_zero,
     lane,
     load_tile,
     row_pointers,
@@ -49,6 +55,7 @@ from topk.kernels.common import (
     scores_of,
     softplus,
     store_tile,
+    tile_of_program,
 )
 from topk.losses.room import Options, Saved, SavedShape
 
@@ -56,6 +63,7 @@ _TERMS = tl.constexpr(24)  # of a series, on either side of P = 1/2
 _SPREAD = tl.constexpr(8.0)  # the variance of S from which on one Chebyshev series serves both sides
 _NODES = tl.constexpr(32)  # at most 23 are in use, the one at 0 included
 _FEW = tl.constexpr(6)  # the largest k that is done by power sums; above, Newton's identities cancel too much
+_LONGEST_SIFTED = 8192  # scores in the tile that a row is sifted into
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -79,7 +87,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     if not ks:
         return common.no_loss(target, classes, ignore_index), table.zero_()
     loss = scores.new_empty(rows, dtype=torch.float32)
-    tiling = _smaller(common.whole_rows(classes), scores)
+    tiling = _smaller(common.whole_rows(classes), scores, max(ks))
     common.launch(
         _forward,
         tiling.programs(rows),
@@ -98,6 +106,8 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
         WEIGHTS=common.packed(weights),
         HEAD=max((k for k in ks if k <= _FEW.value), default=0),
         MANY=max(ks) > _FEW.value,
+        KEEP=_kept(max(ks)) if _sifts(tiling, max(ks)) else 0,
+        LANES=8 * triton.next_power_of_2(len(ks)),
         ROWS=tiling.rows,
         BLOCK=tiling.block,
         STREAMS=tiling.streams,
@@ -107,16 +117,32 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     return loss, table
 
 
-def _smaller(tiling: common.Tiling, scores: Tensor) -> common.Tiling:
+def _smaller(tiling: common.Tiling, scores: Tensor, k: int) -> common.Tiling:
     """Fewer rows a program, since each has a tile of nodes too, and more classes a thread, since reductions cost most.
 
-    In a stream, tiles so short that no register is spilled: where eight scores are read at once, eight a thread.
+    In a stream, tiles for which the compiler spills no register, 16 scores a thread or 8; and longer ones for a k so
+    large that a row could not be sifted into those.
     """
     if tiling.streams:
-        share = 1 if common.alignment(scores) == 8 else 2
-        return replace(tiling, block=max(16, tiling.block // 2), warps=max(1, tiling.warps // share))
+        together = common.alignment(scores)
+        share = 2 if together > 1 else 1 if k > _FEW.value else 4
+        a_thread = 8 if together == 8 or share == 4 else 16
+        block = max(16, tiling.block // share)
+        wanted = triton.next_power_of_2(4 * _kept(k))
+        block = wanted if block < wanted <= _LONGEST_SIFTED else block
+        return replace(tiling, block=block, warps=min(16, max(1, block // (32 * a_thread))))
     rows = max(1, min(tiling.rows, 128 // tiling.block))
-    return replace(tiling, rows=rows, warps=max(1, tiling.warps // 2) if tiling.rows == 1 else 1)
+    return replace(tiling, rows=rows, warps=max(1, rows * tiling.block // 1024))
+
+
+def _kept(k: int) -> int:
+    """How many of the largest scores a sifted row keeps: twice as many as can all have P > 1/2."""
+    return 2 * k
+
+
+def _sifts(tiling: common.Tiling, k: int) -> bool:
+    """Whether one read of a row leaves its largest scores in a tile; else the row is read for every question asked."""
+    return tiling.streams and 4 * _kept(k) <= tiling.block
 
 
 @triton.jit
@@ -137,6 +163,8 @@ def _forward(
     WEIGHTS: tl.constexpr,
     HEAD: tl.constexpr,
     MANY: tl.constexpr,
+    KEEP: tl.constexpr,
+    LANES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
@@ -148,18 +176,31 @@ def _forward(
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=0.0).to(tl.float32)
-    x = _wrong_scores(starts, 0, class_stride, classes, used, target, BLOCK)
+    reads_again: tl.constexpr = STREAMS and KEEP == 0
+    limit = None
+    sums = None
+    if KEEP > 0:
+        x, limit, sums, others = _sift(
+            starts, class_stride, classes, used, target, tau, COUNT, KS, MANY, KEEP, LANES, ROWS, BLOCK
+        )
+    else:
+        x = _wrong_scores(starts, 0, class_stride, classes, used, target, BLOCK)
     if HEAD > 0:
-        head = _head(x, starts, class_stride, classes, used, target, HEAD, ROWS, BLOCK, STREAMS)
+        head = _head(x, starts, class_stride, classes, used, target, HEAD, ROWS, BLOCK, reads_again)
         top = lane(head, tl.arange(0, 8)[None, :], 0)
     if MANY:
-        top, bottom, possible = _extremes(x, starts, class_stride, classes, used, target, ROWS, BLOCK, STREAMS)
+        top, bottom, possible = _extremes(x, starts, class_stride, classes, used, target, ROWS, BLOCK, reads_again)
+        if KEEP > 0:
+            possible += others
     bad = wrong | ((top < float("inf")) == 0) | ((mine < float("inf")) == 0)
 
     loss = tl.zeros((ROWS,), tl.float32)
     pull = tl.zeros((ROWS,), tl.float32)
     record = table_ptr + row.to(tl.int64) * _width(COUNT, KS)
     for i in tl.static_range(COUNT):
+        rest = None
+        if KEEP > 0:
+            rest = _sums_of(sums, i, ROWS, LANES)
         if ((KS >> 32 * i) & 0xFFFFFFFF) <= _FEW:
             term, slope = _small_k(
                 x,
@@ -170,6 +211,8 @@ def _forward(
                 target,
                 mine,
                 head,
+                limit,
+                rest,
                 bad,
                 inside,
                 record,
@@ -179,7 +222,7 @@ def _forward(
                 (KS >> 32 * i) & 0xFFFFFFFF,
                 ROWS,
                 BLOCK,
-                STREAMS,
+                reads_again,
             )
             record += 1 + 3 * ((KS >> 32 * i) & 0xFFFFFFFF)
         else:
@@ -194,6 +237,8 @@ def _forward(
                 top,
                 bottom,
                 possible,
+                limit,
+                rest,
                 bad,
                 inside,
                 record,
@@ -203,6 +248,7 @@ def _forward(
                 (KS >> 32 * i) & 0xFFFFFFFF,
                 ROWS,
                 BLOCK,
+                reads_again,
                 STREAMS,
             )
             record += 3 + 2 * _TERMS
@@ -234,6 +280,130 @@ def _outcome(gap, absent, live, bad, mine, weight, tau, K: tl.constexpr):
     return term, slope, tl.where(bad, float("nan"), slope)
 
 
+# --- a row that streams, sifted -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sift(
+    starts,
+    class_stride,
+    classes,
+    used,
+    target,
+    tau,
+    COUNT: tl.constexpr,
+    KS: tl.constexpr,
+    MANY: tl.constexpr,
+    KEEP: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One read of a row that streams: a tile of scores that holds the KEEP largest, and what to know of the others.
+
+    kept (ROWS, BLOCK); limit (ROWS,), that no other score exceeds and KEEP scores reach; sums (ROWS, LANES), in lane
+    8 i + m for the i-th k the sum of exp(m (x - limit) / (k tau)) over the others; with MANY, how many are above -inf.
+
+    Every column keeps the larger of its score and the new one. What it loses is seldom above the limit, and then takes
+    the place of a lower score nearby, or anywhere; the limit is raised when those above it fill half the columns.
+    """
+    lanes = tl.arange(0, LANES)[None, :]
+    rates = (lanes % 8).to(tl.float32) / tau
+    for i in tl.static_range(COUNT):
+        rates = tl.where(lanes // 8 == i, rates / ((KS >> 32 * i) & 0xFFFFFFFF), rates)
+    kept = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
+    limit = tl.full((ROWS,), float("-inf"), tl.float32)
+    sums = tl.zeros((ROWS, LANES), tl.float32)
+    others = tl.zeros((ROWS,), tl.int32)
+    for start in range(0, classes, BLOCK):
+        tile = _wrong_scores(starts, start, class_stride, classes, used, target, BLOCK)
+        tile = tl.where(tile == tile, tile, float("inf"))
+        kept, lost = tl.maximum(kept, tile), tl.minimum(kept, tile)
+        if _any_above(lost, limit):
+            if tl.max(_reaching(kept, limit) + _reaching(lost, limit), 0) > BLOCK // 2:
+                raised = _raised(kept, lost, limit, KEEP)
+                fade = tl.minimum(finite_or_zero(limit) - finite_or_zero(raised), 0.0)
+                sums *= tl.exp(fade[:, None] * rates)
+                limit = raised
+            while _any_above(lost, limit):
+                kept, lost, placed = _swapped(kept, lost, limit, ROWS, BLOCK, 4)
+                if placed == 0:
+                    kept, lost, placed = _swapped(kept, lost, limit, ROWS, BLOCK, BLOCK)
+        if MANY:
+            others += tl.sum((lost > float("-inf")).to(tl.int32), 1)
+        lost -= finite_or_zero(limit)[:, None]
+        for i in tl.static_range(COUNT):
+            sums += _powers_summed(lost, lanes - 8 * i, tau, (KS >> 32 * i) & 0xFFFFFFFF)
+    return kept, limit, sums, others
+
+
+@triton.jit
+def _any_above(tile, limit):
+    """Whether a score of any row exceeds the row's limit."""
+    return tl.max((tl.max(tile, 1) > limit).to(tl.int32), 0) > 0
+
+
+@triton.jit
+def _swapped(kept, lost, limit, ROWS: tl.constexpr, BLOCK: tl.constexpr, SIZE: tl.constexpr):
+    """The largest score lost in place of the smallest kept in each group of SIZE columns, if that is less.
+
+    Returns both tiles, and whether a score above the limit found a place.
+    """
+    kept = tl.reshape(kept, (ROWS, SIZE, BLOCK // SIZE))
+    lost = tl.reshape(lost, (ROWS, SIZE, BLOCK // SIZE))
+    best, best_place = tl.max(lost, 1, return_indices=True)
+    least, least_place = tl.min(kept, 1, return_indices=True)
+    swaps = best > least
+    places = tl.arange(0, SIZE)[None, :, None]
+    kept = tl.where((places == least_place[:, None, :]) & swaps[:, None, :], best[:, None, :], kept)
+    lost = tl.where((places == best_place[:, None, :]) & swaps[:, None, :], least[:, None, :], lost)
+    placed = tl.max(tl.max((swaps & (best > limit[:, None])).to(tl.int32), 1), 0)
+    return tl.reshape(kept, (ROWS, BLOCK)), tl.reshape(lost, (ROWS, BLOCK)), placed
+
+
+@triton.jit
+def _powers_summed(below, lanes, tau, K: tl.constexpr):
+    """In lane m the sum of exp(m x / (K tau)) over a tile: for m up to K or, of a large K, 4."""
+    sums = tl.zeros((below.shape[0], lanes.shape[1]), tl.float32)
+    odds = tl.exp(below * (1.0 / (K * tau)))
+    power = odds
+    for m in tl.static_range(1, 1 + (K if K <= _FEW else 4)):
+        sums += tl.where(lanes == m, tl.sum(power, 1)[:, None], 0.0)
+        power *= odds
+    return sums
+
+
+@triton.jit
+def _reaching(tile, level):
+    """How many scores reach the row's level."""
+    return tl.sum((tile >= level[:, None]).to(tl.int32), 1)
+
+
+@triton.jit
+def _raised(kept, lost, limit, KEEP: tl.constexpr):
+    """A level that at least KEEP of both tiles reach, at most twice as many unless they are tied; bisected."""
+    low = _ordered(tl.maximum(limit, tl.min(kept, 1)) + 0.0)
+    high = _ordered(tl.max(kept, 1) + 0.0)
+    count = _reaching(kept, _value(low)) + _reaching(lost, _value(low))
+    by_value = True
+    while tl.max(((count > 2 * KEEP) & (low < high)).to(tl.int32), 0) > 0:
+        middle = _middle(low, high, by_value)
+        by_value = by_value == 0
+        reached = _reaching(kept, _value(middle)) + _reaching(lost, _value(middle))
+        open = (count > 2 * KEEP) & (low < high)
+        count = tl.where(open & (reached >= KEEP), reached, count)
+        low = tl.where(open & (reached >= KEEP), middle, low)
+        high = tl.where(open & (reached < KEEP), middle - 1, high)
+    return _value(low)
+
+
+@triton.jit
+def _sums_of(sums, i: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
+    """The power sums of the i-th k, the m-th in lane m (ROWS, 8)."""
+    place = tl.arange(0, LANES // 8)[None, :, None]
+    return tl.sum(tl.where(place == i, tl.reshape(sums, (ROWS, LANES // 8, 8)), 0.0), 1)
+
+
 # --- small k: power sums ---------------------------------------------------------------------------------------------
 
 
@@ -253,7 +423,9 @@ def _head(
     """The HEAD largest scores, descending, -inf after them (ROWS, 8); the first is +inf or NaN if the row holds NaN."""
     lanes = tl.arange(0, 8)[None, :]
     if STREAMS:
-        best, _, _, _ = scan(starts, class_stride, classes, used, target, None, ROWS, BLOCK, HEAD, 8, STREAMS, False)
+        best, _, _, _ = scan(
+            starts, class_stride, classes, used, target, None, ROWS, BLOCK, HEAD, 8, 1, BLOCK // 8, STREAMS, False
+        )
         head = tl.where(lanes < HEAD, scores_of(best), float("-inf"))
     else:
         last = tl.max(tl.where(x == x, x, float("inf")), 1)
@@ -276,6 +448,8 @@ def _small_k(
     target,
     mine,
     head,
+    limit,
+    rest,
     bad,
     inside,
     record,
@@ -296,6 +470,8 @@ def _small_k(
     center = tl.where(live, kth, 0.0)
     ties = tl.sum(((head == center[:, None]) & (lanes < K)).to(tl.float32), 1)
     sums = _power_sums(x, starts, class_stride, classes, used, target, center, rate, K, ROWS, BLOCK, STREAMS)
+    if rest is not None:
+        sums += rest * tl.exp(tl.minimum((finite_or_zero(limit) - center) * rate, 0.0)[:, None] * lanes)
     sums = tl.where(live[:, None] & (lanes <= K), sums - ties[:, None], 0.0).to(tl.float64)
     tail = _newton_identities(sums, lanes, K)
 
@@ -404,6 +580,8 @@ def _large_k(
     top,
     bottom,
     possible,
+    limit,
+    rest,
     bad,
     inside,
     record,
@@ -413,19 +591,39 @@ def _large_k(
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    READS_AGAIN: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
-    """The weighted loss of one k, and minus its derivative by x_y; stores the record."""
+    """The weighted loss of one k, and minus its derivative by x_y; stores the record.
+
+    What leads to the shift reads a row again only where it has not been sifted; the nodes read what streams once.
+    """
     rate = 1.0 / (K * tau)
     absent = possible < K  # y cannot be missed
     live = used & (bad == 0) & (absent == 0)
     low, high = tl.where(live, bottom, 0.0), tl.where(live, top, 0.0)
-    center, spread = _near_kth(x, starts, class_stride, classes, used, target, low, high, rate, K, BLOCK, STREAMS)
-    shift, heads, variance = _balance(
-        x, starts, class_stride, classes, used, target, center, spread, rate, possible, live, K, ROWS, BLOCK, STREAMS
+    center, spread = _near_kth(x, starts, class_stride, classes, used, target, low, high, rate, K, BLOCK, READS_AGAIN)
+    shift, variance = _balance(
+        x,
+        starts,
+        class_stride,
+        classes,
+        used,
+        target,
+        center,
+        spread,
+        rate,
+        possible,
+        limit,
+        rest,
+        live,
+        K,
+        ROWS,
+        BLOCK,
+        READS_AGAIN,
     )
     circle, count = _circle(variance, K)
-    real, imag = _nodes(
+    real, imag, heads = _nodes(
         x, starts, class_stride, classes, used, target, center, shift, rate, circle, count, ROWS, BLOCK, STREAMS
     )
     chance, chance_less, node_weight = _chances(real, imag, heads - K, circle, count, live)
@@ -485,6 +683,14 @@ def _value(order):
 
 
 @triton.jit
+def _middle(low, high, by_value):
+    """A score between the two, above `low`: by value, where that is one, or by bits."""
+    middle = (low | high) - ((low ^ high) >> 1)
+    halfway = _ordered(_value(low) * 0.5 + _value(high) * 0.5)
+    return tl.where(by_value & (halfway > low) & (halfway <= high), halfway, middle)
+
+
+@triton.jit
 def _near_kth(
     x,
     starts,
@@ -507,9 +713,7 @@ def _near_kth(
     spread = (_value(high) - _value(low)) * rate
     by_value = True
     while tl.max(((spread > 2.0) & (low < high)).to(tl.int32), 0) > 0:
-        middle = (low | high) - ((low ^ high) >> 1)
-        halfway = _ordered(_value(low) * 0.5 + _value(high) * 0.5)
-        middle = tl.where(by_value & (halfway > low) & (halfway <= high), halfway, middle)
+        middle = _middle(low, high, by_value)
         by_value = by_value == 0
         count = tl.zeros_like(low)
         for start in range(0, classes if STREAMS else BLOCK, BLOCK):
@@ -543,11 +747,13 @@ def _moments(
     center,
     shift,
     rate,
+    limit,
+    rest,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
-    """How many have P > 1/2, the mean of S less that number, and the variance."""
+    """How many have P > 1/2, the mean of S less that number, and the variance; of a sifted row to 0.2 and 0.9 %."""
     heads = tl.zeros((ROWS,), tl.int32)
     mean = tl.zeros((ROWS,), tl.float32)
     variance = tl.zeros((ROWS,), tl.float32)
@@ -558,7 +764,29 @@ def _moments(
         heads += tl.sum(head.to(tl.int32), 1)
         mean += tl.sum(signed, 1)
         variance += tl.sum(tl.abs(signed) - signed * signed, 1)
+    if rest is not None:
+        more_mean, more_variance = _moments_of_rest(rest, (finite_or_zero(limit) - center) * rate + shift)
+        mean += more_mean
+        variance += more_variance
     return heads, mean, variance
+
+
+@triton.jit
+def _moments_of_rest(rest, log_odds):
+    """The sums of P and P (1 - P) over scores sifted out, from the log-odds at the limit and four power sums.
+
+    The largest P is below 1/2 at the shift looked for; at one so large that it is not, the bound alone tells so. The
+    polynomials are those of the least relative error in the odds up to 1.
+    """
+    odds = tl.exp(tl.minimum(log_odds, 0.0))[:, None]
+    lanes = tl.arange(0, 8)[None, :]
+    power = tl.where(lanes == 1, odds, tl.where(lanes == 2, odds * odds, odds * odds * odds))
+    power = tl.where(lanes == 4, odds * power, power) * rest
+    mean = tl.where(lanes == 1, 0.99824407, tl.where(lanes == 2, -0.94263684, 0.0))
+    mean = tl.where(lanes == 3, 0.66518242, tl.where(lanes == 4, -0.22165374, mean))
+    variance = tl.where(lanes == 1, 0.99148853, tl.where(lanes == 2, -1.75419715, 0.0))
+    variance = tl.where(lanes == 3, 1.60108585, tl.where(lanes == 4, -0.59047655, variance))
+    return tl.sum(mean * power, 1), tl.sum(variance * power, 1)
 
 
 @triton.jit
@@ -573,13 +801,15 @@ def _balance(
     spread,
     rate,
     possible,
+    limit,
+    rest,
     live,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
-    """A shift of the log-odds at which the mean of S is within 1/4 of k - 1/2; the heads and the variance there.
+    """A shift of the log-odds at which the mean of S is within 1/4 of k - 1/2, and the variance there.
 
     Newton steps for the logit of mean / n, which is linear in the shift for equal scores; bisection where they leave
     the bracket.
@@ -591,7 +821,7 @@ def _balance(
     high = tl.log(high)
     shift = tl.minimum(tl.maximum(aim, low), 0.0)
     heads, mean, variance = _moments(
-        x, starts, class_stride, classes, used, target, center, shift, rate, ROWS, BLOCK, STREAMS
+        x, starts, class_stride, classes, used, target, center, shift, rate, limit, rest, ROWS, BLOCK, STREAMS
     )
     excess = mean + (heads - K).to(tl.float32) + 0.5
     steps = 0
@@ -604,11 +834,11 @@ def _balance(
         step = tl.where((step > low) & (step < high), step, (low + high) * 0.5)
         shift = tl.where(tl.abs(excess) > 0.25, step, shift)
         heads, mean, variance = _moments(
-            x, starts, class_stride, classes, used, target, center, shift, rate, ROWS, BLOCK, STREAMS
+            x, starts, class_stride, classes, used, target, center, shift, rate, limit, rest, ROWS, BLOCK, STREAMS
         )
         excess = mean + (heads - K).to(tl.float32) + 0.5
         steps += 1
-    return shift, heads, tl.where(live, variance, 1.0)
+    return shift, tl.where(live, variance, 1.0)
 
 
 # --- the circle ------------------------------------------------------------------------------------------------------
@@ -687,18 +917,20 @@ def _nodes(
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
-    """The product of the factors 1 + q (e^{it} - 1) (with -t where P > 1/2), less 1, at the nodes (ROWS, _NODES).
+    """The product of the factors 1 + q (e^{it} - 1) (with -t where P > 1/2) at the nodes (ROWS, _NODES), and the heads.
 
     Two classes together have the factor 1 + C (a + b C) + i sin t (c + d C), C = 1 - cos t.
     """
     lanes = tl.arange(0, _NODES)[None, :]
     real = tl.zeros((ROWS, _NODES), tl.float32)
     imag = tl.zeros((ROWS, _NODES), tl.float32)
+    heads = tl.zeros((ROWS,), tl.int32)
     last = tl.max(count, 0)
     for start in range(0, classes if STREAMS else BLOCK, BLOCK):
-        signed, _ = _signed_odds(
+        signed, head = _signed_odds(
             _tile(x, starts, class_stride, classes, used, target, start, BLOCK, STREAMS), center, shift, rate
         )
+        heads += tl.sum(head.to(tl.int32), 1)
         one, other = tl.split(tl.reshape(signed, (ROWS, BLOCK // 2, 2)))
         size_one, size_other, both = tl.abs(one), tl.abs(other), one * other
         a, b = -(size_one + size_other + 2.0 * both), size_one * size_other + both
@@ -712,7 +944,7 @@ def _nodes(
             more_real, more_imag = _times(real, imag, all_real[:, None], all_imag[:, None])
             real = tl.where(lanes == m, more_real, real)
             imag = tl.where(lanes == m, more_imag, imag)
-    return real + 1.0, imag
+    return real + 1.0, imag, heads
 
 
 @triton.jit
@@ -877,9 +1109,8 @@ def _backward(
     ALIGN: tl.constexpr,
 ):
     classes = aligned(classes, ALIGN)
-    tiles = tl.cdiv(classes, BLOCK)
-    row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
+    row, start = tile_of_program(classes, ROWS, BLOCK)
+    columns = start + tl.arange(0, BLOCK)
     inside = row < rows
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     grad = tl.load(grad_ptr + row.to(tl.int64) * grad_stride, mask=used, other=0.0).to(tl.float32)

@@ -103,6 +103,7 @@ def _forward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
+    GROUPS: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
     classes = aligned(classes, ALIGN)
@@ -112,7 +113,7 @@ def _forward(
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=float("-inf")).to(tl.float32)
     origin = finite_or_zero(mine) if SMOOTHED else None
     best, rest, total, possible = scan(
-        starts, class_stride, classes, used, None, origin, ROWS, BLOCK, COUNT, LANES, STREAMS, True
+        starts, class_stride, classes, used, None, origin, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, True
     )
 
     # softmax of the best: exp(x - m) / s, with m the largest score and t the last one kept
