@@ -159,3 +159,10 @@ def test_second_derivatives() -> None:
 
     ours, theirs = (torch.autograd.functional.hessian(lambda x, b=b: total(x, b), scores) for b in ("triton", "torch"))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_leaders_before_a_crowd() -> None:
+    """Coefficients that differ by orders of magnitude: what a division lost would be multiplied by the largest."""
+    scores = torch.zeros(1, 200_000)
+    scores[0, :5], scores[0, -1] = 480.0 * torch.linspace(1.0, 0.01, 5), -6.0
+    compare(smooth_topk_loss, scores, torch.tensor([199_999]), k=6)

@@ -476,31 +476,31 @@ def _small_k(
     tail = _newton_identities(sums, lanes, K)
 
     # the K largest, 1 / w <= 1
-    one = tl.where(lanes == 0, 1.0, 0.0).to(tl.float64)
-    alone, full = tl.broadcast_to(one, tail.shape), tail
+    heads = tl.where(live[:, None], head, 0.0)
+    shrink = tl.exp(tl.minimum(center[:, None] - heads, 0.0) * rate)
+    success = (1.0 / (1.0 + shrink)).to(tl.float64)  # rounding scales all coefficients alike
+    failure = shrink.to(tl.float64) * success
+    full = tail
     for i in tl.static_range(K):
-        shrink = tl.exp((center - tl.where(live, lane(head, lanes, i), center)) * rate)
-        success = (1.0 / (1.0 + shrink)).to(tl.float64)[:, None]  # rounding scales all coefficients alike
-        failure = shrink.to(tl.float64)[:, None] * success
-        alone = alone * failure + _shifted(alone, lanes) * success
-        full = full * failure + _shifted(full, lanes) * success
+        full = _one_more(full, lanes, success, failure, i)
     chance, chance_less = lane(full, lanes, K), lane(full, lanes, K - 1)
     inverse, inverse_less = 1.0 / chance, 1.0 / chance_less
     gap = tl.log((chance * inverse_less).to(tl.float32)) + (center - mine) * rate + margin / tau
     term, slope, told = _outcome(gap, absent, live, bad, mine, weight, tau, K)
 
-    # slopes: a polynomial in w, and the values at the K largest, each divided out of the product from the top down
+    # slopes: a polynomial in w, and the values at the K largest, each left out by those before it and those behind it
     up, down = (told * inverse)[:, None], (told * inverse_less)[:, None]
     sign = tl.where(lanes % 2 == 1, -1.0, 1.0)
     series = sign * (_at(full, K - 1 - lanes) * up - _at(full, K - 2 - lanes) * down)
-    partner = _at(tail, K - 1 - lanes) * up - _at(tail, K - 2 - lanes) * down
-    heads = tl.where(live[:, None], head, 0.0)
-    shrink = tl.exp(tl.minimum(center[:, None] - heads, 0.0) * rate).to(tl.float64)
-    quotient = tl.zeros_like(shrink) + lane(alone, lanes, K)[:, None]
-    at_head = quotient * lane(partner, lanes, K - 1)[:, None]
-    for i in tl.static_range(1, K):
-        quotient = lane(alone, lanes, K - i)[:, None] - shrink * quotient
-        at_head += quotient * lane(partner, lanes, K - 1 - i)[:, None]
+    behind = _at(tail, K - 1 - lanes) * up - _at(tail, K - 2 - lanes) * down
+    at_head = tl.zeros_like(behind)
+    for i in tl.static_range(K - 1, -1, -1):
+        before = tl.broadcast_to(tl.where(lanes == 0, 1.0, 0.0).to(tl.float64), tail.shape)
+        for j in tl.static_range(i):
+            before = _one_more(before, lanes, success, failure, j)
+        at_head = tl.where(lanes == i, tl.sum(before * behind, 1)[:, None] * success, at_head)
+        more, less = lane(success, lanes, i)[:, None], lane(failure, lanes, i)[:, None]
+        behind = behind * less + _at(behind, lanes + 1) * more
     tl.store(record, center, mask=inside)
     place = record[:, None] + 1
     kept = inside[:, None] & (lanes < K)
@@ -508,6 +508,12 @@ def _small_k(
     tl.store(place + K + lanes, heads, mask=kept)
     tl.store(place + 2 * K + lanes, at_head.to(tl.float32), mask=kept)
     return term, slope
+
+
+@triton.jit
+def _one_more(counts, lanes, success, failure, i: tl.constexpr):
+    """Pr[S = j] with the i-th of the head's trials added."""
+    return counts * lane(failure, lanes, i)[:, None] + _shifted(counts, lanes) * lane(success, lanes, i)[:, None]
 
 
 @triton.jit
