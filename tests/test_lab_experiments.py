@@ -437,3 +437,30 @@ def test_the_decision_page_on_imagenet_heads() -> None:
     assert by_operator.idxmax() == "splitter_selection"
     assert by_operator["neuralsort"] < by_operator.drop("neuralsort").min() - 0.01
     assert mean.loc[sorted(mixtures), "candidates_99"].min() > mean.loc["cross-entropy", "candidates_99"]
+
+
+def test_the_decision_page_on_training_for_fewer_guesses() -> None:
+    frame = experiments.runs("19_sensitivity")
+    usual = {"loss.tau": 1.0, "loss.width": 1.0, "loss.epsilon": 1.0, "loss.samples": 5.0}
+    plain = np.ones(len(frame), dtype=bool)
+    for column, value in usual.items():
+        plain &= (frame[column].isna() | (frame[column].astype(float) == value)).to_numpy()
+    text = frame["loss.k"].map(str)
+    plain &= ~text.str.contains("+", regex=False).to_numpy()
+    k = text.map(lambda item: float(item.split("*")[-1]) if item != "nan" else 0.0)
+    best = frame[plain].assign(k=k[plain]).groupby(["loss.name", "k"])["top5"].mean()
+    for name in ("smooth", "noised", "differentiable"):
+        assert best[name].idxmax() in (2, 3), name
+    spread = {
+        name: best[name].max() - best[name].min() for name in ("smooth", "transition", "noised", "differentiable")
+    }
+    assert max(spread, key=spread.__getitem__) == "transition"
+    width = frame[(frame["loss.name"] == "transition") & (k == 5)].groupby("loss.width")["top5"].mean()
+    assert width.idxmax() > 1.0
+    for name, column in (("smooth", "loss.tau"), ("noised", "loss.epsilon"), ("transition", "loss.width")):
+        own = frame[(frame["loss.name"] == name) & (k == 5)]
+        if name == "noised":
+            own = own[own["loss.samples"].astype(float) == 5]
+        by = own.groupby(own[column].astype(float))["top5"].mean()
+        assert by.max() - by.min() > 0.008, (name, by)
+        assert by[1.0] > by.min() + 0.001, (name, by)
