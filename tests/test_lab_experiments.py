@@ -393,6 +393,8 @@ def test_the_decision_page_on_cifar100() -> None:
     above, below = of(frame, "top1")
     assert not above
     assert "smooth, k = 1 and 5" not in below, "keeps top-1"
+    hidden = experiments.runs("14_cifar100", "14_cifar100.mlp")
+    assert not of(hidden, "top1")[0] | of(hidden, "top5")[0]
     saved = -experiments.differences(frame, "candidates_99").set_index("loss")["mean"]
     assert 0.5 < saved["transition"] < 1.5
     assert saved["transition"] < saved["smooth, k = 1 and 5"] < 3
