@@ -308,7 +308,7 @@ def tuned_rows(
     """
     rows = []
     for (model, loss), group in final.groupby(["model.name", "loss"], sort=False):
-        tried = tuning[(tuning["model.name"] == model) & (tuning["loss"] == loss)]
+        tried = _candidates(tuning, model, loss)
         reached = [float(value) * _factor(metric) for value in tried.get(f"validation.{metric}", [])]
         chosen = {name: group[name].iloc[0] for name in _TUNED if name in tried and tried[name].nunique() > 1}
         rows.append({
@@ -337,7 +337,7 @@ def rates_at_an_edge(tuning: pd.DataFrame, final: pd.DataFrame) -> str:
     """A sentence that names the losses whose chosen learning rate is the smallest or the largest that was tried."""
     rate, found = "training.learning_rate", {"smallest": list[str](), "largest": list[str]()}
     for (model, loss), group in final.groupby(["model.name", "loss"], sort=False):
-        tried = tuning[(tuning["model.name"] == model) & (tuning["loss"] == loss)][rate].astype(float)
+        tried = _candidates(tuning, model, loss)[rate].astype(float)
         name = str(loss) if final["model.name"].nunique() == 1 else f"{loss} ({model})"
         for end, value in (("smallest", tried.min()), ("largest", tried.max())):
             found[end] += [name] * bool((group[rate].astype(float) == value).any())
@@ -345,6 +345,10 @@ def rates_at_an_edge(tuning: pd.DataFrame, final: pd.DataFrame) -> str:
         return "Every chosen learning rate lies inside the range that was tried."
     ends = " and ".join(f"the {end} that was tried for {listed(names)}" for end, names in found.items() if names)
     return f"The chosen learning rate is {ends}: there a wider range might find a little more."
+
+
+def _candidates(tuning: pd.DataFrame, model: object, loss: object) -> pd.DataFrame:
+    return tuning[(tuning["model.name"] == model) & (tuning["loss"] == loss)]
 
 
 def _setting(column: str) -> str:
