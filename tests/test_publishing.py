@@ -211,6 +211,14 @@ def test_every_notebook_says_how_long_it_runs(monkeypatch: pytest.MonkeyPatch) -
     assert "on a CPU not timed yet" in times.sentence("y")
 
 
+def test_a_build_says_beforehand_how_long_its_notebooks_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(times, "this_machine", lambda: ("cpu", "another box"))
+    monkeypatch.setattr(times, "record", lambda: {"cpu": {"machine": "a box", "smoke": {"x": 40.0, "y": 180.0}}})
+    assert times.expected(["x", "y"], "smoke", 2) == ": about 2 min, 2 at a time"
+    assert times.expected(["x"], "smoke", 1) == ": about 40 s, 1 at a time"
+    assert times.expected(["x", "new"], "smoke", 2) == times.expected([], "smoke", 1) == ""
+
+
 def test_times_belong_to_one_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(times, "RECORD", tmp_path / "times.yml")
     monkeypatch.setattr(times, "this_machine", lambda: ("cpu", "old"))

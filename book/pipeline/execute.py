@@ -22,6 +22,7 @@ from pathlib import Path
 import nbformat
 from nbformat import NotebookNode
 
+from book.pipeline import times
 from book.pipeline.chapters import code_cells, read
 from book.pipeline.checks import broken_cells
 from book.pipeline.layout import EXECUTED, ROOT, SCRATCH, BookError
@@ -70,9 +71,10 @@ def run_all(chosen: Iterable[Path], profile: str, jobs: int, *, fresh: bool = Fa
             results[twin.stem] = nbformat.read(cached, as_version=4)
         else:
             todo[twin.stem] = cached
-    print(f"notebooks: {len(results)} unchanged, {len(todo)} to run under the {profile} profile", flush=True)
-    complaints: list[str] = []
     jobs = max(1, min(jobs, len(todo)))
+    length = times.expected(todo, profile, jobs)
+    print(f"notebooks: {len(results)} unchanged, {len(todo)} to run under the {profile} profile{length}", flush=True)
+    complaints: list[str] = []
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(_run_one, stem, profile, jobs): stem for stem in todo}
         for done, future in enumerate(as_completed(running), 1):

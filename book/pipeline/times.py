@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,14 @@ def in_words(seconds: float) -> str:
     if seconds <= 90:
         return f"{max(5, -(-int(seconds + 0.999) // 5) * 5)} s"
     return f"{-(-int(seconds) // 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def expected(stems: Collection[str], profile: str, jobs: int) -> str:
+    """How long these notebooks may take together, "" where one of them was never timed on such a machine."""
+    known = record().get(this_machine()[0], {}).get(profile, {})
+    if not stems or not set(stems) <= set(known):
+        return ""
+    return f": about {in_words(sum(known[stem] for stem in stems) / jobs)}, {jobs} at a time"
 
 
 def summary() -> str:
