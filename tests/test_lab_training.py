@@ -419,7 +419,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(kind: str, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told["kills"] >= 5
+    assert told["kills"] >= 3
     assert told["resumed"] == told["whole"]
 
 
