@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -58,8 +59,24 @@ def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_installed", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert ops._missing_triton.__wrapped__() == "triton is not installed"
+    monkeypatch.setattr(ops, "_missing_triton", ops._missing_triton.__wrapped__)
     assert ops.why_not_triton(CPU) == "triton is not installed"
+
+
+def test_triton_may_be_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch 2.6 and 2.7 bring cannot compile the kernels: the torch path has to serve their users."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(ops, "_missing_triton", ops._missing_triton.__wrapped__)
+    for version in ("3.2.0", "3.3.1"):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert ops.why_not_triton(CPU) == f"triton {version} is installed, and the kernels need 3.4 or newer"
+        with pytest.raises(RuntimeError, match=r"cannot run: triton 3\.\d\.\d is installed"):
+            topk_hinge_loss(torch.zeros(2, 9), torch.tensor([0, 1]), backend="triton")
+    for version in ("3.4.0", "3.10.1+git0", "4.0.0"):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert ops._missing_triton() is None
 
 
 # --- by capability ---------------------------------------------------------------------------------------------------

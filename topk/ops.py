@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import inspect
 import os
@@ -53,8 +54,9 @@ def why_not_triton(
         return f"{name} has no Triton kernel"
     if kind not in _KERNEL_TYPES:
         return f"the Triton kernels compute in float32, for float32, float16 and bfloat16 scores; these are {kind}"
-    if not _installed():
-        return "triton is not installed"
+    missing = _missing_triton()
+    if missing is not None:
+        return missing
     interpreted = device.type == "cpu" and _interpreted()
     if device.type != "cuda" and not interpreted:
         return f"the Triton kernels need scores on a CUDA device (or TRITON_INTERPRET=1), these are on {device}"
@@ -102,11 +104,19 @@ def _serves_all(absent: tuple[bool, ...]) -> None:
 
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PROMISED = (8, 0)
+OLDEST_TRITON = (3, 4)
+"""3.2 has no gather, and neither 3.2 nor 3.3 compiles a function that returns from within a loop."""
 
 
 @functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _missing_triton() -> str | None:
+    """None when a triton that can compile the kernels is installed, otherwise what is wrong."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST_TRITON:
+        return None
+    return f"triton {version} is installed, and the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer"
 
 
 def _interpreted() -> bool:
