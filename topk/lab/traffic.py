@@ -37,7 +37,11 @@ class Call:
 
 @contextlib.contextmanager
 def eager_traffic() -> Iterator[list[Call]]:
-    """Lists every operation that moves data. Views and fresh memory move none."""
+    """Lists every operation that moves data. Views and fresh memory move none.
+
+    An operation counts once, whatever it does inside: to count the steps of a loss's torch path, call its room in
+    `topk.losses` directly and not the operation that it is registered as.
+    """
     calls: list[Call] = []
     with _Watch(calls):
         yield calls
