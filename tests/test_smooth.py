@@ -193,6 +193,36 @@ def test_a_crowd_behind_few_leaders(classes: int, k: int, lead: float, above: fl
         assert (gradient - expected_gradient).abs().max() <= bound
 
 
+@pytest.mark.parametrize("k", [1000, 4000])
+def test_thousands_of_guesses_and_a_crowd(k: int) -> None:
+    """k - 1 leaders far ahead of ties: here the tilt needs the most steps, and too few of them underflow in float32."""
+    classes, lead = 21841, 18.0
+    scores = torch.zeros(1, classes)
+    scores[0, : k - 1] = lead * k
+    crowd = classes - k  # wrong classes at 0; the target is at 0 too
+    few = torch.arange(0, 60, dtype=torch.float64)  # how many of them are among the j largest: more are no use
+
+    def log_e(j: int) -> torch.Tensor:
+        ahead = j - few
+        allowed = (ahead >= 0) & (ahead <= k - 1)
+        ahead = ahead.clamp(0, k - 1)
+        ways = _log_choose(k - 1, ahead) + _log_choose(crowd, few) + lead * ahead
+        return torch.where(allowed, ways, -torch.inf).logsumexp(0)
+
+    exact = F.softplus(1.0 + log_e(k) - log_e(k - 1))
+    target = torch.tensor([classes - 1])
+    scores.requires_grad_()
+    loss = topk.smooth_topk_loss(scores, target, k)
+    assert abs(loss.item() - exact.item()) < 3e-6 * exact.item()
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert abs(gradient.sum().item()) < 2e-5 / k
+
+
+def _log_choose(n: int, j: torch.Tensor) -> torch.Tensor:
+    top = torch.tensor(n + 1.0, dtype=torch.float64)
+    return top.lgamma() - (j + 1).lgamma() - (top - j).lgamma()
+
+
 @pytest.mark.parametrize("k", [1, 5, 8, 9])
 @pytest.mark.parametrize("kind", ["gaussian", "tied"])
 def test_second_derivatives_with_many_classes(kind: str, k: int) -> None:

@@ -10,7 +10,7 @@ Everything comes from `topk.lab.shipped`; a number that has no record is not sho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
@@ -30,6 +30,7 @@ _SHORT_NAMES = {
     "smooth_limit": "smooth-limit hinge",
     "entropy": "truncated entropy",
 }
+_ORDER = ("cross-entropy", "label smoothing", "focal", "LDAM", "smooth", "transition", "noised", "differentiable")
 _TUNED = (
     "training.learning_rate", "training.weight_decay", "loss.tau", "loss.epsilon", "loss.width", "loss.margin",
     "loss.gamma", "loss.label_smoothing", "loss.inverse_temperature", "loss.max_margin", "loss.scale", "model.scale",
@@ -45,11 +46,32 @@ _METRIC_NAMES = {
 
 
 def runs(chapter: str, sweep: str | None = None) -> pd.DataFrame:
-    """A chapter's runs of one sweep (None: the chapter's own), with a column `loss` that says which loss in words."""
+    """A chapter's runs of one sweep (None: the chapter's own), with a column `loss` that says which loss in words.
+
+    Every table lists the losses in the order they have here: cross-entropy and its kin, the papers' losses, hinges.
+    """
     frame = shipped.load(chapter)
     frame = frame[frame["sweep"] == (sweep or chapter)].copy()
     frame.insert(0, "loss", [loss_name(dict(row)) for _, row in frame.iterrows()])
-    return frame.reset_index(drop=True)
+    return frame.sort_values("loss", key=lambda names: names.map(_place), kind="stable", ignore_index=True)
+
+
+def _place(loss: str) -> tuple[int, str]:
+    words = loss.split(",")[0]
+    if words.endswith("hinge"):
+        return len(_ORDER) + 1, loss
+    return next((place for place, family in enumerate(_ORDER) if family in words), len(_ORDER)), loss
+
+
+def by_head(frame: pd.DataFrame, heads: Iterable[str] | None = None) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(model, loss, its runs), head after head where `heads` lists them."""
+    if heads is None:
+        for (model, loss), group in frame.groupby(["model.name", "loss"], sort=False):
+            yield str(model), str(loss), group
+    else:
+        for model in heads:
+            for loss, group in frame[frame["model.name"] == model].groupby("loss", sort=False):
+                yield model, str(loss), group
 
 
 def loss_name(row: Mapping[str, Any]) -> str:
@@ -148,9 +170,14 @@ def provenance(frame: pd.DataFrame) -> str:
     versions = sorted(set(frame["torch"].astype(str)))
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
-        f"{len(frame)} records, {frame['seed'].nunique()} seeds, sweep {', '.join(sorted(set(frame['sweep'])))}; "
+        f"{len(frame)} records, {_count(frame['seed'].nunique(), 'seed')}, "
+        f"sweep {', '.join(sorted(set(frame['sweep'])))}; "
         f"commit {', '.join(commits)}; {when}; {', '.join(machines)}; torch {', '.join(versions)}"
     )
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"
 
 
 def show(figure: Figure, alt: str, data: Mapping[str, Sequence[Any]], frame: pd.DataFrame) -> None:
@@ -200,16 +227,17 @@ def differences(
     return found.assign(**{name: found[name] * _factor(metric) for name in columns}).rename(columns={"label": "loss"})
 
 
-def apart(frame: pd.DataFrame, metric: str, baseline: str = BASELINE) -> tuple[list[str], list[str]]:
+def apart(frame: pd.DataFrame, metric: str, baseline: str = BASELINE, lists: int = 1) -> tuple[list[str], list[str]]:
     """The losses surely above the baseline and those surely below, largest difference first.
 
-    "Surely": the paired t interval excludes zero at a confidence of 1 - 0.05 / (number of losses compared), so that
-    all statements together are wrong with a probability of 5 % at most (Bonferroni).
+    "Surely": the paired t interval excludes zero at a confidence of 1 - 0.05 / (number of comparisons), so that all
+    statements together are wrong with a probability of 5 % at most (Bonferroni). The comparisons are the other losses,
+    in each of `lists` such pairs of lists that are read together.
     """
     others = frame["loss"].nunique() - 1
     if others < 1:
         return [], []
-    found = differences(frame, metric, baseline=baseline, confidence=1 - 0.05 / others)
+    found = differences(frame, metric, baseline=baseline, confidence=1 - 0.05 / (others * lists))
     above = found[found["low"] > 0].sort_values("mean", ascending=False)
     below = found[found["high"] < 0].sort_values("mean")
     return above["loss"].tolist(), below["loss"].tolist()
@@ -307,12 +335,12 @@ def tuned_rows(
     heads: how to call the models, {model.name: words}, where there are several.
     """
     rows = []
-    for (model, loss), group in final.groupby(["model.name", "loss"], sort=False):
+    for model, loss, group in by_head(final, heads):
         tried = _candidates(tuning, model, loss)
         reached = [float(value) * _factor(metric) for value in tried.get(f"validation.{metric}", [])]
         chosen = {name: group[name].iloc[0] for name in _TUNED if name in tried and tried[name].nunique() > 1}
         rows.append({
-            **({"head": heads[str(model)]} if heads else {}),
+            **({"head": heads[model]} if heads else {}),
             "loss": loss,
             "candidates": len(reached),
             "chosen": ", ".join(f"{_setting(name)} {_plain(value)}" for name, value in chosen.items()),
@@ -336,9 +364,9 @@ def show_tuning(
 def rates_at_an_edge(tuning: pd.DataFrame, final: pd.DataFrame) -> str:
     """A sentence that names the losses whose chosen learning rate is the smallest or the largest that was tried."""
     rate, found = "training.learning_rate", {"smallest": list[str](), "largest": list[str]()}
-    for (model, loss), group in final.groupby(["model.name", "loss"], sort=False):
+    for model, loss, group in by_head(final):
         tried = _candidates(tuning, model, loss)[rate].astype(float)
-        name = str(loss) if final["model.name"].nunique() == 1 else f"{loss} ({model})"
+        name = loss if final["model.name"].nunique() == 1 else f"{loss} ({model})"
         for end, value in (("smallest", tried.min()), ("largest", tried.max())):
             found[end] += [name] * bool((group[rate].astype(float) == value).any())
     if not any(found.values()):
@@ -347,7 +375,7 @@ def rates_at_an_edge(tuning: pd.DataFrame, final: pd.DataFrame) -> str:
     return f"The chosen learning rate is {ends}: there a wider range might find a little more."
 
 
-def _candidates(tuning: pd.DataFrame, model: object, loss: object) -> pd.DataFrame:
+def _candidates(tuning: pd.DataFrame, model: str, loss: str) -> pd.DataFrame:
     return tuning[(tuning["model.name"] == model) & (tuning["loss"] == loss)]
 
 

@@ -52,7 +52,7 @@ from topk.losses.room import (
 POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
 
-_NEWTON_STEPS = 3
+_NEWTON_STEPS = (3, 16)  # usually, and at most: a step divides an excess of the mean by e, and it is below n
 _LANES = 2**13  # polynomials advanced together by one step of the recursion
 _SUM_CHUNK = 2**17  # elements worked on at a time: buffers stay in cache, far below the size of the scores
 _LANE_CHUNK = 2**17  # larger, since every step of the recursion costs one call
@@ -196,18 +196,25 @@ def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, r
 
 
 def _balance(exponents: Tensor, buffer: Tensor, k: int, wrong: int) -> Tensor:
-    """The tilt at which the expected number of successes is about k - 1/2: safeguarded Newton steps."""
+    """The tilt at which the expected number of successes is about k - 1/2: safeguarded Newton steps.
+
+    Any tilt is right at which the chances of k and of k - 1 are far from underflow: within a few standard deviations.
+    Three steps get there but for leaders far ahead of a crowd of ties. To look would stall a device.
+    """
     below = torch.clamp(exponents, max=0.0, out=buffer).exp_().sum(1) - (k - 1)
     low = torch.full_like(below, -math.log(2 * (wrong - k) + 1))
     high = torch.full_like(below, math.log(2 * k - 1))
     tilt = (k / below.clamp_(min=1)).log_().clamp_(max=0.0).maximum(low)
-    for _ in range(_NEWTON_STEPS):
+    usual, most = _NEWTON_STEPS
+    for done in range(1, most + 1):
         probability = torch.add(exponents, tilt[:, None], out=buffer).sigmoid_()
         mean = probability.sum(1)
         variance = mean - torch.linalg.vecdot(probability, probability)
         low, high = torch.where(mean < k - 0.5, tilt, low), torch.where(mean > k - 0.5, tilt, high)
         step = tilt - (mean - (k - 0.5)) / variance
         tilt = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+        if done >= usual and exponents.is_cpu and not bool(((mean - (k - 0.5)) ** 2 > 4 * variance + 0.25).any()):
+            break
     return tilt
 
 
