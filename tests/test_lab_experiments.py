@@ -375,6 +375,27 @@ def test_evaluation_only_at_the_end(small_records: Path) -> None:
     assert sweeps.Results(small_records).known
 
 
+def test_tables_list_losses_in_one_order() -> None:
+    for chapter in ("14_cifar100", "16_little_data", "17_long_tails", "18_imagenet"):
+        names = [loss for _, loss, _ in experiments.by_head(experiments.runs(chapter))]
+        assert names[0] == "cross-entropy"
+        places = [experiments._place(name) for name in dict.fromkeys(names)]
+        assert places == sorted(places)
+    frame = experiments.runs("16_little_data")
+    heads = [head for head, _, _ in experiments.by_head(frame, ["mlp", "linear"])]
+    assert heads == ["mlp"] * 5 + ["linear"] * 5
+    assert sum(len(group) for _, _, group in experiments.by_head(frame, ["mlp", "linear"])) == len(frame)
+
+
+def test_more_lists_read_together_need_wider_intervals() -> None:
+    frame = experiments.runs("16_little_data")
+    frame = frame[(frame["model.name"] == "mlp") & (frame["data.fraction"] == 0.25)]
+    alone, together = (experiments.apart(frame, "top5", lists=lists) for lists in (1, 10**6))
+    for narrow, wide in zip(alone, together, strict=True):
+        assert set(wide) <= set(narrow)
+    assert sum(map(len, together)) < sum(map(len, alone))
+
+
 # --- what the decision page says -------------------------------------------------------------------------------------
 
 
