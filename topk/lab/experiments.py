@@ -253,13 +253,13 @@ def listed(items: Iterable[str], otherwise: str = "none") -> str:
 
 
 def style(loss: str) -> dict[str, Any]:
-    """How a loss is drawn everywhere; a family shares its colour."""
+    """How a loss is drawn everywhere; a family shares its look."""
     for name, look in figures.LOSSES.items():
         if loss == name:
             return look
     for name in ("differentiable", "smooth", "noised", "transition"):
         if name in loss.split(",")[0].split() and not loss.endswith("hinge"):
-            return {"color": figures.LOSSES[name]["color"]}
+            return figures.LOSSES[name]
     return {"color": "#777777"}
 
 
