@@ -29,7 +29,7 @@ Found = dict[str, dict[str, list[float]]]
 
 CHAPTER = "03_when_cross_entropy_fails"
 K = 2
-RATES = (0.03, 0.2, 1.0, 5.0)
+RATES = (0.03, 0.2, 1.0)
 """Learning rates of Adam that every loss may choose from."""
 
 LOSSES: dict[str, RowLoss] = {
