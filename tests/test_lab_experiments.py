@@ -438,6 +438,34 @@ def test_the_decision_page_on_long_tails() -> None:
         assert of(frame, "few_top5")[1] >= {"noised", "smooth"}, "rare classes worse"
 
 
+def leads(chapter: str, setting: str, head: str, loss: str) -> pd.DataFrame:
+    """A loss's mean top-1 and top-5 less those of cross-entropy, in points, by a setting."""
+    frame = experiments.runs(chapter)
+    mean = 100 * frame[frame["model.name"] == head].groupby(["loss", setting])[["top1", "top5", "training.top1"]].mean()
+    return mean.loc[loss] - mean.loc["cross-entropy"]
+
+
+def test_the_decision_page_on_label_noise() -> None:
+    smooth = leads("15_label_noise", "data.noise", "mlp", "smooth")
+    assert smooth["top5"].loc[0.0] < 0 < smooth["top5"].loc[0.2]
+    assert smooth["top5"].loc[:0.8].is_monotonic_increasing
+    assert (smooth["top1"].loc[0.6:0.8] > 0).all()
+    assert (smooth["training.top1"] < 0).all(), "memorises less"
+    frame = experiments.runs("15_label_noise")
+    for noise in (0.4, 0.6, 0.8, 1.0):
+        assert "smooth" in of(frame[(frame["model.name"] == "mlp") & (frame["data.noise"] == noise)], "top5")[0]
+
+
+def test_the_decision_page_on_little_data() -> None:
+    for head, least in (("linear", 0.5), ("mlp", 1.0)):
+        smooth = leads("16_little_data", "data.fraction", head, "smooth")
+        assert smooth["top5"].loc[0.05] > least
+        assert smooth["top5"].loc[1.0] < 0.2
+        assert (smooth["top1"] < 0).all()
+    mixture = leads("16_little_data", "data.fraction", "mlp", "differentiable [.5, 0, 0, 0, .5]")
+    assert mixture["top5"].between(0, 1, inclusive="neither").all()
+
+
 def test_the_decision_page_on_imagenet_heads() -> None:
     frame = experiments.runs("18_imagenet")
     other = {"loss.method": "splitter_selection", "loss.distribution": "cauchy", "loss.m": 16.0}
