@@ -454,6 +454,10 @@ def test_the_decision_page_on_label_noise() -> None:
     frame = experiments.runs("15_label_noise")
     for noise in (0.4, 0.6, 0.8, 1.0):
         assert "smooth" in of(frame[(frame["model.name"] == "mlp") & (frame["data.noise"] == noise)], "top5")[0]
+    linear = frame[frame["model.name"] == "linear"]
+    for _, part in linear.groupby("data.noise"):
+        assert not experiments.apart(part, "top5", lists=12)[0], "none of this on a linear head"
+    assert linear["training.top1"].max() < frame.loc[frame["model.name"] == "mlp", "training.top1"].max()
 
 
 def test_the_decision_page_on_little_data() -> None:
