@@ -482,17 +482,20 @@ def test_the_decision_page_on_imagenet_heads() -> None:
     above, below = of(frame[usual], "top5")
     assert not above
     mixtures = {loss for loss in frame["loss"] if loss.startswith("differentiable") and loss != "differentiable [1]"}
-    assert not below & ({"smooth", "transition"} | mixtures), "level"
+    assert not below & {"smooth", "transition"}
+    assert len(mixtures - below) >= 4 == len(mixtures) - 1, "most are level"
     above, worse = of(frame[usual], "top1")
     assert not above
     assert len(worse & ({"smooth", "transition"} | mixtures)) > 4
     mean = frame[usual].groupby("loss")[["top5", "candidates_99"]].mean()
-    spread = mean.loc[sorted(mixtures), "top5"]
-    assert spread.max() - spread.min() < 0.002, "P_K matters little"
+    spread = mean.loc[[*sorted(mixtures), "differentiable [1]"], "top5"]
+    assert 0.0028 < spread.max() - spread.min() < 0.0038, "P_K moves top-5 by a third of a point"
     mixed = frame[(frame["loss"] == "differentiable [.25, 0, 0, 0, .75]") & (frame["loss.m"].astype(float) == 16)]
     by_operator = mixed[mixed["loss.distribution"] == "cauchy"].groupby("loss.method")["top5"].mean()
-    assert by_operator.idxmax() == "splitter_selection"
-    assert by_operator["neuralsort"] < by_operator.drop("neuralsort").min() - 0.01
+    order = by_operator.sort_values(ascending=False)
+    assert (order.index[0], order.index[-1]) == ("splitter_selection", "bitonic")
+    assert order.iloc[0] - order.iloc[-1] < 0.0067
+    assert {"neuralsort", "softsort"} <= set(order.index[1:-1])
     assert mean.loc[sorted(mixtures), "candidates_99"].min() > mean.loc["cross-entropy", "candidates_99"]
 
 
