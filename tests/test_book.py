@@ -72,6 +72,27 @@ def test_a_gap_in_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert part in complaints
 
 
+def test_the_status_page_tells_where_every_chapter_ran() -> None:
+    notebooks = {twin.stem: chapters.read(twin) for twin in layout.twins()}
+    names = sorted(notebooks)
+    for notebook in notebooks.values():
+        notebook.metadata["run"] = {
+            "profile": "smoke",
+            "seconds": 1.5,
+            "machine": "A, 2 cores",
+            "versions": {"torch": "9"},
+        }
+    page = pages.status(notebooks)
+    assert page.count("| smoke | 1.5 | 9 |") == len(names)
+    assert "- A, 2 cores: all chapters" in page
+    assert "- torch 9" in page
+    notebooks[names[1]].metadata["run"]["machine"] = "B"
+    del notebooks[names[2]].metadata["run"]["machine"]
+    page = pages.status(notebooks)
+    assert "- B: chapters 2\n- not noted: chapters 3\n" in page
+    assert "- A, 2 cores: chapters 1, 4, 5" in page
+
+
 def test_the_address_is_written_by_hand_in_one_place() -> None:
     address = layout.address()
     for path in [*layout.twins(), *(ROOT / "book").rglob("*.md"), *(ROOT / "book" / "pipeline").glob("*.py")]:

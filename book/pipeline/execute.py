@@ -136,7 +136,12 @@ def _run_one(stem: str, profile: str, jobs: int) -> tuple[NotebookNode, list[str
     seconds = time.perf_counter() - start
     ran = folder / ("out.ipynb" if (folder / "out.ipynb").exists() else "in.ipynb")
     executed = _without_papermill(nbformat.read(ran, as_version=4), source)
-    executed.metadata["run"] = {"profile": profile, "seconds": round(seconds, 1), "versions": versions()}
+    executed.metadata["run"] = {
+        "profile": profile,
+        "seconds": round(seconds, 1),
+        "machine": times.this_machine()[1],
+        "versions": versions(),
+    }
     return executed, failures + _first_failures(stem, executed)
 
 

@@ -119,9 +119,15 @@ def equations() -> str:
         entry = table.get(label, {})
         is_equation = label in numbers().equations
         reference = f"{{eq}}`{label}`" if is_equation else f"{{prf:ref}}`{label}`"
-        function = f"`{entry['function']}`" if entry.get("function") else "–"
-        lines.append(f"| {reference} | {entry.get('states', '')} | {function} | `{entry.get('test', '')}` |")
+        function = _breakable(entry["function"]) if entry.get("function") else "–"
+        lines.append(f"| {reference} | {entry.get('states', '')} | {function} | {_breakable(entry.get('test', ''))} |")
     return "\n\n".join((*head, "\n".join(lines))) + "\n"
+
+
+def _breakable(name: str) -> str:
+    """A dotted name or a path as code that may be broken at its joints, so that a table needs no scrolling."""
+    broken = re.sub(r"([./]|::|(?<!\.)_)", r"\1<wbr>", name).replace("_", "&#95;")
+    return f'<code class="docutils literal breakable">{broken}</code>'
 
 
 def _order(label: str) -> tuple[int, ...]:
@@ -133,18 +139,24 @@ def _order(label: str) -> tuple[int, ...]:
 
 
 def status(notebooks: dict[str, NotebookNode]) -> str:
-    """With which versions, under which profile and how long every notebook ran."""
+    """With which versions, on which machine, under which profile and how long every notebook ran."""
     lines = ["| chapter | profile | seconds | torch | Python |", "|---|---|---|---|---|"]
     versions: dict[str, str] = {}
+    machines: dict[str, list[str]] = {}
     for twin in twins():
         notebook = notebooks[twin.stem]
         run = notebook.metadata.get("run", {})
         versions = run.get("versions", versions)
+        machines.setdefault(run.get("machine", "not noted"), []).append(str(chapter_number(twin)))
         title = f"[{chapter_number(twin)}. {_title(notebook)}](../notebooks/{twin.stem}.ipynb)"
         mine = run.get("versions", {})
         cells = (run.get("profile", "–"), run.get("seconds", "–"), mine.get("torch", "–"), mine.get("python", "–"))
         lines.append(f"| {title} | {' | '.join(str(cell) for cell in cells)} |")
     packages = "\n".join(f"- {name} {number}" for name, number in versions.items())
+    hardware = "\n".join(
+        f"- {machine}: {'all chapters' if len(machines) == 1 else 'chapters ' + ', '.join(its)}"
+        for machine, its in machines.items()
+    )
     return (
         "\n\n".join(
             (
@@ -152,6 +164,9 @@ def status(notebooks: dict[str, NotebookNode]) -> str:
                 "How each chapter's code last ran for this copy of the book. The profile `smoke` takes seconds and "
                 "shows that everything works; `laptop` takes minutes; `gpu` is the size of the papers.",
                 "\n".join(lines),
+                "What the experiments and benchmarks were recorded on stands under each of their figures.",
+                "## Hardware",
+                hardware,
                 "## Versions",
                 packages,
             )
