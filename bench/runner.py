@@ -22,7 +22,17 @@ from tqdm import tqdm
 import topk
 from bench.contenders import CROSS_ENTROPY, Contender, Setting, contenders
 from bench.suites import Suite
-from topk.lab.timing import Clock, NoReplayError, Work, clock_of, first_line, gigabytes_per_second, in_turns, quantiles
+from topk.lab.timing import (
+    Clock,
+    CpuClock,
+    NoReplayError,
+    Work,
+    clock_of,
+    first_line,
+    gigabytes_per_second,
+    in_turns,
+    quantiles,
+)
 
 RESULTS = Path(__file__).parent / "results"
 CELL = ("suite", *Setting.__dataclass_fields__)
@@ -31,6 +41,7 @@ COLUMNS = (
     *CELL,
     "contender",
     *_TIMES,
+    *(f"warm_{name}" for name in _TIMES),
     *(f"graph_{name}" for name in _TIMES),
     "graph_note",
     "peak_bytes",
@@ -182,6 +193,7 @@ def measure(setting: Setting, clock: Clock, seconds: float = 3.0, compiled: bool
             _tidy(clock)
     size = scores.numel() * scores.element_size()
     eager = in_turns(clock, works, seconds)
+    warm = in_turns(CpuClock(warm=True), works, seconds) if clock.device.type == "cpu" else {}
     peaks = {name: clock.peak(work) for name, work in works.items()}
     replays, why_not = _captured(clock, works)
     graphs = in_turns(clock, replays, seconds)
@@ -190,6 +202,7 @@ def measure(setting: Setting, clock: Clock, seconds: float = 3.0, compiled: bool
         {
             "contender": contender.name,
             **_times(eager, contender, size),
+            **{f"warm_{name}": value for name, value in _times(warm, contender, size).items()},
             **{f"graph_{name}": value for name, value in _times(graphs, contender, size).items()},
             "graph_note": why_not.get(contender.name, ""),
             "peak_bytes": peaks.get(contender.name, ""),

@@ -161,6 +161,9 @@ def test_cpu_clock() -> None:
     clock.time(lambda: None)
     assert not clock._other_data.any(), "the caches are overwritten before every call"
     assert clock._other_data.numel() > 2**24
+    calls: list[int] = []
+    CpuClock(warm=True).time(lambda: calls.append(1) if calls else time.sleep(0.0) or calls.append(0))
+    assert calls == [0, 1], "warm: the second of two calls in a row"
     with pytest.raises(NoReplayError, match="no graphs"):
         clock.replay(lambda: None)
     with pytest.raises(ValueError, match="device must be cpu or cuda, got meta"):
@@ -281,7 +284,9 @@ def test_records_are_kept_and_resumed(tmp_path: Path) -> None:
     path = runner.run_suite("smoke", quick(*settings[:1]), tmp_path)
     first = runner.read(path)
     assert {row["contender"] for row in first} >= {CROSS_ENTROPY, "copy", "topk hinge"}
-    assert all(float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"]) for row in first)
+    for clock in ("", "warm_"):
+        quantiles_of = [[float(row[f"{clock}p{p}_ms"]) for p in (20, 50, 80)] for row in first]
+        assert all(0 < low <= middle <= high for low, middle, high in quantiles_of)
     assert all(row["commit"] and row["torch"] == torch.__version__ and row["processor"] for row in first)
     assert all(int(row["peak_bytes"]) > 0 for row in first if row["contender"] != PLAIN_COPY)
     for row in first:
@@ -343,7 +348,7 @@ def test_older_records_are_read_and_kept(tmp_path: Path) -> None:
     setting = Setting("hinge", 4, 20, 2)
     path = runner.run_suite("smoke", quick(setting), tmp_path)
     new = runner.read(path)
-    older = [name for name in runner.COLUMNS if not name.startswith("graph_")]
+    older = [name for name in runner.COLUMNS if not name.startswith(("graph_", "warm_"))]
     older = [name for name in older if name not in ("gbps", "kernels", "note", "processor", "driver", "triton")]
     with path.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, older, extrasaction="ignore")
@@ -352,7 +357,7 @@ def test_older_records_are_read_and_kept(tmp_path: Path) -> None:
     runner.run_suite("smoke", quick(setting, Setting("smooth", 4, 20, 2)), tmp_path)
     rows = runner.read(path)
     assert [row["p50_ms"] for row in rows[: len(new)]] == [row["p50_ms"] for row in new]
-    assert rows[0]["graph_p50_ms"] == rows[0]["processor"] == ""
+    assert rows[0]["graph_p50_ms"] == rows[0]["warm_p50_ms"] == rows[0]["processor"] == ""
     assert len(rows) > len(new)
 
 
@@ -416,6 +421,31 @@ def test_ratios_of_the_tidy_table(records: Any) -> None:
     assert set(benchmarks.sweep(records, "smooth", "classes")["classes"]) == {100, 1000, 10_000}
     assert set(benchmarks.sweep(records, "smooth", "k")["k"]) == {1, 5, 10}
     assert len(benchmarks.sweep(records, "hinge", "k")) == 0
+
+
+def test_the_summary_tells_both_clocks(tmp_path: Path) -> None:
+    cold = {CROSS_ENTROPY: 1.0, "topk smooth": 4.0, "difftopk smooth": 80.0}
+    warm = {CROSS_ENTROPY: "0.5", "topk smooth": "3.0", "difftopk smooth": "75.0"}
+    rows = made_up("cpu", cold, batch=256)
+    for row in rows:
+        row["times_cross_entropy"] = str(float(row["p50_ms"]) / cold[CROSS_ENTROPY])
+    path = tmp_path / "a-machine" / "headline.csv"
+    path.parent.mkdir()
+
+    def summary() -> str:
+        with path.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, runner.COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        return plots.summary(path).splitlines()[-1]
+
+    assert summary().startswith("| smooth | 4.0 | 20.0 (difftopk) |")
+    for row in rows:
+        row["warm_p50_ms"] = warm[str(row["contender"])]
+        row["warm_times_cross_entropy"] = str(float(warm[str(row["contender"])]) / 0.5)
+    assert summary().startswith("| smooth | 4.0 / 6.0 | 20.0 / 25.0 (difftopk) |")
+    peers = benchmarks.against_peers(benchmarks.measured(benchmarks.read(path), "cpu"))
+    assert (float(peers["faster"].iloc[0]), float(peers["warm_faster"].iloc[0])) == (20.0, 25.0)
 
 
 def test_figures_draw_the_table(records: Any) -> None:

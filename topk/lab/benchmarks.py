@@ -31,8 +31,9 @@ _TEXT = (
     "processor", "driver", "torch", "triton", "topk", "python", "commit", "date",
 )  # fmt: skip
 _NUMBERS = (
-    "batch", "classes", "k", "spread", "epsilon", "samples", "m", "p20_ms", "p50_ms", "p80_ms", "graph_p20_ms",
-    "graph_p50_ms", "graph_p80_ms", "peak_bytes", "score_bytes", "rounds", "load", "threads",
+    "batch", "classes", "k", "spread", "epsilon", "samples", "m", "p20_ms", "p50_ms", "p80_ms", "warm_p20_ms",
+    "warm_p50_ms", "warm_p80_ms", "graph_p20_ms", "graph_p50_ms", "graph_p80_ms", "peak_bytes", "score_bytes",
+    "rounds", "load", "threads",
 )  # fmt: skip
 _WHOLE = ("batch", "classes", "k", "samples", "m")
 
@@ -62,7 +63,7 @@ def _with_columns(frame: pd.DataFrame) -> pd.DataFrame:
     frame[list(_WHOLE)] = frame[list(_WHOLE)].astype("int64")
     frame["score_copies"] = frame["peak_bytes"] / frame["score_bytes"]
     moved = frame["score_bytes"] * np.where(frame["contender"] == PLAIN_COPY, 2, 3)
-    for clock in ("", "graph_"):
+    for clock in ("", "warm_", "graph_"):
         frame[f"{clock}gbps"] = gigabytes_per_second(moved, frame[f"{clock}p50_ms"])  # type: ignore[arg-type]
         frame[f"{clock}copy_gbps"] = _beside(frame, PLAIN_COPY, f"{clock}gbps")
         frame[f"{clock}times_ce"] = frame[f"{clock}p50_ms"] / _beside(frame, CROSS_ENTROPY, f"{clock}p50_ms")
@@ -109,13 +110,17 @@ def ours(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def against_peers(frame: pd.DataFrame) -> pd.DataFrame:
-    """A row for every problem that a peer solves too: `faster`, its time over ours, and `less_memory` likewise."""
+    """A row for every problem that a peer solves too: `faster`, its time over ours, and `less_memory` likewise.
+
+    `warm_faster` is the same from warm caches, where the record has these times.
+    """
     peers = frame[frame["contender"].str.startswith(("difftopk ", "pytopk "))]
     keys = ["machine", *PROBLEM]
     both = ours(frame).merge(peers, on=keys, suffixes=("", "_peer"))
-    both["faster"] = both["p50_ms_peer"] / both["p50_ms"]
+    for clock in ("", "warm_"):
+        both[f"{clock}faster"] = both[f"{clock}p50_ms_peer"] / both[f"{clock}p50_ms"]
     both["less_memory"] = both["peak_bytes_peer"] / both["peak_bytes"]
-    return both[[*keys, "contender", "contender_peer", "p50_ms", "p50_ms_peer", "faster", "less_memory"]]
+    return both[[*keys, "contender", "contender_peer", "p50_ms", "p50_ms_peer", "faster", "warm_faster", "less_memory"]]
 
 
 def slower(frame: pd.DataFrame) -> pd.DataFrame:

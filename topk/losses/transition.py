@@ -24,7 +24,19 @@ import math
 import torch
 from torch import Tensor
 
-from topk.losses.room import Options, Room, Saved, SavedShape, centred, log_sum_exp, ordered_topk, target_scores
+from topk.losses.room import (
+    CHUNK,
+    Options,
+    Room,
+    Saved,
+    SavedShape,
+    buffers,
+    centred,
+    log_sum_exp,
+    ordered_topk,
+    row_chunks,
+    target_scores,
+)
 
 
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -61,8 +73,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     x_target = scores.gather(1, target[:, None])
     mix = _checked(extras[0]) if extras[0].shape[1] > 0 else _from_lead(_lead(x_target, values, ks), width)
     places = torch.cat((index[:, :-1], target[:, None]), 1)
-    log_p = scores.log_softmax(1)
-    best = log_p.gather(1, places)
+    best, log_p = _log_probabilities(scores, places, smoothing > 0.0)
     loss, corrections = _without_smoothing(best, index[:, :-1] == target[:, None], mix, options)
     flags, at_target = loss.new_zeros((rows, 2)), corrections[:, -1:]
     if smoothing > 0.0:
@@ -77,6 +88,19 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
         whole = torch.where((at_target == 0.0) & (x_target > -torch.inf), loss, whole)
         whole = _mended(whole, corrections, flags, values[:, :1], x_target)
     return whole.squeeze(1), places, corrections, flags, mix
+
+
+def _log_probabilities(scores: Tensor, places: Tensor, everywhere: bool) -> tuple[Tensor, Tensor]:
+    """log p at `places`, and at all classes where asked for; else through a work space, since new memory is slow."""
+    if everywhere or not scores.is_cpu:
+        log_p = scores.log_softmax(1)
+        return log_p.gather(1, places), log_p
+    best = scores.new_empty(places.shape)
+    (buffer,) = buffers(scores, 1)
+    for part in row_chunks(scores.shape[0], scores.shape[1], CHUNK):
+        log_p = torch.log_softmax(scores[part], 1, out=buffer[: part.stop - part.start])
+        torch.gather(log_p, 1, places[part], out=best[part])
+    return best, best[:, :0]
 
 
 def _mean_of_possible(log_p: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | int]:
