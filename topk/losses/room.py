@@ -23,6 +23,8 @@ SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 CHUNK = 2**18
 """Elements worked on at a time: the buffer stays in cache, far below the size of the scores."""
 
+_DEVICE_CHUNK = 2**24  # elsewhere a chunk costs launches, and to keep in cache what is large would take very many
+
 _GROUP = 8  # classes compared before `largest` selects
 
 LOG2_E = math.log2(math.e)  # powers of 2, because torch.exp takes a hundred times longer where its result is denormal
@@ -150,17 +152,22 @@ def row_chunks(rows: int, cost: int, budget: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
+def budget(scores: Tensor, chunk: int = CHUNK) -> int:
+    """How many elements to work on at a time: `chunk` on the CPU, many more on devices."""
+    return chunk if scores.is_cpu else max(chunk, _DEVICE_CHUNK)
+
+
 _kept = threading.local()
 
 
-def buffers(scores: Tensor, count: int, budget: int = CHUNK, width: int | None = None) -> list[Tensor]:
+def buffers(scores: Tensor, count: int, chunk: int = CHUNK, width: int | None = None) -> list[Tensor]:
     """Work spaces for one chunk of rows, to be used before anything else asks for any: the CPU's are used again.
 
     Fresh memory costs the CPU more than the arithmetic, a microsecond for every page of it. So every thread keeps what
-    it needed last, `count * budget` elements at most.
+    it needed last, `count * chunk` elements at most.
     """
     rows, classes = scores.shape
-    shape = (count, min(rows, max(1, budget // classes)), width or classes)
+    shape = (count, min(rows, max(1, budget(scores, chunk) // classes)), width or classes)
     size = math.prod(shape)
     if not scores.is_cpu or size > 2 * CHUNK:
         return list(scores.new_empty(shape).unbind())
@@ -177,7 +184,7 @@ def sum_exponentials(scores: Tensor, shift: Tensor, index: Tensor, rate: float =
     rows, classes = scores.shape
     total = torch.empty_like(shift)
     (buffer,) = buffers(scores, 1)
-    for part in row_chunks(rows, classes, CHUNK):
+    for part in row_chunks(rows, classes, budget(scores)):
         field = torch.sub(scores[part], shift[part, None], out=buffer[: part.stop - part.start])
         torch.sum(field.mul_(rate * LOG2_E).exp2_().scatter_(1, index[part], 0.0), 1, out=total[part])
     return total
@@ -189,7 +196,7 @@ def scaled_exponentials(
     """A new tensor, scale exp(rate (x - shift)), with `values` written at the classes that `index` lists."""
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    for part in row_chunks(rows, classes, CHUNK):
+    for part in row_chunks(rows, classes, budget(scores)):
         field = torch.sub(scores[part], shift[part, None], out=result[part])
         field.mul_(rate * LOG2_E).exp2_().mul_(scale[part, None]).scatter_(1, index[part], values[part])
     return result
