@@ -509,8 +509,13 @@ def test_the_decision_page_on_training_for_fewer_guesses() -> None:
     plain &= ~text.str.contains("+", regex=False).to_numpy()
     k = text.map(lambda item: float(item.split("*")[-1]) if item != "nan" else 0.0)
     best = frame[plain].assign(k=k[plain]).groupby(["loss.name", "k"])["top5"].mean()
-    for name in ("smooth", "noised", "differentiable"):
-        assert best[name].idxmax() in (2, 3), name
+    for name, fewer, gain in (("smooth", 2, 0.0045), ("noised", 3, 0.0027)):
+        assert best[name].idxmax() == fewer, name
+        assert abs(best[name][fewer] - best[name][5] - gain) < 0.0005
+        rival = frame[plain].assign(loss=k[plain].map("{:g}".format))[(frame[plain]["loss.name"] == name)]
+        assert f"{fewer}" in experiments.apart(rival, "top5", baseline="5")[0]
+    for name in ("differentiable", "hinge"):
+        assert best[name].idxmax() == 5, name
     spread = {
         name: best[name].max() - best[name].min() for name in ("smooth", "transition", "noised", "differentiable")
     }
@@ -522,5 +527,5 @@ def test_the_decision_page_on_training_for_fewer_guesses() -> None:
         if name == "noised":
             own = own[own["loss.samples"].astype(float) == 5]
         by = own.groupby(own[column].astype(float))["top5"].mean()
-        assert by.max() - by.min() > 0.008, (name, by)
+        assert by.max() - by.min() > 0.0075, (name, by)
         assert by[1.0] > by.min() + 0.001, (name, by)
