@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -69,7 +72,7 @@ def test_accuracies_count_hits() -> None:
 
 
 def test_the_best_rate_is_the_best_on_fresh_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = iter([0.2, 0.2, 0.6, 0.6, 0.4, 0.4])
+    found = iter([0.2, 0.2, 0.6, 0.6, 0.4, 0.4, 0.1, 0.1])
     monkeypatch.setattr(
         limited, "accuracies", lambda scores, labels: (None, torch.tensor([next(found) for _ in scores]))
     )
@@ -87,6 +90,27 @@ def test_comparison_is_complete_and_repeats() -> None:
             assert len(one) == len(two) == SMALL.seeds
             assert all(0 <= a <= b <= 1 for a, b in zip(one, two, strict=True))
     assert limited.compare(SETTING, LOSSES, SMALL) == found
+
+
+def test_a_killed_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = [SETTING, dataclasses.replace(SETTING, difficulty=1.0)]
+    begun: list[limited.Setting] = []
+    compare = limited.compare
+
+    def killed_at_the_second(setting: limited.Setting, *rest: Any) -> limited.Found:
+        begun.append(setting)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        return compare(setting, *rest)
+
+    monkeypatch.setattr(limited, "compare", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        limited.compare_all(settings, SMALL, tmp_path)
+    found = limited.compare_all(settings, SMALL, tmp_path)
+    assert begun == [settings[0], settings[1], settings[1]]
+    assert found == {setting: compare(setting, LOSSES, SMALL) for setting in settings}
+    limited.compare_all(settings, dataclasses.replace(SMALL, steps=SMALL.steps + 1), tmp_path)
+    assert len(begun) == 5  # another effort: nothing kept is of use
 
 
 def test_recorded_reads_what_a_record_says(monkeypatch: pytest.MonkeyPatch) -> None:

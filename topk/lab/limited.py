@@ -12,15 +12,17 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import topk
-from topk.lab import shipped, synthetic
+from topk.lab import provenance, records, shipped, synthetic
 from topk.lab.streams import normal, stream
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
@@ -29,7 +31,7 @@ Found = dict[str, dict[str, list[float]]]
 
 CHAPTER = "03_when_cross_entropy_fails"
 K = 2
-RATES = (0.03, 0.2, 1.0)
+RATES = (0.03, 0.2, 1.0, 5.0)
 """Learning rates of Adam that every loss may choose from."""
 
 LOSSES: dict[str, RowLoss] = {
@@ -169,6 +171,30 @@ def compare(setting: Setting, losses: Mapping[str, RowLoss], effort: Effort) -> 
         for part, (x, y) in {"train": (inputs, labels), "test": (fresh, fresh_labels)}.items():
             top1, top2 = accuracies(scores_of(weights, x), y)
             found[name] |= {f"{part} top-1": _rounded(top1), f"{part} top-2": _rounded(top2)}
+    return found
+
+
+def compare_all(settings: Sequence[Setting], effort: Effort, keep: Path | None = None) -> dict[Setting, Found]:
+    """`compare` for every setting and all `LOSSES`.
+
+    Args:
+        settings: what to compare.
+        effort: how long and on how much.
+        keep: a folder for what is found, a file a setting, with a progress bar: a scan that is killed goes on from
+            there, unless the package's code, torch or the effort changed meanwhile.
+    """
+    code = provenance.source(Path(topk.__file__).parent)
+    found = {}
+    for setting in tqdm(settings, unit="setting", disable=keep is None):
+        made = {"setting": name_of(setting), "effort": asdict(effort), "code": code, "torch": str(torch.__version__)}
+        path = None if keep is None else keep / f"{name_of(setting)}.json"
+        kept = json.loads(path.read_text()) if path is not None and path.exists() else {}
+        if kept.get("made") == made:
+            found[setting] = kept["found"]
+            continue
+        found[setting] = compare(setting, LOSSES, effort)
+        if path is not None:
+            records.write_json(path, {"made": made, "found": found[setting]})
     return found
 
 
