@@ -42,13 +42,19 @@ def notebooks(names: list[str], profile: str, jobs: int) -> None:
     for stem, executed in execute.run_all(chosen, profile, jobs).items():
         twin = next(twin for twin in chosen if twin.stem == stem)
         notebook = plain(with_outputs(read(twin), executed), chapter_number(twin))
-        if not twin.with_suffix(".ipynb").exists() or checks.out_of_step(twin) or _outputs_differ(twin, notebook):
+        if not twin.with_suffix(".ipynb").exists() or checks.out_of_step(twin) or _differs(twin, notebook):
             nbformat.write(notebook, twin.with_suffix(".ipynb"))
             print(f"wrote notebooks/{stem}.ipynb")
 
 
-def _outputs_differ(twin: Path, notebook: nbformat.NotebookNode) -> bool:
-    return bool(nbformat.read(twin.with_suffix(".ipynb"), as_version=4).cells != notebook.cells)
+def _differs(twin: Path, notebook: nbformat.NotebookNode) -> bool:
+    """Whether the outputs, or with what and where they were made, are not those of the committed notebook."""
+    old = nbformat.read(twin.with_suffix(".ipynb"), as_version=4)
+    return bool(old.cells != notebook.cells or _where(old) != _where(notebook))
+
+
+def _where(notebook: nbformat.NotebookNode) -> dict[str, object]:
+    return {name: value for name, value in notebook.metadata.get("run", {}).items() if name != "seconds"}
 
 
 def check() -> None:
