@@ -472,6 +472,19 @@ def test_the_decision_page_on_little_data() -> None:
     assert mixture["top5"].between(0, 1, inclusive="neither").all()
 
 
+def test_the_decision_page_on_the_first_epochs() -> None:
+    frame = experiments.runs("14_cifar100", "14_cifar100.small")
+    assert set(frame["training.epochs"].astype(int)) == {4}
+    assert set(frame.groupby("loss")["seed"].nunique()) == {3}
+    gaps = experiments.differences(frame, "top5")
+    assert len(gaps) == 4
+    assert (gaps["high"] < 0).all()
+    behind = frame.groupby("loss.name")["top5"].mean()
+    behind = behind["cross_entropy"] - behind.drop("cross_entropy")
+    assert 0.005 < behind["transition"] < 0.015
+    assert (behind.drop("transition") > 0.05).all()
+
+
 def test_the_decision_page_on_imagenet_heads() -> None:
     frame = experiments.runs("18_imagenet")
     other = {"loss.method": "splitter_selection", "loss.distribution": "cauchy", "loss.m": 16.0}
