@@ -360,7 +360,7 @@ def test_each_worker_has_its_gpu_and_its_share_of_cores(monkeypatch: pytest.Monk
 # --- several sweeps, and sweeps that are stopped ---
 
 SWEEP = f"""
-import sys
+import signal, sys
 sys.path.insert(0, {str(HERE)!r})
 import lab_stubs
 from topk.lab import grid, sweeps, workers
@@ -373,6 +373,7 @@ def go():
     print(len(report.ran), len(report.recorded + report.elsewhere), len(report.left), report.interrupted, flush=True)
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in its background without
     go()
 """
 
