@@ -351,6 +351,19 @@ def test_learning_rates_at_an_edge_are_named() -> None:
         ({"loss.name": "smooth", "loss.k": "0.5*1+0.5*5"}, "smooth, k = 1 and 5"),
         ({"loss.name": "differentiable", "loss.k": "0.5*1+0.5*5"}, "differentiable [.5, 0, 0, 0, .5]"),
         ({"loss.name": "differentiable", "loss.k": "1*5"}, "differentiable [0, 0, 0, 0, 1]"),
+        (
+            {
+                "loss.name": "differentiable",
+                "loss.k": "1*2",
+                "loss.top1": "cross_entropy",
+                "loss.cross_entropy_over": "all",
+            },
+            "differentiable [0, 1], cross-entropy over all",
+        ),
+        (
+            {"loss.name": "differentiable", "loss.k": "1*2", "loss.top1": "softmax", "loss.cross_entropy_over": "all"},
+            "differentiable [0, 1]",
+        ),
         ({"loss.name": "noised", "loss.margins": "class", "loss.k": "5"}, "imbalanced noised"),
         ({"loss.name": "ldam", "loss.k": float("nan")}, "LDAM"),
     ],
@@ -472,17 +485,18 @@ def test_the_decision_page_on_little_data() -> None:
     assert mixture["top5"].between(0, 1, inclusive="neither").all()
 
 
-def test_the_decision_page_on_the_first_epochs() -> None:
+def test_the_decision_page_on_training_from_scratch() -> None:
     frame = experiments.runs("14_cifar100", "14_cifar100.small")
     assert set(frame["training.epochs"].astype(int)) == {4}
     assert set(frame.groupby("loss")["seed"].nunique()) == {3}
-    gaps = experiments.differences(frame, "top5")
-    assert len(gaps) == 4
-    assert (gaps["high"] < 0).all()
-    behind = frame.groupby("loss.name")["top5"].mean()
-    behind = behind["cross_entropy"] - behind.drop("cross_entropy")
-    assert 0.005 < behind["transition"] < 0.015
-    assert (behind.drop("transition") > 0.05).all()
+    gaps = experiments.differences(frame, "top5").set_index("loss")
+    plain, kept = ["transition", "smooth", "noised", "differentiable [.5, 0, 0, 0, .5]"], "cross-entropy over all"
+    with_all = ["smooth, k = 1 and 5", f"differentiable [.5, 0, 0, 0, .5], {kept}"]
+    assert set(gaps.index) == {*plain, *with_all}
+    assert (gaps.loc[plain, "high"] < 0).all()
+    assert 0.5 < -gaps.loc["transition", "mean"] < 1.5
+    assert (gaps.loc[plain[1:], "mean"] < -5).all()
+    assert (gaps.loc[with_all, "mean"] > -3).all()
 
 
 def test_the_decision_page_on_imagenet_heads() -> None:

@@ -93,7 +93,8 @@ def _family_name(row: Mapping[str, Any]) -> str:
         variant = str(row["loss.variant"])
         return _with_k(_SHORT_NAMES.get(variant, f"{variant} hinge"), k)
     if name == "differentiable":
-        return f"differentiable {shares(k)}"
+        over_all = row.get("loss.top1") == "cross_entropy" and row.get("loss.cross_entropy_over") == "all"
+        return f"differentiable {shares(k)}" + (", cross-entropy over all" if over_all else "")
     if name == "noised" and row.get("loss.margins") == "class":
         return _with_k("imbalanced noised", k)
     return {"ldam": "LDAM"}.get(name, _with_k(name, k))
