@@ -372,6 +372,12 @@ def test_losses_have_readable_names(row: dict[str, Any], name: str) -> None:
     assert experiments.loss_name(row) == name
 
 
+def test_metrics_have_readable_names() -> None:
+    names = ("top5", "training.top1", "macro_top5", "candidates_99")
+    words = ["top-5", "training top-1", "macro top-5", "candidates for 99 %"]
+    assert [experiments.metric_name(name) for name in names] == words
+
+
 def test_every_sweep_of_the_book_can_be_read() -> None:
     found = shipped.sweeps_of(ROOT / "notebooks")
     assert {"14_cifar100", "15_label_noise", "16_little_data", "17_long_tails", "18_imagenet", "19_sensitivity"} <= set(

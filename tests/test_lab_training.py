@@ -6,6 +6,8 @@ import json
 import math
 import os
 import pickle
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from lab_sets import features, images
+from PIL import Image
 from torch.nn import functional as F
 
 import topk
@@ -559,6 +562,45 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
         ]
         for name, value in states[0].items():
             torch.testing.assert_close(value, states[1][name], rtol=2e-4, atol=2e-5, msg=lambda m, k=kind: f"{k}: {m}")
+
+
+def test_the_recipe_for_imagenet_runs_as_printed(tmp_path: Path) -> None:
+    """Chapter 18's commands and script, word by word, on two processes and a tree of few small images."""
+    chapter = (Path(__file__).parents[1] / "notebooks" / "18_imagenet.md").read_text()
+    commands = re.search(r"```bash\n(python -m topk\.lab data import .*?)```", chapter, re.DOTALL)
+    script = re.search(r"```python\n# train_imagenet\.py\n(.*?)```", chapter, re.DOTALL)
+    assert commands
+    assert script
+    smaller = {
+        '"size": 224': '"size": 32',
+        'resnet50", "weights": "DEFAULT"': 'resnet18", "weights": None',
+        '"epochs": 5, "batch": 1024': '"epochs": 2, "batch": 16',
+    }
+    text = script[1]
+    for size, small in smaller.items():
+        assert text.count(size) == 1
+        text = text.replace(size, small)
+    (tmp_path / "train_imagenet.py").write_text(text)
+    draw = np.random.default_rng(0)
+    for part in ("train", "val"):
+        for name in range(20):
+            folder = tmp_path / "imagenet" / part / f"n{name:08d}"
+            folder.mkdir(parents=True)
+            for row in range(3):
+                Image.fromarray(draw.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / f"{row}.JPEG")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOPK_DATA": str(tmp_path / "cache")}
+    for line in commands[1].strip().splitlines():
+        words = shlex.split(line.replace("/data/imagenet", str(tmp_path / "imagenet")), comments=True)
+        if words[0] == "torchrun":
+            words[words.index("--nproc-per-node") + 1] = "2"
+            words[:1] = ["python", "-m", "torch.distributed.run"]
+        done = subprocess.run(
+            [sys.executable, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-9000:]
+    log = tmp_path / "runs" / "imagenet"
+    assert (log / checkpoints.NAME).exists()
+    assert len((log / "log.jsonl").read_text().splitlines()) == 2
 
 
 def _share(folder: Path) -> None:

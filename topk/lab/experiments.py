@@ -129,9 +129,7 @@ def metric_name(metric: str) -> str:
     """A column's name in words."""
     if metric in _METRIC_NAMES:
         return _METRIC_NAMES[metric]
-    return (
-        metric.replace("_top", " top-").replace("top", "top-") if "_" not in metric else metric.replace("_top", " top-")
-    )
+    return metric.replace(".", " ").replace("_", " ").replace("top", "top-")
 
 
 def _factor(metric: str) -> float:

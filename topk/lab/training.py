@@ -109,7 +109,7 @@ def complete(config: Mapping[str, Any]) -> dict[str, Any]:
 def train(
     config: Mapping[str, Any],
     *,
-    folder: Path | None = None,
+    folder: Path | str | None = None,
     device: str | None = None,
     progress: bool = True,
     data: DataSet | None = None,
@@ -137,7 +137,8 @@ def train(
     """
     full = complete(config)
     with joined(device) as processes, torch.random.fork_rng(_gpus(processes.device)):
-        return _Run(full, _load(full, data), processes).train(folder, progress, save_every)
+        place = None if folder is None else Path(folder)
+        return _Run(full, _load(full, data), processes).train(place, progress, save_every)
 
 
 def estimate(config: Mapping[str, Any], *, device: str | None = None, data: DataSet | None = None) -> float:
@@ -346,18 +347,17 @@ class _Run:
         )
 
     def choose_precision(self) -> None:
-        """Decides on bf16; all processes take the first one's measurement."""
+        """Decides on bf16. Several processes on a CPU stay with float32: a probe by one would wait for the others."""
         self.bf16 = self.settings["precision"] == "bf16"
         if self.settings["precision"] != "auto" or self.data.train.inputs.ndim != 4:
             return
         self.bf16 = self.device.type == "cuda"
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and self.processes.count == 1:
             height, width, channels = self.data.train.inputs.shape[1:]
             inputs = torch.rand(min(_PROBED, self.batches.batch), channels, height, width)
             layout = torch.channels_last if self.channels_last else torch.contiguous_format
             name = json.dumps(self.config["model"], sort_keys=True)
-            faster = self.processes.first and faster_in_bf16(self.model, inputs.to(memory_format=layout), name)
-            self.bf16 = bool(self.processes.same(faster))
+            self.bf16 = faster_in_bf16(self.model, inputs.to(memory_format=layout), name)
 
     def seconds_an_epoch(self) -> float:
         """From a few steps and a few evaluated batches; nothing of the run is worth keeping afterwards."""
