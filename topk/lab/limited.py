@@ -183,18 +183,18 @@ def compare_all(settings: Sequence[Setting], effort: Effort, keep: Path | None =
         keep: a folder for what is found, a file a setting, with a progress bar: a scan that is killed goes on from
             there, unless the package's code, torch or the effort changed meanwhile.
     """
+    if keep is None:
+        return {setting: compare(setting, LOSSES, effort) for setting in settings}
     code = provenance.source(Path(topk.__file__).parent)
     found = {}
-    for setting in tqdm(settings, unit="setting", disable=keep is None):
+    for setting in tqdm(settings, unit="setting"):
         made = {"setting": name_of(setting), "effort": asdict(effort), "code": code, "torch": str(torch.__version__)}
-        path = None if keep is None else keep / f"{name_of(setting)}.json"
-        kept = json.loads(path.read_text()) if path is not None and path.exists() else {}
-        if kept.get("made") == made:
-            found[setting] = kept["found"]
-            continue
-        found[setting] = compare(setting, LOSSES, effort)
-        if path is not None:
-            records.write_json(path, {"made": made, "found": found[setting]})
+        path = keep / f"{name_of(setting)}.json"
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        if kept.get("made") != made:
+            kept = {"made": made, "found": compare(setting, LOSSES, effort)}
+            records.write_json(path, kept)
+        found[setting] = kept["found"]
     return found
 
 

@@ -23,7 +23,7 @@ SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 CHUNK = 2**18
 """Elements worked on at a time: the buffer stays in cache, far below the size of the scores."""
 
-_DEVICE_CHUNK = 2**24  # elsewhere a chunk costs launches, and to keep in cache what is large would take very many
+_DEVICE_CHUNK = 2**24  # elsewhere, where a chunk costs launches
 
 _GROUP = 8  # classes compared before `largest` selects
 
@@ -152,8 +152,12 @@ def row_chunks(rows: int, cost: int, budget: int) -> Iterator[slice]:
         yield slice(start, min(rows, start + step))
 
 
-def budget(scores: Tensor, chunk: int = CHUNK) -> int:
-    """How many elements to work on at a time: `chunk` on the CPU, many more on devices."""
+def chunks(scores: Tensor, chunk: int = CHUNK) -> Iterator[slice]:
+    """Slices of rows to work on at a time: of `chunk` elements on the CPU, of many more on devices."""
+    return row_chunks(scores.shape[0], scores.shape[1], _budget(scores, chunk))
+
+
+def _budget(scores: Tensor, chunk: int) -> int:
     return chunk if scores.is_cpu else max(chunk, _DEVICE_CHUNK)
 
 
@@ -167,7 +171,7 @@ def buffers(scores: Tensor, count: int, chunk: int = CHUNK, width: int | None = 
     it needed last, `count * chunk` elements at most.
     """
     rows, classes = scores.shape
-    shape = (count, min(rows, max(1, budget(scores, chunk) // classes)), width or classes)
+    shape = (count, min(rows, max(1, _budget(scores, chunk) // classes)), width or classes)
     size = math.prod(shape)
     if not scores.is_cpu or size > 2 * CHUNK:
         return list(scores.new_empty(shape).unbind())
@@ -181,10 +185,9 @@ def buffers(scores: Tensor, count: int, chunk: int = CHUNK, width: int | None = 
 
 def sum_exponentials(scores: Tensor, shift: Tensor, index: Tensor, rate: float = 1.0) -> Tensor:
     """Sum of exp(rate (x - shift)) over the classes of each row that `index` does not list."""
-    rows, classes = scores.shape
     total = torch.empty_like(shift)
     (buffer,) = buffers(scores, 1)
-    for part in row_chunks(rows, classes, budget(scores)):
+    for part in chunks(scores):
         field = torch.sub(scores[part], shift[part, None], out=buffer[: part.stop - part.start])
         torch.sum(field.mul_(rate * LOG2_E).exp2_().scatter_(1, index[part], 0.0), 1, out=total[part])
     return total
@@ -194,9 +197,8 @@ def scaled_exponentials(
     scores: Tensor, shift: Tensor, scale: Tensor, index: Tensor, values: Tensor, rate: float = 1.0
 ) -> Tensor:
     """A new tensor, scale exp(rate (x - shift)), with `values` written at the classes that `index` lists."""
-    rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    for part in row_chunks(rows, classes, budget(scores)):
+    for part in chunks(scores):
         field = torch.sub(scores[part], shift[part, None], out=result[part])
         field.mul_(rate * LOG2_E).exp2_().mul_(scale[part, None]).scatter_(1, index[part], values[part])
     return result

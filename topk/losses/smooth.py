@@ -41,11 +41,10 @@ from topk.losses.room import (
     Room,
     Saved,
     SavedShape,
-    budget,
     buffers,
+    chunks,
     largest_wrong,
     not_finite_above,
-    row_chunks,
     target_scores,
     wide_type,
 )
@@ -139,7 +138,7 @@ def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, ra
         sums = _power_sums(scores, torch.cat((index, target[:, None]), 1), kth, k, rate)
         return torch.zeros_like(kth, dtype=wide), _newton_identities(sums.to(wide))
     tilts, tails = [kth[:0]], [scores.new_zeros((k + 1, 0), dtype=wide)]
-    for rows in row_chunks(scores.shape[0], scores.shape[1], budget(scores, _LANE_CHUNK)):
+    for rows in chunks(scores, _LANE_CHUNK):
         tilt, tail = _lanes(scores[rows], target[rows], index[rows], kth[rows], k, rate)
         tilts.append(tilt)
         tails.append(tail)
@@ -158,7 +157,7 @@ def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float
     """sum of w^m over the tail, all classes but those at `places`, for m = 1..k (k, rows)."""
     sums = scores.new_empty((k, scores.shape[0]))
     odds_buffer, power_buffer = buffers(scores, 2, _SUM_CHUNK)
-    for rows in row_chunks(scores.shape[0], scores.shape[1], budget(scores, _SUM_CHUNK)):
+    for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
         odds = _odds(scores[rows], kth[rows], None, rate, odds_buffer[:count]).scatter_(1, places[rows], 0.0)
         torch.sum(odds, 1, out=sums[0, rows])
@@ -335,7 +334,7 @@ def _add_one_k(
     columns = polynomial.unsqueeze(-1).unbind()
     kth, tilt, rate = exponent
     odds_buffer, *field_buffer = buffers(scores, 2 if add else 1, _SUM_CHUNK)
-    for rows in row_chunks(scores.shape[0], scores.shape[1], budget(scores, _SUM_CHUNK)):
+    for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
         odds = _odds(scores[rows], kth[rows], None if tilt is None else tilt[rows], rate, odds_buffer[:count])
         field = field_buffer[0][:count] if add else result[rows]

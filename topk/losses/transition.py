@@ -25,16 +25,15 @@ import torch
 from torch import Tensor
 
 from topk.losses.room import (
-    CHUNK,
     Options,
     Room,
     Saved,
     SavedShape,
     buffers,
     centred,
+    chunks,
     log_sum_exp,
     ordered_topk,
-    row_chunks,
     target_scores,
 )
 
@@ -97,7 +96,7 @@ def _log_probabilities(scores: Tensor, places: Tensor, everywhere: bool) -> tupl
         return log_p.gather(1, places), log_p
     best = scores.new_empty(places.shape)
     (buffer,) = buffers(scores, 1)
-    for part in row_chunks(scores.shape[0], scores.shape[1], CHUNK):
+    for part in chunks(scores):
         log_p = torch.log_softmax(scores[part], 1, out=buffer[: part.stop - part.start])
         torch.gather(log_p, 1, places[part], out=best[part])
     return best, best[:, :0]
