@@ -24,6 +24,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"k": 9, "tau": 0.1},
     {"k": 12, "margin": 2.5, "tau": 3.0},
     {"k": {1: 0.25, 3: 0.25, 10: 0.5}},
+    {"k": {7: 0.5, 11: 0.25, 31: 0.25}, "tau": 0.5},
 ]
 
 
@@ -60,7 +61,7 @@ def test_special_rows(options: dict[str, Any], kind: torch.dtype) -> None:
     compare_special_rows(smooth_topk_loss, 13, kind, **options)
 
 
-@pytest.mark.parametrize("options", [{"k": {2: 0.5, 4: 0.5}}, {"k": 9}], ids=str)
+@pytest.mark.parametrize("options", [{"k": {2: 0.5, 4: 0.5}}, {"k": 9}, {"k": {2: 0.25, 8: 0.5, 12: 0.25}}], ids=str)
 def test_special_rows_in_streams(options: dict[str, Any], short_tiles: None) -> None:
     compare_special_rows(smooth_topk_loss, 17, torch.float32, **options)
 
@@ -88,7 +89,14 @@ def _rows_to_sift(classes: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("options", "reads"), [({"k": 2}, 1), ({"k": {1: 0.5, 6: 0.5}}, 1), ({"k": 8}, 2), ({"k": {5: 0.5, 16: 0.5}}, 2)]
+    ("options", "reads"),
+    [
+        ({"k": 2}, 1),
+        ({"k": {1: 0.5, 6: 0.5}}, 1),
+        ({"k": 8}, 2),
+        ({"k": {5: 0.5, 16: 0.5}}, 2),
+        ({"k": {7: 0.25, 9: 0.25, 12: 0.5}}, 2),
+    ],
 )
 def test_a_streamed_row_is_read_twice_at_most(options: dict[str, Any], reads: int, short_tiles: None) -> None:
     """Once for k <= 6, whatever the order of the scores; besides, a row's target and the target's score."""

@@ -28,9 +28,9 @@ relative to a limit that none of them exceeds. The sums of the first k powers ar
 larger k four powers give the mean of S to 0.2 % of what the others contribute, since all of those have P < 1/2; that is
 a tilt as good as any, and only the nodes read the row a second time.
 
-Bytes moved a row, with n classes of s bytes: forward reads n s (a streamed row once more for every k > 6; those of a
-k > 1024, which no tile can be sifted for, some four times) and writes 4 (3 k + 1), for a larger k 204; backward reads
-n s, a tile reads what forward wrote, and writes n s.
+Several k share every read. Bytes moved a row, with n classes of s bytes: forward reads n s (a streamed row once more
+where a k > 6 is among them; those of a k > 1024, which no tile can be sifted for, some four times) and writes
+4 (3 k + 1), for a larger k 204; backward reads n s, a tile reads what forward wrote, and writes n s.
 """
 
 from __future__ import annotations
@@ -194,14 +194,54 @@ def _forward(
             possible += others
     bad = wrong | ((top < float("inf")) == 0) | ((mine < float("inf")) == 0)
 
+    if MANY:
+        centers, shifts, variances = _tilts(
+            x,
+            starts,
+            class_stride,
+            classes,
+            used,
+            target,
+            top,
+            bottom,
+            possible,
+            limit,
+            sums,
+            bad,
+            tau,
+            COUNT,
+            KS,
+            LANES,
+            ROWS,
+            BLOCK,
+            reads_again,
+        )
+        real, imag, heads = _nodes(
+            x,
+            starts,
+            class_stride,
+            classes,
+            used,
+            target,
+            centers,
+            shifts,
+            variances,
+            tau,
+            COUNT,
+            KS,
+            LANES // 8,
+            ROWS,
+            BLOCK,
+            STREAMS,
+        )
     loss = tl.zeros((ROWS,), tl.float32)
     pull = tl.zeros((ROWS,), tl.float32)
     record = table_ptr + row.to(tl.int64) * _width(COUNT, KS)
     for i in tl.static_range(COUNT):
-        rest = None
-        if KEEP > 0:
-            rest = _sums_of(sums, i, ROWS, LANES)
         if ((KS >> 32 * i) & 0xFFFFFFFF) <= _FEW:
+            rest = None
+            if KEEP > 0:
+                rest = _part(sums, i, LANES // 8, 8, ROWS)
             term, slope = _small_k(
                 x,
                 starts,
@@ -226,19 +266,17 @@ def _forward(
             )
             record += 1 + 3 * ((KS >> 32 * i) & 0xFFFFFFFF)
         else:
+            places = tl.arange(0, LANES // 8)[None, :]
             term, slope = _large_k(
-                x,
-                starts,
-                class_stride,
-                classes,
-                used,
-                target,
-                mine,
-                top,
-                bottom,
+                _part(real, i, LANES // 8, _NODES, ROWS) + 1.0,
+                _part(imag, i, LANES // 8, _NODES, ROWS),
+                lane(heads, places, i),
+                lane(centers, places, i),
+                lane(shifts, places, i),
+                lane(variances, places, i),
+                used & (bad == 0),
                 possible,
-                limit,
-                rest,
+                mine,
                 bad,
                 inside,
                 record,
@@ -247,9 +285,6 @@ def _forward(
                 margin,
                 (KS >> 32 * i) & 0xFFFFFFFF,
                 ROWS,
-                BLOCK,
-                reads_again,
-                STREAMS,
             )
             record += 3 + 2 * _TERMS
         loss += term
@@ -398,10 +433,10 @@ def _raised(kept, lost, limit, KEEP: tl.constexpr):
 
 
 @triton.jit
-def _sums_of(sums, i: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr):
-    """The power sums of the i-th k, the m-th in lane m (ROWS, 8)."""
-    place = tl.arange(0, LANES // 8)[None, :, None]
-    return tl.sum(tl.where(place == i, tl.reshape(sums, (ROWS, LANES // 8, 8)), 0.0), 1)
+def _part(tile, i: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
+    """The i-th k's numbers (ROWS, WIDTH) in a tile that holds as many for each of COUNT."""
+    place = tl.arange(0, COUNT)[None, :, None]
+    return tl.sum(tl.where(place == i, tl.reshape(tile, (ROWS, COUNT, WIDTH)), 0.0), 1)
 
 
 # --- small k: power sums ---------------------------------------------------------------------------------------------
@@ -575,19 +610,93 @@ def _at(tile, places):
 
 
 @triton.jit
-def _large_k(
+def _tilts(
     x,
     starts,
     class_stride,
     classes,
     used,
     target,
-    mine,
     top,
     bottom,
     possible,
     limit,
-    rest,
+    sums,
+    bad,
+    tau,
+    COUNT: tl.constexpr,
+    KS: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STREAMS: tl.constexpr,
+):
+    """For every large k, a score near the k-th, the shift of the log-odds, the variance; each (ROWS, LANES // 8).
+
+    Reads a row only where it streams and has not been sifted.
+    """
+    places = tl.arange(0, LANES // 8)[None, :]
+    centers = tl.zeros((ROWS, LANES // 8), tl.float32)
+    shifts = tl.zeros((ROWS, LANES // 8), tl.float32)
+    variances = tl.zeros((ROWS, LANES // 8), tl.float32) + 1.0
+    for i in tl.static_range(COUNT):
+        if ((KS >> 32 * i) & 0xFFFFFFFF) > _FEW:
+            rate = 1.0 / (((KS >> 32 * i) & 0xFFFFFFFF) * tau)
+            live = used & (bad == 0) & (possible >= ((KS >> 32 * i) & 0xFFFFFFFF))
+            low, high = tl.where(live, bottom, 0.0), tl.where(live, top, 0.0)
+            center, spread = _near_kth(
+                x,
+                starts,
+                class_stride,
+                classes,
+                used,
+                target,
+                low,
+                high,
+                rate,
+                (KS >> 32 * i) & 0xFFFFFFFF,
+                BLOCK,
+                STREAMS,
+            )
+            rest = None
+            if sums is not None:
+                rest = _part(sums, i, LANES // 8, 8, ROWS)
+            shift, variance = _balance(
+                x,
+                starts,
+                class_stride,
+                classes,
+                used,
+                target,
+                center,
+                spread,
+                rate,
+                possible,
+                limit,
+                rest,
+                live,
+                (KS >> 32 * i) & 0xFFFFFFFF,
+                ROWS,
+                BLOCK,
+                STREAMS,
+            )
+            centers = tl.where(places == i, center[:, None], centers)
+            shifts = tl.where(places == i, shift[:, None], shifts)
+            variances = tl.where(places == i, variance[:, None], variances)
+    return centers, shifts, variances
+
+
+@triton.jit
+def _large_k(
+    real,
+    imag,
+    heads,
+    center,
+    shift,
+    variance,
+    countable,
+    possible,
+    mine,
     bad,
     inside,
     record,
@@ -596,42 +705,12 @@ def _large_k(
     margin,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    READS_AGAIN: tl.constexpr,
-    STREAMS: tl.constexpr,
 ):
-    """The weighted loss of one k, and minus its derivative by x_y; stores the record.
-
-    What leads to the shift reads a row again only where it has not been sifted; the nodes read what streams once.
-    """
+    """The weighted loss of one k, and minus its derivative by x_y, from its nodes; stores the record."""
     rate = 1.0 / (K * tau)
     absent = possible < K  # y cannot be missed
-    live = used & (bad == 0) & (absent == 0)
-    low, high = tl.where(live, bottom, 0.0), tl.where(live, top, 0.0)
-    center, spread = _near_kth(x, starts, class_stride, classes, used, target, low, high, rate, K, BLOCK, READS_AGAIN)
-    shift, variance = _balance(
-        x,
-        starts,
-        class_stride,
-        classes,
-        used,
-        target,
-        center,
-        spread,
-        rate,
-        possible,
-        limit,
-        rest,
-        live,
-        K,
-        ROWS,
-        BLOCK,
-        READS_AGAIN,
-    )
+    live = countable & (absent == 0)
     circle, count = _circle(variance, K)
-    real, imag, heads = _nodes(
-        x, starts, class_stride, classes, used, target, center, shift, rate, circle, count, ROWS, BLOCK, STREAMS
-    )
     chance, chance_less, node_weight = _chances(real, imag, heads - K, circle, count, live)
 
     gap = tl.log(chance / chance_less) - shift + (center - mine) * rate + margin / tau
@@ -914,43 +993,63 @@ def _nodes(
     classes,
     used,
     target,
-    center,
-    shift,
-    rate,
-    circle,
-    count,
+    centers,
+    shifts,
+    variances,
+    tau,
+    COUNT: tl.constexpr,
+    KS: tl.constexpr,
+    PLACES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STREAMS: tl.constexpr,
 ):
-    """The product of the factors 1 + q (e^{it} - 1) (with -t where P > 1/2) at the nodes (ROWS, _NODES), and the heads.
+    """For every large k, the product less 1 of the factors 1 + q (e^{it} - 1) at the nodes, and the heads, P > 1/2.
+
+    In the columns from i _NODES on (ROWS, PLACES _NODES) for the i-th k, heads in its column (ROWS, PLACES). A head has
+    -t in the place of t.
+    """
+    places = tl.arange(0, PLACES)[None, :]
+    real = tl.zeros((ROWS, PLACES * _NODES), tl.float32)
+    imag = tl.zeros((ROWS, PLACES * _NODES), tl.float32)
+    heads = tl.zeros((ROWS, PLACES), tl.int32)
+    for start in range(0, classes if STREAMS else BLOCK, BLOCK):
+        tile = _tile(x, starts, class_stride, classes, used, target, start, BLOCK, STREAMS)
+        for i in tl.static_range(COUNT):
+            if ((KS >> 32 * i) & 0xFFFFFFFF) > _FEW:
+                signed, head = _signed_odds(
+                    tile,
+                    lane(centers, places, i),
+                    lane(shifts, places, i),
+                    1.0 / (((KS >> 32 * i) & 0xFFFFFFFF) * tau),
+                )
+                heads += tl.where(places == i, tl.sum(head.to(tl.int32), 1)[:, None], 0)
+                circle, count = _circle(lane(variances, places, i), (KS >> 32 * i) & 0xFFFFFFFF)
+                real, imag = _multiplied(real, imag, signed, circle, count, i * _NODES, ROWS, BLOCK)
+    return real, imag, heads
+
+
+@triton.jit
+def _multiplied(real, imag, signed, circle, count, first: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The products at the nodes, those of one k from column `first` on, with a tile's factors multiplied in.
 
     Two classes together have the factor 1 + C (a + b C) + i sin t (c + d C), C = 1 - cos t.
     """
-    lanes = tl.arange(0, _NODES)[None, :]
-    real = tl.zeros((ROWS, _NODES), tl.float32)
-    imag = tl.zeros((ROWS, _NODES), tl.float32)
-    heads = tl.zeros((ROWS,), tl.int32)
-    last = tl.max(count, 0)
-    for start in range(0, classes if STREAMS else BLOCK, BLOCK):
-        signed, head = _signed_odds(
-            _tile(x, starts, class_stride, classes, used, target, start, BLOCK, STREAMS), center, shift, rate
-        )
-        heads += tl.sum(head.to(tl.int32), 1)
-        one, other = tl.split(tl.reshape(signed, (ROWS, BLOCK // 2, 2)))
-        size_one, size_other, both = tl.abs(one), tl.abs(other), one * other
-        a, b = -(size_one + size_other + 2.0 * both), size_one * size_other + both
-        c, d = one + other, -(one * size_other + other * size_one)
-        for m in range(1, last + 1):
-            sine, rest = _sine_and_cosine(m / circle.to(tl.float32))
-            sine, rest = sine[:, None], rest[:, None]
-            factor_real = a * rest + b * (rest * rest)
-            factor_imag = c * sine + d * (sine * rest)
-            all_real, all_imag = tl.reduce((factor_real, factor_imag), 1, _times)
-            more_real, more_imag = _times(real, imag, all_real[:, None], all_imag[:, None])
-            real = tl.where(lanes == m, more_real, real)
-            imag = tl.where(lanes == m, more_imag, imag)
-    return real + 1.0, imag, heads
+    lanes = tl.arange(0, real.shape[1])[None, :]
+    one, other = tl.split(tl.reshape(signed, (ROWS, BLOCK // 2, 2)))
+    size_one, size_other, both = tl.abs(one), tl.abs(other), one * other
+    a, b = -(size_one + size_other + 2.0 * both), size_one * size_other + both
+    c, d = one + other, -(one * size_other + other * size_one)
+    for m in range(1, tl.max(count, 0) + 1):
+        sine, rest = _sine_and_cosine(m / circle.to(tl.float32))
+        sine, rest = sine[:, None], rest[:, None]
+        factor_real = a * rest + b * (rest * rest)
+        factor_imag = c * sine + d * (sine * rest)
+        all_real, all_imag = tl.reduce((factor_real, factor_imag), 1, _times)
+        more_real, more_imag = _times(real, imag, all_real[:, None], all_imag[:, None])
+        real = tl.where(lanes == first + m, more_real, real)
+        imag = tl.where(lanes == first + m, more_imag, imag)
+    return real, imag
 
 
 @triton.jit
