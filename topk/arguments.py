@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Iterable, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,8 +23,14 @@ _INDEX_TYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _is_integer(value: object) -> bool:
+    if type(value) is int:  # asking an abstract class takes longer
+        return True
     kinds = (numbers.Integral, torch.SymInt)  # a union of types is more than torch.compile of torch 2.6 understands
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _is_real(value: object) -> TypeGuard[float]:
+    return type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
 
 
 def check_scores(scores: Tensor, target: Tensor) -> int:
@@ -76,7 +83,7 @@ def check_k(k: KArgument, classes: int | None = None) -> tuple[list[int], list[f
     weights: list[float] = []
     for key in ks:
         weight = k[key]
-        if not isinstance(weight, numbers.Real) or isinstance(weight, bool):
+        if not _is_real(weight):
             raise TypeError(f"k must map to real weights, got k[{key}] = {weight!r}")
         if not (weight >= 0 and math.isfinite(weight)):
             raise ValueError(f"k must map to finite weights >= 0, got k[{key}] = {weight!r}")
@@ -97,7 +104,7 @@ def check_number(
     below: float | None = None,
 ) -> float:
     """A finite real number, optionally bounded."""
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+    if not _is_real(value):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
     bounds = []
     if above is not None:

@@ -464,6 +464,8 @@ def _rows(scores: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Te
 
 def _flatten(scores: Tensor) -> Tensor:
     """The scores as (rows, classes)."""
+    if scores.dim() == 2:  # a view of all would be one more step of every backward
+        return scores
     return scores.unsqueeze(0) if scores.dim() == 1 else scores.movedim(1, -1).reshape(-1, scores.shape[1])
 
 
@@ -497,8 +499,11 @@ def _reduced(
         options = ([ks[place] for place in kept], [weights[place] for place in kept], *options)
     absent = tuple(option is None for option in options)
     chosen = ops.resolve_backend(backend, scores.device, scores.dtype, name, absent)
-    loss = ops.row_loss(name, rows, flat, extras, options, ignore_index, chosen)
-    return _reduce(loss, flat, target.shape, weight, ignore_index, reduction)
+    by_row = "none" if weight is not None else reduction
+    loss = ops.row_loss(name, rows, flat, extras, options, ignore_index, chosen, by_row)
+    if weight is not None:
+        return _weighted(loss, flat, target.shape, weight, ignore_index, reduction)
+    return loss.reshape(target.shape) if reduction == "none" else loss
 
 
 def _counting(ks: list[int], weights: list[float], classes: int) -> list[int]:
@@ -506,16 +511,11 @@ def _counting(ks: list[int], weights: list[float], classes: int) -> list[int]:
     return [place for place, (k, p) in enumerate(zip(ks, weights, strict=True)) if k < classes and p > 0.0]
 
 
-def _reduce(
-    loss: Tensor, flat: Tensor, shape: torch.Size, weight: Tensor | None, ignore_index: int, reduction: str
+def _weighted(
+    loss: Tensor, flat: Tensor, shape: torch.Size, weight: Tensor, ignore_index: int, reduction: str
 ) -> Tensor:
-    if weight is None and reduction == "sum":
-        return loss.sum()
-    if weight is None and reduction == "none":
-        return loss.reshape(shape)
+    """The rows' losses, each times its class's weight, reduced; the mean is over the sum of these weights."""
     used = flat != ignore_index
-    if weight is None:
-        return loss.sum() / used.sum()
     share = torch.where(used, weight.to(loss.dtype)[torch.where(used, flat, 0)], 0.0)
     if reduction == "none":
         return (loss * share).reshape(shape)

@@ -198,11 +198,12 @@ def _run_forward(
     ignore_index: int,
     backend: str,
     options: tuple[Any, ...],
-) -> tuple[Tensor, list[Tensor]]:
+) -> tuple[Tensor, list[Tensor], bool]:
+    """The loss a row, what backward needs, and whether all targets are known to be classes, none of them ignored."""
     if backend == "triton":
         kernel = kernels.kernel_room(room.name)
         loss, *saved = kernel.forward(scores, target.to(torch.int64), tuple(extras), ignore_index, options)
-        return loss, saved
+        return loss, saved, False
     target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
     with _full_precision(scores.device):
         loss, *saved = room.forward(scores.to(_compute_type(scores)), target, tuple(extras), options)
@@ -210,7 +211,7 @@ def _run_forward(
         loss = loss.masked_fill(ignored, 0.0)
     if wrong is not None:
         loss = loss.masked_fill(wrong, torch.nan)
-    return loss, saved
+    return loss, saved, ignored is None and wrong is None
 
 
 def _run_backward(
@@ -223,14 +224,19 @@ def _run_backward(
     ignore_index: int,
     backend: str,
     options: tuple[Any, ...],
+    clean: bool = False,
 ) -> Tensor:
+    """The gradient of sum(grad * loss); `clean`: what `_run_forward` found out about the targets."""
     if backend == "triton":
         kernel = kernels.kernel_room(room.name)
         gradient: Tensor = kernel.backward(
             grad, scores, target.to(torch.int64), tuple(extras), tuple(saved), ignore_index, options
         )
         return gradient
-    target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
+    ignored = wrong = None
+    target = target.to(torch.int64)
+    if not clean:
+        target, ignored, wrong = _rows_in_use(scores, target, ignore_index)
     with _full_precision(scores.device):
         result = room.backward(grad, scores.to(_compute_type(scores)), target, tuple(extras), tuple(saved), options)
     if ignored is not None:
@@ -249,7 +255,7 @@ def _register(room: Room) -> None:
     def forward(
         scores: Tensor, target: Tensor, extras: list[Tensor], ignore_index: int, backend: str, *options: Any
     ) -> tuple[Tensor, list[Tensor]]:
-        return _run_forward(room, scores, target, extras, ignore_index, backend, options)
+        return _run_forward(room, scores, target, extras, ignore_index, backend, options)[:2]
 
     def backward(
         grad: Tensor,
@@ -295,18 +301,35 @@ def row_loss(
     options: tuple[Any, ...],
     ignore_index: int,
     backend: str,
+    reduction: str = "none",
 ) -> Tensor:
-    """The loss of every row (rows,), differentiable in the scores."""
+    """The loss of every row (rows,), differentiable in the scores, or its sum, or its mean over rows not ignored."""
     loss: Tensor
     if torch.compiler.is_compiling() and not (scores.requires_grad and torch.is_grad_enabled()):
         loss = _op(name, "fwd")(scores, target, list(extras), ignore_index, backend, *options)[0]
     elif torch.compiler.is_compiling():
         loss = _TracedRowLoss.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
     elif _is_plain(scores):
-        loss = _PlainRowLoss.apply((name, options, ignore_index, backend, len(extras)), scores, target, *extras)
+        call = (name, options, ignore_index, backend, len(extras))
+        loss = _PlainLoss.apply(call, reduction, scores, target, *extras)
+        return loss
     else:
         loss = RowLoss.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
-    return loss
+    return loss if reduction == "none" else _reduce(loss, reduction, _rows_counted(target, ignore_index, reduction))
+
+
+def _rows_counted(target: Tensor, ignore_index: int, reduction: str, clean: bool = False) -> Tensor | int | None:
+    """What a sum has to be divided by; `clean`: no row is ignored."""
+    if reduction != "mean":
+        return None
+    return target.shape[0] if clean else (target != ignore_index).sum()
+
+
+def _reduce(loss: Tensor, reduction: str, count: Tensor | int | None) -> Tensor:
+    """The rows' losses, their sum, or their sum over `count`."""
+    if reduction == "none":
+        return loss
+    return loss.sum() if count is None else loss.sum() / count
 
 
 def _is_plain(scores: Tensor) -> bool:
@@ -454,36 +477,44 @@ class RowLossGradient(torch.autograd.Function):
         return result.unflatten(0, (info.batch_size, -1)), 0
 
 
-class _PlainRowLoss(torch.autograd.Function):
-    """Loss a row for everyday training: the same derivatives as `RowLoss`, without the way through the dispatcher.
+class _PlainLoss(torch.autograd.Function):
+    """The loss, reduced, for everyday training: the same derivatives as `RowLoss`, without the dispatcher's ways.
 
-    That way, with `setup_context`, costs as much as the arithmetic of a small batch.
+    Those, with `setup_context` and a graph for the reduction, cost as much as the arithmetic of a small batch.
     """
 
     @staticmethod
-    def forward(ctx: Any, call: tuple[Any, ...], scores: Tensor, target: Tensor, *extras: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, call: tuple[Any, ...], reduction: str, scores: Tensor, target: Tensor, *extras: Tensor
+    ) -> Tensor:
         name, options, ignore_index, backend, _ = call
-        loss, saved = _run_forward(ROOMS[name], scores, target, list(extras), ignore_index, backend, options)
+        loss, saved, clean = _run_forward(ROOMS[name], scores, target, list(extras), ignore_index, backend, options)
+        count = _rows_counted(target, ignore_index, reduction, clean)
         ctx.save_for_backward(scores, target, *extras, *saved)
         ctx.save_for_forward(scores, target, *extras, *saved)
-        ctx.call = call
-        return loss
+        ctx.call, ctx.reduction, ctx.count, ctx.clean = call, reduction, count, clean
+        return _reduce(loss, reduction, count)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         name, options, ignore_index, backend, count = ctx.call
         scores, target, *rest = ctx.saved_tensors
+        if ctx.count is not None:
+            grad = grad / ctx.count
+        grad = grad.expand(target.shape)
         if torch.is_grad_enabled():
             result = RowLossGradient.apply(*ctx.call, grad, scores, target, *rest)
         else:
             extras, saved = rest[:count], rest[count:]
-            result = _run_backward(ROOMS[name], grad, scores, target, extras, saved, ignore_index, backend, options)
-        return None, result, None, *([None] * count)
+            result = _run_backward(
+                ROOMS[name], grad, scores, target, extras, saved, ignore_index, backend, options, ctx.clean
+            )
+        return None, None, result, None, *([None] * count)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         scores, target, *rest = ctx.saved_tensors
-        return _moved(ctx.call, scores, target, rest, tangents[1])
+        return _reduce(_moved(ctx.call, scores, target, rest, tangents[2]), ctx.reduction, ctx.count)
 
 
 # torch binds every call's arguments to this signature, and would otherwise parse it again each time.

@@ -20,6 +20,7 @@ selection. Rows with something that is not finite are rare: their loss gives the
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def margins(scores: Tensor, target: Tensor, ks: list[int]) -> Tensor:
 
 
 def _lead(mine: Tensor, values: Tensor, ks: list[int]) -> Tensor:
-    return mine - torch.stack([values[:, k] for k in ks], 1)
+    return mine - (values[:, ks[0], None] if len(ks) == 1 else torch.stack([values[:, k] for k in ks], 1))
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -69,11 +70,16 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
         empty = [scores.new_zeros(s, dtype=kind or scores.dtype) for s, kind in _saved(rows, classes, options)]
         return scores.new_zeros(rows), *empty
     values, index = ordered_topk(scores, ks[-1] + 1)
+    top = index[:, :-1]
     x_target = scores.gather(1, target[:, None])
-    mix = _checked(extras[0]) if extras[0].shape[1] > 0 else _from_lead(_lead(x_target, values, ks), width)
-    places = torch.cat((index[:, :-1], target[:, None]), 1)
+    if extras[0].shape[1] > 0:
+        mix = _checked(extras[0])
+        grouped = _where_among_top(mix, top == target[:, None], ks)
+    else:
+        mix = grouped = _from_lead(_lead(x_target, values, ks), width)  # who leads the (k+1)-th score is among the k
+    places = torch.cat((top, target[:, None]), 1)
     best, log_p = _log_probabilities(scores, places, smoothing > 0.0)
-    loss, corrections = _without_smoothing(best, index[:, :-1] == target[:, None], mix, options)
+    loss, corrections = _without_smoothing(best, grouped, options)
     flags, at_target = loss.new_zeros((rows, 2)), corrections[:, -1:]
     if smoothing > 0.0:
         taken = smoothing * (sum(weights) - sum(w * mix[:, i, None] for i, w in enumerate(weights)))
@@ -126,21 +132,26 @@ def _from_lead(lead: Tensor, width: float) -> Tensor:
     return step * step * torch.rsub(step, 3.0, alpha=2.0)
 
 
-def _without_smoothing(log_p: Tensor, hit: Tensor, mix: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _where_among_top(mix: Tensor, found: Tensor, ks: list[int]) -> Tensor:
+    """The weights a where y is among the k largest, else 0."""
+    hit = torch.stack([found[:, :k].any(1) for k in ks], 1)
+    return mix * hit
+
+
+def _without_smoothing(log_p: Tensor, grouped: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """-h log S (rows, 1), and what has to be added to p on T and y (rows, k + 1), but for the smoothing."""
     ks, weights, _, _ = options
-    p = log_p.exp()
-    prefix = p.cumsum(1)
-    loss, corrections = torch.zeros_like(log_p[:, :1]), torch.zeros_like(log_p)
-    at_top, at_target = corrections[:, :-1], corrections[:, -1:].sub_(sum(weights))
-    for place, (k, weight) in enumerate(zip(ks, weights, strict=True)):
-        grouped = mix[:, place, None] * hit[:, :k].any(1, keepdim=True)
-        group = prefix[:, k - 1, None]
-        loss.addcmul_(grouped, group.log(), value=-weight)
-        at_top[:, :k].addcdiv_(grouped, group, value=-weight)
-        at_target.add_(grouped, alpha=weight)
-    at_top.mul_(p[:, :-1])
-    return loss, corrections
+    p = log_p[:, :-1].exp()
+    if len(ks) == 1:
+        share, group = grouped * -weights[0], p.sum(1, keepdim=True)
+        slopes = share / group
+        loss, taken = share * group.log(), share
+    else:
+        share, group = grouped * grouped.new_tensor(weights).neg_(), p.cumsum(1)[:, [k - 1 for k in ks]]
+        loss, taken = (share * group.log()).sum(1, keepdim=True), share.sum(1, keepdim=True)
+        # The j-th largest score belongs to the groups of all k >= j.
+        slopes = (share / group).flip(1).cumsum(1).flip(1)[:, [bisect_right(ks, j) for j in range(ks[-1])]]
+    return loss, torch.cat((slopes * p, -sum(weights) - taken), 1)
 
 
 def _mended(loss: Tensor, corrections: Tensor, flags: Tensor, largest: Tensor, x_target: Tensor) -> Tensor:
@@ -161,12 +172,13 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
     if not ks:
         return torch.zeros_like(scores, memory_format=torch.contiguous_format)
     places, corrections, flags, _ = saved
-    result = scores.softmax(1).mul_((grad * sum(weights))[:, None])
+    total = sum(weights)
+    result = scores.softmax(1).mul_((grad if total == 1.0 else grad * total)[:, None])
     if smoothing > 0.0:
         result.sub_(grad[:, None] * flags[:, :1]).masked_fill_(scores == -torch.inf, 0.0)
     result.scatter_add_(1, places, grad[:, None] * corrections)
-    dead = flags[:, 1:] > 0.0
-    return result if scores.is_cpu and not bool(dead.any()) else result.masked_fill_(dead, 0.0)
+    dead = flags[:, 1]
+    return result if scores.is_cpu and not bool(dead.any()) else result.masked_fill_(dead[:, None] > 0.0, 0.0)
 
 
 # --- the same number once more, for second derivatives ---------------------------------------------------------------
