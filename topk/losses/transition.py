@@ -97,15 +97,15 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
 
 def _log_probabilities(scores: Tensor, places: Tensor, everywhere: bool) -> tuple[Tensor, Tensor]:
     """log p at `places`, and at all classes where asked for; else through a work space, since new memory is slow."""
-    if everywhere or not scores.is_cpu:
+    if everywhere or not scores.is_cpu or scores.shape[0] == 0:
         log_p = scores.log_softmax(1)
         return log_p.gather(1, places), log_p
-    best = scores.new_empty(places.shape)
     (buffer,) = buffers(scores, 1)
+    best = []
     for part in chunks(scores):
         log_p = torch.log_softmax(scores[part], 1, out=buffer[: part.stop - part.start])
-        torch.gather(log_p, 1, places[part], out=best[part])
-    return best, best[:, :0]
+        best.append(log_p.gather(1, places[part]))
+    return best[0] if len(best) == 1 else torch.cat(best), log_p
 
 
 def _mean_of_possible(log_p: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | int]:
@@ -128,7 +128,9 @@ def _checked(mix: Tensor) -> Tensor:
 
 
 def _from_lead(lead: Tensor, width: float) -> Tensor:
-    step = lead.div_(width).clamp_(0.0, 1.0).nan_to_num_()  # -inf minus -inf: an impossible y leads nobody
+    step = (
+        (lead if width == 1.0 else lead.div_(width)).clamp_(0.0, 1.0).nan_to_num_()
+    )  # -inf minus -inf: an impossible y leads nobody
     return step * step * torch.rsub(step, 3.0, alpha=2.0)
 
 
