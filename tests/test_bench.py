@@ -504,6 +504,27 @@ def test_the_readmes_table_is_the_record() -> None:
     assert plots.summary(ROOT / named.group(1)) in readme
 
 
+def test_the_readmes_sentence_on_more_classes_is_the_record() -> None:
+    with (ROOT / "bench/results/intel-r-xeon-r-processor-2-threads/cpu.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if (row["batch"], row["k"]) == ("256", "5")]
+
+    def ratio(family: str, classes: int) -> str:
+        (found,) = (
+            float(row["times_cross_entropy"])
+            for row in rows
+            if row["contender"] == f"topk {family}" and int(row["classes"]) == classes
+        )
+        return f"{found:.1f} times"
+
+    sentence = (
+        f"of 256 rows with 10,000 classes the transition loss takes {ratio('transition', 10_000)} "
+        f"cross-entropy's time, "
+        f"the smooth one {ratio('smooth', 10_000)}, and with 100,000 classes {ratio('transition', 100_000)} and "
+        f"{ratio('smooth', 100_000)}."
+    )
+    assert sentence in " ".join((ROOT / "README.md").read_text().split())
+
+
 @pytest.mark.slow
 def test_two_hundred_thousand_classes() -> None:
     """64 x 200,000, k = 20 works; time grows like n, and at most like k."""
