@@ -19,6 +19,7 @@ from topk.__main__ import report
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, about what is masked afterwards
     pytest.mark.skipif(torch.cuda.is_available(), reason="plays a machine without a GPU"),
+    pytest.mark.skipif(ops._missing_triton() is not None, reason=f"needs the kernels: {ops._missing_triton()}"),
 ]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
