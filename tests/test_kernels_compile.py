@@ -44,5 +44,5 @@ def test_kernels_compile_for_capability_9(room: str) -> None:
 @pytest.mark.parametrize("capability", ["75", "80", "90"])
 @pytest.mark.parametrize("room", kernels.NAMES)
 def test_kernels_compile_for_every_size_type_and_capability(room: str, capability: str) -> None:
-    sizes = ["--classes", "10", "101", "1000", "8192", "20001"]
+    sizes = ["--classes", "10", "33", "101", "1000", "8192", "20001"]
     _check(_compiled(room, *sizes, "--types", "float32", "float16", "bfloat16", "--capabilities", capability))

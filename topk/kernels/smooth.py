@@ -131,7 +131,7 @@ def _smaller(tiling: common.Tiling, scores: Tensor, k: int) -> common.Tiling:
         wanted = triton.next_power_of_2(4 * _kept(k))
         block = wanted if block < wanted <= _LONGEST_SIFTED else block
         return replace(tiling, block=block, warps=min(16, max(1, block // (32 * a_thread))))
-    rows = max(1, min(tiling.rows, 128 // tiling.block))
+    rows = max(1, min(tiling.rows, 128 // tiling.block, 4))
     return replace(tiling, rows=rows, warps=max(1, rows * tiling.block // 1024))
 
 
@@ -1169,6 +1169,8 @@ def backward(
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)
+    if max(ks) > _FEW.value and tiling.rows > 8:  # of more rows the coefficients would not fit the registers
+        tiling = replace(tiling, rows=8, warps=max(1, 8 * tiling.block // 512))
     common.launch(
         _backward,
         tiling.programs(rows) * common.tiles(classes, tiling),
