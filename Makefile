@@ -35,13 +35,15 @@ test-gpu: .venv/.ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -n 0
 
 # MINUTES: start no benchmark later than that. What is stopped goes on where it was when the command is given again.
-gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, training from scratch (needs the data)
+gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, notebooks' times, training (needs the data)
 	$(BIN)/python -m topk.kernels.resources --capabilities $$($(BIN)/python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 	$(BIN)/python -m bench --suite gpu $(if $(MINUTES),--minutes $(MINUTES))
+	$(BIN)/python -m book.pipeline times --profiles smoke
 	for chapter in 14_cifar100 18_imagenet; do \
 	  $(BIN)/python -m topk.lab sweep notebooks/$$chapter.images.tuning.yml --profile gpu --results book/results/$$chapter --final || exit 1; \
 	done
 	$(BIN)/python -m topk.lab ship records
+	$(BIN)/python -m book.pipeline times --profiles laptop
 
 # Ray has an environment of its own, which borrows every other package from .venv.
 .venv-cluster/.ready: .venv/.ready
