@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import topk
 from topk import reference
 from topk.lab.timing import peak_temporaries
-from topk.losses import differentiable, networks, room
+from topk.losses import differentiable, networks, selection
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")
@@ -270,8 +270,8 @@ SELECTORS = {"many threads": (16, False), "three, and numpy": (3, True), "one": 
 def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way in which torch and numpy share the selection, for small problems too."""
     threads, vectorised = SELECTORS[request.param]
-    monkeypatch.setattr(room, "_WORTH_WHILE", 0)
-    monkeypatch.setattr(room, "_numpy_is_vectorised", lambda: vectorised)
+    monkeypatch.setattr(selection, "_WORTH_WHILE", 0)
+    monkeypatch.setattr(selection, "_numpy_is_vectorised", lambda: vectorised)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
 
@@ -287,7 +287,7 @@ def test_selection_finds_the_largest(classes: int, count: int, kind: torch.dtype
     scores[2, 1] = torch.inf
     scores[3, classes - 1] = torch.nan
     scores.requires_grad_()
-    values, index = (found.detach() for found in room.largest(scores, count))
+    values, index = (found.detach() for found in selection.largest(scores, count))
     expected = scores.detach().topk(count).values
     assert torch.equal(values.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
     assert torch.equal(scores.detach().gather(1, index).nan_to_num(nan=1e9), values.nan_to_num(nan=1e9))
@@ -295,14 +295,14 @@ def test_selection_finds_the_largest(classes: int, count: int, kind: torch.dtype
 
 
 def test_the_selector_is_chosen_by_threads_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "_numpy_is_vectorised", lambda: True)
+    monkeypatch.setattr(selection, "_numpy_is_vectorised", lambda: True)
     scores = torch.zeros(256, 1000)
     for threads, count, numpy, groups in ((1, 7, False, True), (1, 50, True, False), (2, 50, True, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert (room._numpy_pays(scores, count), room._grouping_pays(scores, count)) == (numpy, groups)
+        assert (selection._numpy_pays(scores, count), selection._grouping_pays(scores, count)) == (numpy, groups)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert not room._numpy_pays(scores, 50)
-    assert not room._numpy_pays(scores[:2], 50)  # too small for anything but one call
+    assert not selection._numpy_pays(scores, 50)
+    assert not selection._numpy_pays(scores[:2], 50)  # too small for anything but one call
 
 
 @pytest.mark.usefixtures("selector")
@@ -315,11 +315,11 @@ def test_selection_keeps_the_lower_class_of_a_tie(classes: int, count: int) -> N
     scores[25:30, ::3] = torch.inf
     scores[30:] = torch.linspace(-1.0, 1.0, classes)
     scores[35:] *= -1.0
-    values, index = room.ordered_topk(scores, count)
+    values, index = selection.ordered_topk(scores, count)
     expected = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
     torch.testing.assert_close(index, expected, rtol=0, atol=0)
     torch.testing.assert_close(values, scores.gather(1, expected), rtol=0, atol=0)
-    strided = room.ordered_topk(torch.stack((scores, scores), 2)[:, :, 1], count)
+    strided = selection.ordered_topk(torch.stack((scores, scores), 2)[:, :, 1], count)
     torch.testing.assert_close(strided[1], expected, rtol=0, atol=0)
 
 

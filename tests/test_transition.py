@@ -15,7 +15,7 @@ from torch import Tensor
 
 import topk
 from topk import reference
-from topk.losses.room import ordered_topk
+from topk.losses.selection import ordered_topk
 from topk.losses.transition import TRANSITION, margins
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}

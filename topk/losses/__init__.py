@@ -1,6 +1,7 @@
 """One room a loss: its mathematics in torch, forward and closed-form backward.
 
-`room.py` says what a room must offer; `topk.ops` registers every room listed in `ROOMS` with torch.
+`room.py` says what a room must offer, `selection.py` finds the largest scores for several of them; `topk.ops` registers
+every room listed in `ROOMS` with torch.
 """
 
 from topk.losses.differentiable import DIFFERENTIABLE

@@ -30,16 +30,8 @@ import torch
 from torch import Tensor
 
 from topk.losses.networks import network
-from topk.losses.room import (
-    Options,
-    Room,
-    Saved,
-    SavedShape,
-    not_finite_above,
-    ordered_topk,
-    row_chunks,
-    wide_type,
-)
+from topk.losses.room import Options, Room, Saved, SavedShape, not_finite_above, row_chunks, wide_type
+from topk.losses.selection import ordered_topk
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")

@@ -32,13 +32,12 @@ from topk.losses.room import (
     finite_or_zero,
     log_sum_exp,
     not_finite_above,
-    ordered_topk,
     scaled_exponentials,
     sum_exponentials,
     target_scores,
     wide_type,
-    without_target,
 )
+from topk.losses.selection import ordered_topk, without_target
 
 VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
 

@@ -24,16 +24,8 @@ from torch import Tensor
 
 from topk.losses.noised_quadrature import expected_order, expected_order_formula, expected_order_gradient
 from topk.losses.noised_sampling import centre, sampled_orders
-from topk.losses.room import (
-    Options,
-    Room,
-    Saved,
-    SavedShape,
-    not_finite_above,
-    ordered_topk,
-    target_scores,
-    wide_type,
-)
+from topk.losses.room import Options, Room, Saved, SavedShape, not_finite_above, target_scores, wide_type
+from topk.losses.selection import ordered_topk
 
 
 class _Settings(NamedTuple):

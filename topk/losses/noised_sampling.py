@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topk.losses.room import largest, row_chunks, wide_type
+from topk.losses.room import row_chunks, wide_type
+from topk.losses.selection import largest
 
 HEAD = 96
 """The least number of classes of a row that are drawn plainly, unless fewer are enough."""

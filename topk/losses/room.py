@@ -7,14 +7,12 @@ and reduction in `topk.functional`; half types, ignored rows, autograd, vmap and
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +24,6 @@ CHUNK = 2**18
 """Elements worked on at a time: the buffer stays in cache, far below the size of the scores."""
 
 _DEVICE_CHUNK = 2**24  # elsewhere, where a chunk costs launches
-
-_GROUP = 8  # classes compared before `largest` selects
-_WORTH_WHILE = 2**14  # scores, below which nothing but the number of calls counts
 
 LOG2_E = math.log2(math.e)  # powers of 2, because torch.exp takes a hundred times longer where its result is denormal
 
@@ -66,127 +61,6 @@ def target_scores(scores: Tensor, target: Tensor) -> Tensor:
 def wide_type(scores: Tensor) -> torch.dtype:
     """The type for a few numbers a row: float64 wherever the device has it, so that differences keep their digits."""
     return scores.dtype if scores.device.type == "mps" else torch.float64
-
-
-def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """torch.topk along the classes, up to four times faster on the CPU.
-
-    The `count` largest lie in the `count` groups of eight whose best are largest, and to find a group's best is cheap.
-    """
-    rows, classes = scores.shape
-    groups = classes // _GROUP
-    if not _grouping_pays(scores, count):
-        return _descending(scores, count)
-    best = scores[:, : _GROUP * groups].unflatten(1, (_GROUP, groups)).amax(1)
-    members = torch.arange(0, _GROUP * groups, groups)
-    index = (_places(best, count)[:, None] + members[:, None]).flatten(1)
-    if _GROUP * groups < classes:  # the classes of no group
-        index = torch.cat((index, torch.arange(_GROUP * groups, classes).expand(rows, -1)), 1)
-    values, place = _descending(scores.gather(1, index), count)
-    return values, index.gather(1, place)
-
-
-def _descending(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest, in order, and where they are."""
-    if not _numpy_pays(scores, count):
-        values, index = scores.topk(count, dim=1)
-        return values, index
-    index = _places(scores, count)
-    values = scores.gather(1, index)
-    order = torch.from_numpy(values.detach().numpy().argsort(axis=1)[:, ::-1].copy())
-    return values.gather(1, order), index.gather(1, order)
-
-
-def _places(scores: Tensor, count: int) -> Tensor:
-    """Where the `count` largest are, in any order; NaN counts as largest for torch and numpy alike."""
-    if not _numpy_pays(scores, count):
-        return scores.topk(count, dim=1, sorted=False).indices
-    first = scores.shape[1] - count
-    return torch.from_numpy(scores.detach().numpy().argpartition(first, axis=1)[:, first:])
-
-
-# Measured: torch.topk sorts partially for few of many, is four times slower from count = classes / 64 on, and uses all
-# threads; numpy takes much the same time for every count, on one thread.
-
-
-def _numpy_pays(scores: Tensor, count: int) -> bool:
-    rows, classes = scores.shape
-    if not scores.is_cpu or rows * classes < _WORTH_WHILE or not 64 < classes < 128 * count:
-        return False
-    if not _numpy_is_vectorised():
-        return False
-    threads = torch.get_num_threads()
-    return threads == 1 or (threads <= 3 and classes < 64 * count)
-
-
-def _grouping_pays(scores: Tensor, count: int) -> bool:
-    rows, classes = scores.shape
-    if not scores.is_cpu or rows * classes < _WORTH_WHILE:
-        return False
-    if torch.get_num_threads() == 1 and _numpy_is_vectorised():
-        return classes >= 48 * count
-    many = 2 * _GROUP * count <= classes < 64 * count
-    return classes >= max(400 * count, 4000) or (many and not _numpy_pays(scores, count))
-
-
-@functools.cache
-def _numpy_is_vectorised() -> bool:
-    """Whether numpy partitions and sorts with AVX-512; without, it is slower than torch."""
-    return np.lib.NumpyVersion(np.__version__) >= "2.0.0" and "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
-def without_target(values: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops the target from the columns of a selection, or the last column where the target is not in it."""
-    # From the slot where the target sits, if it does, everything moves up by one.
-    passed = (index == target[:, None]).cumsum(1)[:, :-1] > 0
-    return torch.where(passed, values[:, 1:], values[:, :-1]), torch.where(passed, index[:, 1:], index[:, :-1])
-
-
-def largest_wrong(scores: Tensor, target: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The `depth` largest scores among the classes other than the target, descending, and their indices.
-
-    Which of several tied classes is returned first is left open: use it where ties cannot matter.
-    """
-    return without_target(*largest(scores, depth + 1), target)
-
-
-def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest scores and their indices, descending; among equals the lower class index comes first.
-
-    torch.topk leaves the order and the choice among equals open, and a stable sort of every row costs ten times
-    as much. So the rows with a tie are repaired: all of them where looking for ties would synchronise with a device.
-    """
-    values, index = largest(scores, min(count + 1, scores.shape[1]))
-    tied = values[:, 1:] == values[:, :-1]
-    values, index = values[:, :count], index[:, :count]
-    if scores.is_cpu and not bool(tied.any()):
-        return values, index
-    boundary = tied[:, count - 1 :].any(1)
-    if not scores.is_cpu:
-        lowest = torch.where(boundary[:, None], _lowest_ties(scores, values, index), index)
-        return values, _lower_first(values, lowest)
-    index, tied = index.clone(), tied.any(1)
-    for rows in boundary.nonzero().squeeze(1).split(max(1, CHUNK // (8 * scores.shape[1]))):
-        index[rows] = _lowest_ties(scores[rows], values[rows], index[rows])
-    index[tied] = _lower_first(values[tied], index[tied])
-    return values, index
-
-
-def _lowest_ties(scores: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """The indices with those equal to the last value replaced by the lowest that have this value."""
-    classes = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)
-    equal = torch.where(scores == values[:, -1:], classes, scores.shape[1])
-    lowest = equal.topk(values.shape[1], dim=1, largest=False).values.to(torch.int64)
-    above = values > values[:, -1:]
-    place = torch.arange(values.shape[1], device=scores.device) - above.sum(1, keepdim=True)
-    return torch.where(above, index, lowest.gather(1, place.clamp(min=0)).clamp(max=scores.shape[1] - 1))
-
-
-def _lower_first(values: Tensor, index: Tensor) -> Tensor:
-    """The indices rearranged so that those of equal values ascend; the values, descending, stay where they are."""
-    by_index = index.argsort(dim=1)
-    by_value = values.gather(1, by_index).argsort(dim=1, descending=True, stable=True)
-    return index.gather(1, by_index.gather(1, by_value))
 
 
 def row_chunks(rows: int, cost: int, budget: int) -> Iterator[slice]:

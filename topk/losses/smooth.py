@@ -43,11 +43,11 @@ from topk.losses.room import (
     SavedShape,
     buffers,
     chunks,
-    largest_wrong,
     not_finite_above,
     target_scores,
     wide_type,
 )
+from topk.losses.selection import largest_wrong
 
 POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""

@@ -25,18 +25,8 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from topk.losses.room import (
-    Options,
-    Room,
-    Saved,
-    SavedShape,
-    buffers,
-    centred,
-    chunks,
-    log_sum_exp,
-    ordered_topk,
-    target_scores,
-)
+from topk.losses.room import Options, Room, Saved, SavedShape, buffers, centred, chunks, log_sum_exp, target_scores
+from topk.losses.selection import ordered_topk
 
 
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
