@@ -24,10 +24,11 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not _grouping_pays(scores, count):
         return _descending(scores, count)
     best = scores[:, : _GROUP * groups].unflatten(1, (_GROUP, groups)).amax(1)
-    members = torch.arange(0, _GROUP * groups, groups)
+    members = torch.arange(0, _GROUP * groups, groups, device=scores.device)
     index = (_places(best, count)[:, None] + members[:, None]).flatten(1)
     if _GROUP * groups < classes:  # the classes of no group
-        index = torch.cat((index, torch.arange(_GROUP * groups, classes).expand(rows, -1)), 1)
+        others = torch.arange(_GROUP * groups, classes, device=scores.device)
+        index = torch.cat((index, others.expand(rows, -1)), 1)
     values, place = _descending(scores.gather(1, index), count)
     return values, index.gather(1, place)
 

@@ -118,9 +118,9 @@ def _checked(mix: Tensor) -> Tensor:
 
 
 def _from_lead(lead: Tensor, width: float) -> Tensor:
-    step = (
-        (lead if width == 1.0 else lead.div_(width)).clamp_(0.0, 1.0).nan_to_num_()
-    )  # -inf minus -inf: an impossible y leads nobody
+    if width != 1.0:
+        lead = lead.div_(width)
+    step = lead.clamp_(0.0, 1.0).nan_to_num_()  # -inf minus -inf: an impossible y leads nobody
     return step * step * torch.rsub(step, 3.0, alpha=2.0)
 
 
