@@ -208,7 +208,7 @@ def ratio_to_cross_entropy(frame: pd.DataFrame, along: str, clock: str = "", fix
     axes.set(title="time over that of cross-entropy", xlabel=_AXIS[along], xscale="log", yscale="log")
     _plain_ticks(axes.xaxis, axes.yaxis)
     if shown:
-        axes.legend(fontsize=8.5, ncol=2)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncol=5, fontsize=8.5)
     together = pd.concat(shown) if shown else frame.iloc[:0]
     return figure, _columns(together, (along, "batch", "k", "contender", f"{clock}times_ce"))
 
