@@ -301,6 +301,8 @@ def test_the_selector_is_chosen_by_threads_and_shape(monkeypatch: pytest.MonkeyP
     for threads, count, numpy, groups in ((1, 7, False, True), (1, 50, True, False), (2, 50, True, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert (selection._numpy_pays(scores, count), selection._grouping_pays(scores, count)) == (numpy, groups)
+        for slow in (-torch.inf, torch.nan):  # numpy takes several times as long among equal scores of -inf
+            assert not selection._numpy_pays(scores.index_fill(1, torch.tensor([3]), slow), 50)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
     assert not selection._numpy_pays(scores, 50)
     assert not selection._numpy_pays(scores[:2], 50)  # too small for anything but one call

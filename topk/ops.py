@@ -310,26 +310,27 @@ def row_loss(
     elif torch.compiler.is_compiling():
         loss = _TracedRowLoss.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
     elif _is_plain(scores):
-        call = (name, options, ignore_index, backend, len(extras))
-        loss = _PlainLoss.apply(call, reduction, scores, target, *extras)
-        return loss
+        reduced: Tensor = _PlainLoss.apply(
+            (name, options, ignore_index, backend, len(extras)), reduction, scores, target, *extras
+        )
+        return reduced
     else:
         loss = RowLoss.apply(name, options, ignore_index, backend, scores, target, *extras)[0]
-    return loss if reduction == "none" else _reduce(loss, reduction, _rows_counted(target, ignore_index, reduction))
+    return _reduce(loss, reduction, _divisor(target, ignore_index, reduction))
 
 
-def _rows_counted(target: Tensor, ignore_index: int, reduction: str, clean: bool = False) -> Tensor | int | None:
-    """What a sum has to be divided by; `clean`: no row is ignored."""
+def _divisor(target: Tensor, ignore_index: int, reduction: str, clean: bool = False) -> Tensor | int | None:
+    """The number of rows that a mean is over, None for other reductions; `clean`: no row is ignored."""
     if reduction != "mean":
         return None
     return target.shape[0] if clean else (target != ignore_index).sum()
 
 
-def _reduce(loss: Tensor, reduction: str, count: Tensor | int | None) -> Tensor:
-    """The rows' losses, their sum, or their sum over `count`."""
+def _reduce(loss: Tensor, reduction: str, divisor: Tensor | int | None) -> Tensor:
+    """The rows' losses, their sum, or their sum over `divisor`."""
     if reduction == "none":
         return loss
-    return loss.sum() if count is None else loss.sum() / count
+    return loss.sum() if divisor is None else loss.sum() / divisor
 
 
 def _is_plain(scores: Tensor) -> bool:
@@ -489,18 +490,18 @@ class _PlainLoss(torch.autograd.Function):
     ) -> Tensor:
         name, options, ignore_index, backend, _ = call
         loss, saved, clean = _run_forward(ROOMS[name], scores, target, list(extras), ignore_index, backend, options)
-        count = _rows_counted(target, ignore_index, reduction, clean)
+        divisor = _divisor(target, ignore_index, reduction, clean)
         ctx.save_for_backward(scores, target, *extras, *saved)
         ctx.save_for_forward(scores, target, *extras, *saved)
-        ctx.call, ctx.reduction, ctx.count, ctx.clean = call, reduction, count, clean
-        return _reduce(loss, reduction, count)
+        ctx.call, ctx.reduction, ctx.divisor, ctx.clean = call, reduction, divisor, clean
+        return _reduce(loss, reduction, divisor)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         name, options, ignore_index, backend, count = ctx.call
         scores, target, *rest = ctx.saved_tensors
-        if ctx.count is not None:
-            grad = grad / ctx.count
+        if ctx.divisor is not None:
+            grad = grad / ctx.divisor
         grad = grad.expand(target.shape)
         if torch.is_grad_enabled():
             result = RowLossGradient.apply(*ctx.call, grad, scores, target, *rest)
@@ -514,7 +515,7 @@ class _PlainLoss(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         scores, target, *rest = ctx.saved_tensors
-        return _reduce(_moved(ctx.call, scores, target, rest, tangents[2]), ctx.reduction, ctx.count)
+        return _reduce(_moved(ctx.call, scores, target, rest, tangents[2]), ctx.reduction, ctx.divisor)
 
 
 # torch binds every call's arguments to this signature, and would otherwise parse it again each time.

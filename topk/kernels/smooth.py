@@ -274,7 +274,7 @@ def _forward(
                 lane(centers, places, i),
                 lane(shifts, places, i),
                 lane(variances, places, i),
-                used & (bad == 0),
+                used,
                 possible,
                 mine,
                 bad,
@@ -694,7 +694,7 @@ def _large_k(
     center,
     shift,
     variance,
-    countable,
+    used,
     possible,
     mine,
     bad,
@@ -709,7 +709,7 @@ def _large_k(
     """The weighted loss of one k, and minus its derivative by x_y, from its nodes; stores the record."""
     rate = 1.0 / (K * tau)
     absent = possible < K  # y cannot be missed
-    live = countable & (absent == 0)
+    live = used & (bad == 0) & (absent == 0)
     circle, count = _circle(variance, K)
     chance, chance_less, node_weight = _chances(real, imag, heads - K, circle, count, live)
 

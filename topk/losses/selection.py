@@ -25,7 +25,9 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
         return _descending(scores, count)
     best = scores[:, : _GROUP * groups].unflatten(1, (_GROUP, groups)).amax(1)
     members = torch.arange(0, _GROUP * groups, groups, device=scores.device)
-    index = (_places(best, count)[:, None] + members[:, None]).flatten(1)
+    by_numpy = _numpy_pays(best, count)
+    group = _partitioned(best, count) if by_numpy else best.topk(count, dim=1, sorted=False).indices
+    index = (group[:, None] + members[:, None]).flatten(1)
     if _GROUP * groups < classes:  # the classes of no group
         others = torch.arange(_GROUP * groups, classes, device=scores.device)
         index = torch.cat((index, others.expand(rows, -1)), 1)
@@ -38,22 +40,20 @@ def _descending(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not _numpy_pays(scores, count):
         values, index = scores.topk(count, dim=1)
         return values, index
-    index = _places(scores, count)
+    index = _partitioned(scores, count)
     values = scores.gather(1, index)
     order = torch.from_numpy(values.detach().numpy().argsort(axis=1)[:, ::-1].copy())
     return values.gather(1, order), index.gather(1, order)
 
 
-def _places(scores: Tensor, count: int) -> Tensor:
-    """Where the `count` largest are, in any order; NaN counts as largest for torch and numpy alike."""
-    if not _numpy_pays(scores, count):
-        return scores.topk(count, dim=1, sorted=False).indices
+def _partitioned(scores: Tensor, count: int) -> Tensor:
+    """Where the `count` largest are, in any order, by numpy."""
     first = scores.shape[1] - count
     return torch.from_numpy(scores.detach().numpy().argpartition(first, axis=1)[:, first:])
 
 
 # Measured: torch.topk sorts partially for few of many, is four times slower from count = classes / 64 on, and uses all
-# threads; numpy takes much the same time for every count, on one thread.
+# threads; numpy takes much the same time for every count, on one thread, but several times that among scores of -inf.
 
 
 def _numpy_pays(scores: Tensor, count: int) -> bool:
@@ -63,7 +63,8 @@ def _numpy_pays(scores: Tensor, count: int) -> bool:
     if not _numpy_is_vectorised():
         return False
     threads = torch.get_num_threads()
-    return threads == 1 or (threads <= 3 and classes < 64 * count)
+    quicker = threads == 1 or (threads <= 3 and classes < 64 * count)
+    return quicker and float(scores.detach().amin()) > -torch.inf  # nor NaN
 
 
 def _grouping_pays(scores: Tensor, count: int) -> bool:
