@@ -13,7 +13,8 @@ help:  ## this list
 # The stamp makes the environment once; it is made again only when what it should hold changes.
 .venv/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version + "; try: make PYTHON=python3.12 ...")'
-	@echo "Setting up .venv with the extras $(EXTRAS): some 3 GB, a few minutes the first time."
+	@echo "Setting up .venv with the extras $(EXTRAS): a few minutes and, with CUDA's libraries on Linux, 7 GB of disk."
+	@$(PYTHON) -c 'import shutil; free = shutil.disk_usage(".").free / 1e9; print(f"{free:.0f} GB are free here." + (" That may not be enough: pip also needs room for the 3 GB it downloads." if free < 11 else ""))'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@

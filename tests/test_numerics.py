@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import topk
+from topk.losses import room
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 K = 3
@@ -95,3 +97,59 @@ def test_long_sums_of_half_types(name: str) -> None:
     target = torch.tensor([0, 12_345])
     scores = torch.zeros(2, 20_000, dtype=torch.bfloat16)
     torch.testing.assert_close(loss(scores, target).double(), loss(scores.double(), target), rtol=3e-6, atol=1e-6)
+
+
+# --- numbers too small to be fast ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_exponentials_are_zero_or_normal(kind: torch.dtype) -> None:
+    smallest = room.SMALLEST[kind]
+    spread = torch.linspace(3.0 * smallest, 40.0, 10_001, dtype=kind)
+    special = torch.tensor([0.0, -torch.inf, torch.nan, torch.inf, smallest - 0.01, smallest + 0.02], dtype=kind)
+    for exponents in (spread, spread[spread > smallest], special, spread[:0]):
+        exact = exponents.double().exp()
+        expected = exact.masked_fill(exponents < smallest + 0.01, 0.0).to(kind)
+        found = room.exponentials(exponents.clone())
+        torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(kind).eps, atol=0.0, equal_nan=True)
+        normal = found[found > 0].clamp(max=1.0)
+        assert (normal / 1000 >= torch.finfo(kind).tiny).all()
+
+
+# The smooth loss multiplies powers of its exponentials, so that every one of them can be too small.
+FAR_APART = {
+    **{name: loss for name, (loss, _) in LOSSES.items() if name in ("smooth", "smooth, small tau", "entropy", "focal")},
+    "smooth, k = 8": lambda s, t: topk.smooth_topk_loss(s, t, 8, tau=0.1, reduction="none"),
+    "smooth, k = 20": lambda s, t: topk.smooth_topk_loss(s, t, 20, tau=0.1, reduction="none"),
+    "ldam, scale 60": lambda s, t: topk.ldam_loss(s, t, margins=0.5, scale=60.0, reduction="none"),
+}
+
+
+@pytest.mark.parametrize("name", FAR_APART)
+def test_scores_far_apart(name: str) -> None:
+    loss = FAR_APART[name]
+    for scale in (3.0, 10.0, 30.0, 100.0, 1000.0):
+        scores, target = problem(scale, rows=200, classes=400)
+        target[::3] = scores[::3].argmax(1)  # else y is far behind in nearly every row
+        scores[:, 7], target[target == 7] = -torch.inf, 8
+        value, gradient = value_and_gradient(loss, scores.float(), target)
+        exact, slopes = value_and_gradient(loss, scores.float().double(), target)
+        torch.testing.assert_close(value.double(), exact, rtol=3e-6, atol=3e-6)
+        bound = BOUNDED["ldam"][1] * 7.5 if name.startswith("ldam") else 2.0
+        torch.testing.assert_close(gradient.double(), slopes, rtol=0.0, atol=1e-5 * bound)
+        assert (gradient[:, 7] == 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smooth", "smooth, small tau", "entropy", "focal"])
+def test_scores_far_apart_take_no_longer(name: str) -> None:
+    def seconds(scale: float) -> float:
+        scores, target = problem(scale, rows=256, classes=1000)
+        scores, taken = scores.float(), []
+        for _ in range(15):
+            start = time.process_time()
+            value_and_gradient(FAR_APART[name], scores, target)
+            taken.append(time.process_time() - start)
+        return min(taken)
+
+    assert max(seconds(scale) for scale in (3.0, 30.0, 50.0)) < 1.6 * seconds(0.1)

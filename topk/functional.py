@@ -128,9 +128,7 @@ def _transition_weights(
     transition: Transition, scores: Tensor, target: Tensor, ks: list[int], weights: list[float], ignore_index: int
 ) -> Tensor:
     """The weight a for every row and k that counts; no columns where the margins decide."""
-    classes = scores.shape[0] if scores.dim() == 1 else scores.shape[1]
-    kept = _counting(ks, weights, classes)
-    shape, kind = (target.numel(), len(kept)), torch.promote_types(scores.dtype, torch.float32)
+    kind = torch.promote_types(scores.dtype, torch.float32)
     if isinstance(transition, str):
         if transition == "accuracy":
             raise ValueError(
@@ -138,7 +136,10 @@ def _transition_weights(
                 "expected 'margin', a number, a tensor or a callable"
             )
         check_choice("transition", transition, ("margin", "accuracy"))
-        return scores.new_zeros((shape[0], 0), dtype=kind)
+        return scores.new_zeros((target.numel(), 0), dtype=kind)
+    classes = scores.shape[0] if scores.dim() == 1 else scores.shape[1]
+    kept = _counting(ks, weights, classes)
+    shape = (target.numel(), len(kept))
     if isinstance(transition, Tensor):
         if tuple(transition.shape) not in ((), (len(ks),)) or not transition.dtype.is_floating_point:
             raise ValueError(
@@ -493,7 +494,8 @@ def _reduced(
     if weight is not None:
         weight = check_class_tensor("weight", weight, scores, classes)
     rows = _flatten(scores)
-    flat = target.reshape(-1).to(torch.int64)  # compared with a number out of its range, a narrower type wraps
+    # Compared with a number out of its range, a narrower type wraps.
+    flat = (target if target.dim() == 1 else target.reshape(-1)).to(torch.int64)
     if ks is not None:
         kept = _counting(ks, weights, classes)
         options = ([ks[place] for place in kept], [weights[place] for place in kept], *options)

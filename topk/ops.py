@@ -161,11 +161,13 @@ def _compute_type(scores: Tensor) -> torch.dtype:
     return torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
 
 
-def _full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+_AS_IT_IS = contextlib.nullcontext()
+
+
+def _full_precision(scores: Tensor) -> contextlib.AbstractContextManager[None]:
     """Switches autocast off, where it is on: a matrix product inside a room must not be rounded to bfloat16."""
-    if torch.is_autocast_enabled(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    device = "cpu" if scores.is_cpu else scores.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def _rows_in_use(scores: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -205,7 +207,7 @@ def _run_forward(
         loss, *saved = kernel.forward(scores, target.to(torch.int64), tuple(extras), ignore_index, options)
         return loss, saved, False
     target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
-    with _full_precision(scores.device):
+    with _full_precision(scores):
         loss, *saved = room.forward(scores.to(_compute_type(scores)), target, tuple(extras), options)
     if ignored is not None:
         loss = loss.masked_fill(ignored, 0.0)
@@ -234,10 +236,9 @@ def _run_backward(
         )
         return gradient
     ignored = wrong = None
-    target = target.to(torch.int64)
     if not clean:
-        target, ignored, wrong = _rows_in_use(scores, target, ignore_index)
-    with _full_precision(scores.device):
+        target, ignored, wrong = _rows_in_use(scores, target.to(torch.int64), ignore_index)
+    with _full_precision(scores):
         result = room.backward(grad, scores.to(_compute_type(scores)), target, tuple(extras), tuple(saved), options)
     if ignored is not None:
         result = result.masked_fill_(ignored[:, None], 0.0)

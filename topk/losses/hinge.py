@@ -151,7 +151,8 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
     slopes = grad[:, None] * slopes
     best, at_target = slopes[:, :-1], slopes[:, -1:]
     if variant == "entropy":
-        return scaled_exponentials(scores, last, best[:, -1], index, best).scatter_(1, target[:, None], at_target)
+        result = scaled_exponentials(scores, last, best[:, -1]).scatter_(1, index, best)
+        return result.scatter_(1, target[:, None], at_target)
     background = torch.where(at_target.isnan(), torch.nan, 0.0).to(scores.dtype)
     result = background.expand_as(scores).contiguous()
     return result.scatter_add_(1, index, best).scatter_add_(1, target[:, None], at_target)  # y may be in `index`

@@ -58,7 +58,8 @@ def _table(shift: Tensor, total: Tensor, slope: Tensor, gap: Tensor) -> Tensor:
 def _spread(grad: Tensor, scores: Tensor, target: Tensor, table: Tensor, scale: float) -> Tensor:
     """The gradient from what `_table` kept."""
     shift, slope, at_target = table.unbind(1)
-    return scaled_exponentials(scores, shift, grad * slope, target[:, None], (grad * at_target)[:, None], scale)
+    result = scaled_exponentials(scores, shift, grad * slope, scale)
+    return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
 
 
 def _gap_formula(scores: Tensor, target: Tensor, margins: Tensor | float, scale: float) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from topk.losses.room import CHUNK
 
 _GROUP = 8  # classes compared before `largest` selects
+_FEW = 64  # classes that numpy sorts, rather than to look for the largest
 _WORTH_WHILE = 2**14  # scores, below which nothing but the number of calls counts
 
 
@@ -40,10 +41,18 @@ def _descending(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     if not _numpy_pays(scores, count):
         values, index = scores.topk(count, dim=1)
         return values, index
+    if scores.shape[1] <= _FEW:
+        index = _order(scores)[:, :count]
+        return scores.gather(1, index), index
     index = _partitioned(scores, count)
     values = scores.gather(1, index)
-    order = torch.from_numpy(values.detach().numpy().argsort(axis=1)[:, ::-1].copy())
+    order = _order(values)
     return values.gather(1, order), index.gather(1, order)
+
+
+def _order(scores: Tensor) -> Tensor:
+    """Where every row's scores are from the largest down, by numpy."""
+    return torch.from_numpy(scores.detach().numpy().argsort(axis=1)[:, ::-1].copy())
 
 
 def _partitioned(scores: Tensor, count: int) -> Tensor:
@@ -58,7 +67,7 @@ def _partitioned(scores: Tensor, count: int) -> Tensor:
 
 def _numpy_pays(scores: Tensor, count: int) -> bool:
     rows, classes = scores.shape
-    if not scores.is_cpu or rows * classes < _WORTH_WHILE or not 64 < classes < 128 * count:
+    if not scores.is_cpu or rows * classes < _WORTH_WHILE or not count < classes < 128 * count:
         return False
     if not _numpy_is_vectorised():
         return False
@@ -99,24 +108,30 @@ def largest_wrong(scores: Tensor, target: Tensor, depth: int) -> tuple[Tensor, T
 
 
 def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest scores and their indices, descending; among equals the lower class index comes first.
+    """The `count` largest scores and their indices, descending; among equals the lower class index comes first."""
+    values, index = ordered_and_next(scores, count)
+    return values[:, :count], index
+
+
+def ordered_and_next(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """What `ordered_topk` gives, and among the values the one after them, if any.
 
     torch.topk leaves the order and the choice among equals open, and a stable sort of every row costs ten times
     as much. So the rows with a tie are repaired: all of them where looking for ties would synchronise with a device.
     """
     values, index = largest(scores, min(count + 1, scores.shape[1]))
     tied = values[:, 1:] == values[:, :-1]
-    values, index = values[:, :count], index[:, :count]
+    index = index[:, :count]
     if scores.is_cpu and not bool(tied.any()):
         return values, index
-    boundary = tied[:, count - 1 :].any(1)
+    boundary, first = tied[:, count - 1 :].any(1), values[:, :count]
     if not scores.is_cpu:
-        lowest = torch.where(boundary[:, None], _lowest_ties(scores, values, index), index)
-        return values, _lower_first(values, lowest)
+        lowest = torch.where(boundary[:, None], _lowest_ties(scores, first, index), index)
+        return values, _lower_first(first, lowest)
     index, tied = index.clone(), tied.any(1)
     for rows in boundary.nonzero().squeeze(1).split(max(1, CHUNK // (8 * scores.shape[1]))):
-        index[rows] = _lowest_ties(scores[rows], values[rows], index[rows])
-    index[tied] = _lower_first(values[tied], index[tied])
+        index[rows] = _lowest_ties(scores[rows], first[rows], index[rows])
+    index[tied] = _lower_first(first[tied], index[tied])
     return values, index
 
 

@@ -36,13 +36,14 @@ from torch.nn.functional import softplus
 
 from topk.losses import polynomials
 from topk.losses.room import (
-    LOG2_E,
+    SMALLEST,
     Options,
     Room,
     Saved,
     SavedShape,
     buffers,
     chunks,
+    exponentials,
     not_finite_above,
     target_scores,
     wide_type,
@@ -147,10 +148,10 @@ def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, ra
 
 def _odds(scores: Tensor, kth: Tensor, tilt: Tensor | None, rate: float, out: Tensor) -> Tensor:
     """w_i = exp((x_i - x_[k]) rate + tilt), written into `out`."""
-    torch.sub(scores, kth[:, None], out=out).mul_(rate * LOG2_E)
+    torch.sub(scores, kth[:, None], out=out).mul_(rate)
     if tilt is not None:
-        out.add_(tilt[:, None] * LOG2_E)
-    return out.exp2_()
+        out.add_(tilt[:, None])
+    return exponentials(out)
 
 
 def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
@@ -159,10 +160,14 @@ def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float
     odds_buffer, power_buffer = buffers(scores, 2, _SUM_CHUNK)
     for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
-        odds = _odds(scores[rows], kth[rows], None, rate, odds_buffer[:count]).scatter_(1, places[rows], 0.0)
+        odds = _odds(scores[rows], kth[rows], None, rate, odds_buffer[:count])
+        smallest = SMALLEST[odds.dtype]
+        wide = odds.is_cpu and count > 0 and float(odds.amin()) < math.exp(smallest / k)
+        power = odds.scatter_(1, places[rows], 0.0)
         torch.sum(odds, 1, out=sums[0, rows])
-        power = odds
         for m in range(1, k):
+            if wide:  # what the next product would make denormal, and slow
+                torch.threshold_(power, math.exp(smallest * m / (m + 1)), 0.0)
             power = torch.mul(power, odds, out=power_buffer[:count])
             torch.sum(power, 1, out=sums[m, rows])
     return sums

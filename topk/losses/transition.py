@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from topk.losses.room import Options, Room, Saved, SavedShape, buffers, centred, chunks, log_sum_exp, target_scores
-from topk.losses.selection import ordered_topk
+from topk.losses.selection import ordered_and_next
 
 
 def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -59,8 +59,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     if not ks:
         empty = [scores.new_zeros(s, dtype=kind or scores.dtype) for s, kind in _saved(rows, classes, options)]
         return scores.new_zeros(rows), *empty
-    values, index = ordered_topk(scores, ks[-1] + 1)
-    top = index[:, :-1]
+    values, top = ordered_and_next(scores, ks[-1])
     x_target = scores.gather(1, target[:, None])
     if extras[0].shape[1] > 0:
         mix = _checked(extras[0])
@@ -143,7 +142,7 @@ def _without_smoothing(log_p: Tensor, grouped: Tensor, options: Options) -> tupl
         loss, taken = (share * group.log()).sum(1, keepdim=True), share.sum(1, keepdim=True)
         # The j-th largest score belongs to the groups of all k >= j.
         slopes = (share / group).flip(1).cumsum(1).flip(1)[:, [bisect_right(ks, j) for j in range(ks[-1])]]
-    return loss, torch.cat((slopes * p, -sum(weights) - taken), 1)
+    return loss, torch.cat((slopes * p, torch.rsub(taken, -sum(weights))), 1)
 
 
 def _mended(loss: Tensor, corrections: Tensor, flags: Tensor, largest: Tensor, x_target: Tensor) -> Tensor:
