@@ -331,7 +331,9 @@ def _reduce(loss: Tensor, reduction: str, divisor: Tensor | int | None) -> Tenso
     """The rows' losses, their sum, or their sum over `divisor`."""
     if reduction == "none":
         return loss
-    return loss.sum() if divisor is None else loss.sum() / divisor
+    if divisor is None:
+        return loss.sum()
+    return loss.mean() if isinstance(divisor, int) and divisor > 0 else loss.sum() / divisor
 
 
 def _is_plain(scores: Tensor) -> bool:

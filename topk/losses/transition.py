@@ -25,7 +25,18 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from topk.losses.room import Options, Room, Saved, SavedShape, buffers, centred, chunks, log_sum_exp, target_scores
+from topk.losses.room import (
+    CHUNK,
+    Options,
+    Room,
+    Saved,
+    SavedShape,
+    buffers,
+    centred,
+    chunks,
+    log_sum_exp,
+    target_scores,
+)
 from topk.losses.selection import ordered_and_next
 
 
@@ -43,7 +54,7 @@ def margins(scores: Tensor, target: Tensor, ks: list[int]) -> Tensor:
 
 
 def _lead(mine: Tensor, values: Tensor, ks: list[int]) -> Tensor:
-    return mine - (values[:, ks[0], None] if len(ks) == 1 else torch.stack([values[:, k] for k in ks], 1))
+    return mine - (values[:, ks[0] :] if len(ks) == 1 else torch.stack([values[:, k] for k in ks], 1))
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -59,6 +70,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     if not ks:
         empty = [scores.new_zeros(s, dtype=kind or scores.dtype) for s, kind in _saved(rows, classes, options)]
         return scores.new_zeros(rows), *empty
+    log_p = _log_probabilities(scores, smoothing > 0.0)  # first: while it computes, the scores come into the cache
     values, top = ordered_and_next(scores, ks[-1])
     x_target = scores.gather(1, target[:, None])
     if extras[0].shape[1] > 0:
@@ -67,10 +79,10 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     else:
         mix = grouped = _from_lead(_lead(x_target, values, ks), width)  # who leads the (k+1)-th score is among the k
     places = torch.cat((top, target[:, None]), 1)
-    best, log_p = _log_probabilities(scores, places, smoothing > 0.0)
+    best = _in_parts(scores, places) if log_p is None else log_p.gather(1, places)
     loss, corrections = _without_smoothing(best, grouped, options)
     flags, at_target = loss.new_zeros((rows, 2)), corrections[:, -1:]
-    if smoothing > 0.0:
+    if smoothing > 0.0 and log_p is not None:
         taken = smoothing * (sum(weights) - sum(w * mix[:, i, None] for i, w in enumerate(weights)))
         mean, count = _mean_of_possible(log_p, scores)
         loss -= taken * mean.masked_fill(taken == 0.0, 0.0)
@@ -84,17 +96,21 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     return whole.squeeze(1), places, corrections, flags, mix
 
 
-def _log_probabilities(scores: Tensor, places: Tensor, everywhere: bool) -> tuple[Tensor, Tensor]:
-    """log p at `places`, and at all classes where asked for; else through a work space, since new memory is slow."""
-    if everywhere or not scores.is_cpu or scores.shape[0] == 0:
-        log_p = scores.log_softmax(1)
-        return log_p.gather(1, places), log_p
+def _log_probabilities(scores: Tensor, everywhere: bool) -> Tensor | None:
+    """log p, in a work space if that has room, since new memory is slow; None if it has not, unless `everywhere`."""
+    if everywhere or not scores.is_cpu:
+        return scores.log_softmax(1)
+    return torch.log_softmax(scores, 1, out=buffers(scores, 1)[0]) if 0 < scores.numel() <= CHUNK else None
+
+
+def _in_parts(scores: Tensor, places: Tensor) -> Tensor:
+    """log p at `places`, through a work space."""
     (buffer,) = buffers(scores, 1)
-    best = []
+    best = torch.empty_like(places, dtype=scores.dtype)
     for part in chunks(scores):
         log_p = torch.log_softmax(scores[part], 1, out=buffer[: part.stop - part.start])
-        best.append(log_p.gather(1, places[part]))
-    return best[0] if len(best) == 1 else torch.cat(best), log_p
+        torch.gather(log_p, 1, places[part], out=best[part])
+    return best
 
 
 def _mean_of_possible(log_p: Tensor, scores: Tensor) -> tuple[Tensor, Tensor | int]:
