@@ -102,13 +102,18 @@ def buffers(scores: Tensor, count: int, chunk: int = CHUNK, width: int | None = 
     return list(kept[:size].view(shape).unbind())
 
 
-def exponentials(field: Tensor) -> Tensor:
-    """exp of every number, in place, with 0 for what is below the smallest normal numbers.
+def lowest(field: Tensor) -> float:
+    """The least number; 0 on other devices, which a look would stall, and which do not mind denormal numbers."""
+    return float(field.amin()) if field.is_cpu and field.numel() > 0 else 0.0
+
+
+def exponentials(field: Tensor, least: float | None = None) -> Tensor:
+    """exp of every number, in place, with 0 for what is below the smallest normal numbers; `least`: `lowest(field)`.
 
     Denormal results, and exp(-inf), cost the CPU up to forty times as much, and to look for them costs next to nothing.
     """
     smallest = SMALLEST[field.dtype]
-    if not field.is_cpu or field.numel() == 0 or float(field.amin()) > smallest:
+    if (lowest(field) if least is None else least) > smallest:
         return field.exp_()
     return torch.threshold_(field.clamp_(min=smallest).exp_(), 1.01 * math.exp(smallest), 0.0)
 

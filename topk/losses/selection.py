@@ -62,7 +62,8 @@ def _partitioned(scores: Tensor, count: int) -> Tensor:
 
 
 # Measured: torch.topk sorts partially for few of many, is four times slower from count = classes / 64 on, and uses all
-# threads; numpy takes much the same time for every count, on one thread, but several times that among scores of -inf.
+# threads; numpy takes much the same time for every count, on one thread, but several times that among scores of -inf,
+# unless it sorts them all, which it does without branches.
 
 
 def _numpy_pays(scores: Tensor, count: int) -> bool:
@@ -73,7 +74,7 @@ def _numpy_pays(scores: Tensor, count: int) -> bool:
         return False
     threads = torch.get_num_threads()
     quicker = threads == 1 or (threads <= 3 and classes < 64 * count)
-    return quicker and float(scores.detach().amin()) > -torch.inf  # nor NaN
+    return quicker and (classes <= _FEW or float(scores.detach().amin()) > -torch.inf)  # nor NaN
 
 
 def _grouping_pays(scores: Tensor, count: int) -> bool:

@@ -44,6 +44,7 @@ from topk.losses.room import (
     buffers,
     chunks,
     exponentials,
+    lowest,
     not_finite_above,
     target_scores,
     wide_type,
@@ -146,12 +147,10 @@ def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, ra
     return torch.cat(tilts).to(wide), torch.cat(tails, 1)
 
 
-def _odds(scores: Tensor, kth: Tensor, tilt: Tensor | None, rate: float, out: Tensor) -> Tensor:
-    """w_i = exp((x_i - x_[k]) rate + tilt), written into `out`."""
+def _exponents(scores: Tensor, kth: Tensor, tilt: Tensor | None, rate: float, out: Tensor) -> Tensor:
+    """log w_i = (x_i - x_[k]) rate + tilt, written into `out`."""
     torch.sub(scores, kth[:, None], out=out).mul_(rate)
-    if tilt is not None:
-        out.add_(tilt[:, None])
-    return exponentials(out)
+    return out if tilt is None else out.add_(tilt[:, None])
 
 
 def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
@@ -160,13 +159,12 @@ def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float
     odds_buffer, power_buffer = buffers(scores, 2, _SUM_CHUNK)
     for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
-        odds = _odds(scores[rows], kth[rows], None, rate, odds_buffer[:count])
-        smallest = SMALLEST[odds.dtype]
-        wide = odds.is_cpu and count > 0 and float(odds.amin()) < math.exp(smallest / k)
-        power = odds.scatter_(1, places[rows], 0.0)
+        exponents = _exponents(scores[rows], kth[rows], None, rate, odds_buffer[:count])
+        least, smallest = lowest(exponents), SMALLEST[exponents.dtype]
+        power = odds = exponentials(exponents, least).scatter_(1, places[rows], 0.0)
         torch.sum(odds, 1, out=sums[0, rows])
         for m in range(1, k):
-            if wide:  # what the next product would make denormal, and slow
+            if not least * k > smallest:  # what the next product would make denormal, and slow
                 torch.threshold_(power, math.exp(smallest * m / (m + 1)), 0.0)
             power = torch.mul(power, odds, out=power_buffer[:count])
             torch.sum(power, 1, out=sums[m, rows])
@@ -341,7 +339,8 @@ def _add_one_k(
     odds_buffer, *field_buffer = buffers(scores, 2 if add else 1, _SUM_CHUNK)
     for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
-        odds = _odds(scores[rows], kth[rows], None if tilt is None else tilt[rows], rate, odds_buffer[:count])
+        tilted = None if tilt is None else tilt[rows]
+        odds = exponentials(_exponents(scores[rows], kth[rows], tilted, rate, odds_buffer[:count]))
         field = field_buffer[0][:count] if add else result[rows]
         torch.mul(odds, columns[-1][rows], out=field)
         if len(columns) > 1:
