@@ -52,7 +52,7 @@ def check_scores(scores: Tensor, target: Tensor) -> int:
         raise ValueError(f"target must be on the device of scores, expected {scores.device}, got {target.device}")
     classes = scores.shape[0] if scores.dim() == 1 else scores.shape[1]
     expected = () if scores.dim() == 1 else (scores.shape[0], *scores.shape[2:])
-    if tuple(target.shape) != tuple(expected):
+    if target.shape != expected:
         raise ValueError(
             f"target must have shape {tuple(expected)} for scores of shape {tuple(scores.shape)}, "
             f"got {tuple(target.shape)}"

@@ -119,16 +119,15 @@ def transition_topk_loss(
     width = check_number("width", width, above=0.0)
     label_smoothing = check_number("label_smoothing", label_smoothing, least=0.0, most=1.0)
     ignore_index = check_ignore_index(ignore_index)
-    mix = (_transition_weights(transition, scores, target, ks, weights, ignore_index),)
+    mix = _transition_weights(transition, scores, target, ks, weights, ignore_index)
     options = (width, label_smoothing)
     return _reduced("transition", scores, target, ks, weights, options, weight, ignore_index, reduction, backend, mix)
 
 
 def _transition_weights(
     transition: Transition, scores: Tensor, target: Tensor, ks: list[int], weights: list[float], ignore_index: int
-) -> Tensor:
-    """The weight a for every row and k that counts; no columns where the margins decide."""
-    kind = torch.promote_types(scores.dtype, torch.float32)
+) -> tuple[Tensor, ...]:
+    """The weight a for every row and k that counts; nothing where the margins decide."""
     if isinstance(transition, str):
         if transition == "accuracy":
             raise ValueError(
@@ -136,22 +135,22 @@ def _transition_weights(
                 "expected 'margin', a number, a tensor or a callable"
             )
         check_choice("transition", transition, ("margin", "accuracy"))
-        return scores.new_zeros((target.numel(), 0), dtype=kind)
+        return ()
     classes = scores.shape[0] if scores.dim() == 1 else scores.shape[1]
     kept = _counting(ks, weights, classes)
-    shape = (target.numel(), len(kept))
+    shape, kind = (target.numel(), len(kept)), torch.promote_types(scores.dtype, torch.float32)
     if isinstance(transition, Tensor):
         if tuple(transition.shape) not in ((), (len(ks),)) or not transition.dtype.is_floating_point:
             raise ValueError(
                 f"transition as a tensor must be floating-point with shape () or ({len(ks)},), one number a k, "
                 f"got shape {tuple(transition.shape)} of {transition.dtype}"
             )
-        return transition.detach().to(scores.device, kind).expand(len(ks))[kept].expand(shape)
+        return (transition.detach().to(scores.device, kind).expand(len(ks))[kept].expand(shape),)
     if not callable(transition):
         number = check_number("transition", transition, least=0.0, most=1.0)
-        return scores.new_full(shape, number, dtype=kind)
+        return (scores.new_full(shape, number, dtype=kind),)
     if not kept:
-        return scores.new_empty(shape, dtype=kind)
+        return (scores.new_empty(shape, dtype=kind),)
     rows, used, safe = _rows(scores, target, ignore_index)
     columns = []
     for margin in transition_margins(rows.detach().to(kind), safe, [ks[place] for place in kept]).unbind(1):
@@ -160,7 +159,7 @@ def _transition_weights(
             got = tuple(column.shape) if isinstance(column, Tensor) else type(column).__name__
             raise ValueError(f"transition must return a tensor of the margins' shape {tuple(target.shape)}, got {got}")
         columns.append(torch.where(used, column.detach().reshape(-1).to(kind), 0.0))
-    return torch.stack(columns, 1)
+    return (torch.stack(columns, 1),)
 
 
 def noised_topk_loss(

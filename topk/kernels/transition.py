@@ -48,7 +48,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     if not ks:
         return common.no_loss(target, classes, ignore_index), places.fill_(-1), slopes.zero_(), field.zero_()
     loss = scores.new_empty(rows, dtype=torch.float32)
-    mix = extras[0].to(torch.float32).contiguous()
+    mix = extras[0].to(torch.float32).contiguous() if extras else loss  # anything that is not read
     tiling = common.whole_rows(classes)
     common.launch(
         _forward,
@@ -69,7 +69,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
         TERMS=len(ks),
         KS=common.packed(ks),
         WEIGHTS=common.packed(weights),
-        GIVEN=mix.shape[1] > 0,
+        GIVEN=len(extras) > 0,
         SMOOTHED=smoothing > 0.0,
         COUNT=ks[-1] + 1,
         **common.whole_row_constants(tiling, scores, ks[-1] + 1),
@@ -221,5 +221,5 @@ def backward(
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
     """Calls that reach every path: one k and several, a read off the lead and given, with and without smoothing."""
-    none, half = torch.empty(rows, 0, device=device), torch.full((rows, 2), 0.5, device=device)
-    return [((none,), ([3], [1.0], 1.0, 0.0)), ((half,), ([1, 5], [0.25, 0.75], 1.0, 0.1))]
+    half = torch.full((rows, 2), 0.5, device=device)
+    return [((), ([3], [1.0], 1.0, 0.0)), ((half,), ([1, 5], [0.25, 0.75], 1.0, 0.1))]

@@ -36,7 +36,7 @@ class Room:
     name: also the name of the kernel's file, of the test, of the chapter.
     options: the loss's own arguments in torch's schema language, such as "int[] ks, float tau"; they arrive in
         every function below as one tuple, in this order.
-    extras: names of further tensors, each with one entry (or row of entries) a row of the scores.
+    extras: names of further tensors, each with one entry (or row of entries) a row of the scores; may be left out.
     saved: the shapes and types of what forward keeps for backward; None means the type of the computation.
     forward(scores, target, extras, options): (loss a row, then the saved tensors).
     backward(grad, scores, target, extras, saved, options): gradient of sum(grad * loss), in the computation's type;

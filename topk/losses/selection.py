@@ -24,7 +24,8 @@ def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     groups = classes // _GROUP
     if not _grouping_pays(scores, count):
         return _descending(scores, count)
-    best = scores[:, : _GROUP * groups].unflatten(1, (_GROUP, groups)).amax(1)
+    row, step = scores.stride()
+    best = scores.as_strided((rows, _GROUP, groups), (row, groups * step, step)).amax(1)
     members = torch.arange(0, _GROUP * groups, groups, device=scores.device)
     by_numpy = _numpy_pays(best, count)
     group = _partitioned(best, count) if by_numpy else best.topk(count, dim=1, sorted=False).indices

@@ -73,7 +73,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     log_p = _log_probabilities(scores, smoothing > 0.0)  # first: while it computes, the scores come into the cache
     values, top = ordered_and_next(scores, ks[-1])
     x_target = scores.gather(1, target[:, None])
-    if extras[0].shape[1] > 0:
+    if extras:
         mix = _checked(extras[0])
         grouped = _where_among_top(mix, top == target[:, None], ks)
     else:
@@ -216,7 +216,7 @@ def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options
 TRANSITION = Room(
     name="transition",
     options="int[] ks, float[] weights, float width, float label_smoothing",
-    extras=("mix",),
+    extras=("mix",),  # none where the margins decide
     saved=_saved,
     forward=forward,
     backward=backward,
