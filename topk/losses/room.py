@@ -110,7 +110,7 @@ def lowest(field: Tensor) -> float:
 def exponentials(field: Tensor, least: float | None = None) -> Tensor:
     """exp of every number, in place, with 0 for what is below the smallest normal numbers; `least`: `lowest(field)`.
 
-    Denormal results, and exp(-inf), cost the CPU up to forty times as much, and to look for them costs next to nothing.
+    Denormal results, and exp(-inf), can cost the CPU a hundred times as much; to look for them costs next to nothing.
     """
     smallest = SMALLEST[field.dtype]
     if (lowest(field) if least is None else least) > smallest:
