@@ -340,13 +340,17 @@ def _add_one_k(
     for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
         tilted = None if tilt is None else tilt[rows]
-        odds = exponentials(_exponents(scores[rows], kth[rows], tilted, rate, odds_buffer[:count]))
+        exponents = _exponents(scores[rows], kth[rows], tilted, rate, odds_buffer[:count])
+        least, half = lowest(exponents), SMALLEST[exponents.dtype] / 2
+        odds = exponentials(exponents, least)
         field = field_buffer[0][:count] if add else result[rows]
-        torch.mul(odds, columns[-1][rows], out=field)
-        if len(columns) > 1:
-            field.add_(columns[-2][rows])
+        if len(columns) == 1:
+            torch.mul(odds, columns[0][rows], out=field)
+        else:  # smaller odds change no sum, but make denormal products with small coefficients
+            inner = odds if least > half else odds.clamp(min=math.exp(half))
+            torch.mul(inner, columns[-1][rows], out=field).add_(columns[-2][rows])
             for column in columns[-3::-1]:
-                torch.addcmul(column[rows], field, odds, out=field)
+                torch.addcmul(column[rows], field, inner, out=field)
             field.mul_(odds)
         field.scatter_(1, index[rows], at_head[rows])
         if add:
