@@ -333,7 +333,7 @@ def _reduce(loss: Tensor, reduction: str, divisor: Tensor | int | None) -> Tenso
         return loss
     if divisor is None:
         return loss.sum()
-    return loss.mean() if isinstance(divisor, int) and divisor > 0 else loss.sum() / divisor
+    return loss.mean() if isinstance(divisor, int) else loss.sum() / divisor
 
 
 def _is_plain(scores: Tensor) -> bool:

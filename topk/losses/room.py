@@ -118,12 +118,18 @@ def exponentials(field: Tensor, least: float | None = None) -> Tensor:
     return torch.threshold_(field.clamp_(min=smallest).exp_(), 1.01 * math.exp(smallest), 0.0)
 
 
+def exponents(scores: Tensor, shift: Tensor, rate: float, out: Tensor) -> Tensor:
+    """(x - shift) rate, written into `out`."""
+    torch.sub(scores, shift[:, None], out=out)
+    return out if rate == 1.0 else out.mul_(rate)
+
+
 def sum_exponentials(scores: Tensor, shift: Tensor, index: Tensor, rate: float = 1.0) -> Tensor:
     """Sum of exp(rate (x - shift)) over the classes of each row that `index` does not list."""
     total = torch.empty_like(shift)
     (buffer,) = buffers(scores, 1)
     for part in chunks(scores):
-        field = _exponents(scores[part], shift[part], rate, buffer[: part.stop - part.start])
+        field = exponents(scores[part], shift[part], rate, buffer[: part.stop - part.start])
         torch.sum(exponentials(field).scatter_(1, index[part], 0.0), 1, out=total[part])
     return total
 
@@ -132,14 +138,9 @@ def scaled_exponentials(scores: Tensor, shift: Tensor, scale: Tensor, rate: floa
     """A new tensor, scale exp(rate (x - shift))."""
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     for part in chunks(scores):
-        field = _exponents(scores[part], shift[part], rate, result[part])
+        field = exponents(scores[part], shift[part], rate, result[part])
         exponentials(field).mul_(scale[part, None])
     return result
-
-
-def _exponents(scores: Tensor, shift: Tensor, rate: float, out: Tensor) -> Tensor:
-    field = torch.sub(scores, shift[:, None], out=out)
-    return field if rate == 1.0 else field.mul_(rate)
 
 
 def centred(scores: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from topk.losses.room import (
     buffers,
     chunks,
     exponentials,
+    exponents,
     lowest,
     not_finite_above,
     target_scores,
@@ -147,21 +148,15 @@ def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, ra
     return torch.cat(tilts).to(wide), torch.cat(tails, 1)
 
 
-def _exponents(scores: Tensor, kth: Tensor, tilt: Tensor | None, rate: float, out: Tensor) -> Tensor:
-    """log w_i = (x_i - x_[k]) rate + tilt, written into `out`."""
-    torch.sub(scores, kth[:, None], out=out).mul_(rate)
-    return out if tilt is None else out.add_(tilt[:, None])
-
-
 def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
     """sum of w^m over the tail, all classes but those at `places`, for m = 1..k (k, rows)."""
     sums = scores.new_empty((k, scores.shape[0]))
     odds_buffer, power_buffer = buffers(scores, 2, _SUM_CHUNK)
     for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
-        exponents = _exponents(scores[rows], kth[rows], None, rate, odds_buffer[:count])
-        least, smallest = lowest(exponents), SMALLEST[exponents.dtype]
-        power = odds = exponentials(exponents, least).scatter_(1, places[rows], 0.0)
+        log_odds = exponents(scores[rows], kth[rows], rate, odds_buffer[:count])
+        least, smallest = lowest(log_odds), SMALLEST[log_odds.dtype]
+        power = odds = exponentials(log_odds, least).scatter_(1, places[rows], 0.0)
         torch.sum(odds, 1, out=sums[0, rows])
         for m in range(1, k):
             if not least * k > smallest:  # what the next product would make denormal, and slow
@@ -187,13 +182,13 @@ def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, r
     rows, classes = scores.shape
     lanes = min(max(1, _LANES // rows), max(1, classes // (4 * k)))
     steps = -(-classes // lanes)
-    exponents, buffer = buffers(scores, 2, _LANE_CHUNK, lanes * steps)
-    exponents, buffer = exponents[:rows], buffer[:rows]
-    exponents[:, classes:] = -torch.inf
-    torch.sub(scores, kth[:, None], out=exponents[:, :classes]).mul_(rate)
-    exponents.scatter_(1, target[:, None], -torch.inf)
-    tilt = _balance(exponents, buffer, k, classes - 1)
-    probability = exponents.add_(tilt[:, None]).sigmoid_().scatter_(1, index, 0.0)
+    log_odds, buffer = buffers(scores, 2, _LANE_CHUNK, lanes * steps)
+    log_odds, buffer = log_odds[:rows], buffer[:rows]
+    log_odds[:, classes:] = -torch.inf
+    exponents(scores, kth, rate, log_odds[:, :classes])
+    log_odds.scatter_(1, target[:, None], -torch.inf)
+    tilt = _balance(log_odds, buffer, k, classes - 1)
+    probability = log_odds.add_(tilt[:, None]).sigmoid_().scatter_(1, index, 0.0)
     trials = buffer.view(steps, lanes, rows).copy_(probability.view(rows, lanes, steps).permute(2, 1, 0))
     return tilt, polynomials.success_counts(trials, k, wide_type(scores))
 
@@ -339,10 +334,11 @@ def _add_one_k(
     odds_buffer, *field_buffer = buffers(scores, 2 if add else 1, _SUM_CHUNK)
     for rows in chunks(scores, _SUM_CHUNK):
         count = rows.stop - rows.start
-        tilted = None if tilt is None else tilt[rows]
-        exponents = _exponents(scores[rows], kth[rows], tilted, rate, odds_buffer[:count])
-        least, half = lowest(exponents), SMALLEST[exponents.dtype] / 2
-        odds = exponentials(exponents, least)
+        log_odds = exponents(scores[rows], kth[rows], rate, odds_buffer[:count])
+        if tilt is not None:
+            log_odds.add_(tilt[rows, None])
+        least, half = lowest(log_odds), SMALLEST[log_odds.dtype] / 2
+        odds = exponentials(log_odds, least)
         field = field_buffer[0][:count] if add else result[rows]
         if len(columns) == 1:
             torch.mul(odds, columns[0][rows], out=field)
