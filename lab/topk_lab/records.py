@@ -10,11 +10,12 @@ A row holds, by column:
     data.* model.* loss.*       every setting again in a column of its own; `loss.k` and what else may be a mapping or a
       training.* seed           list is JSON text: `5` or `{"1": 0.5, "5": 0.5}`, see `k_of`
     top1 ... candidates_99 ...  what was measured on the test split; `curve` lists the accuracies of 1, 2, ... guesses
-    validation.*                the same on the validation split, where there is one
+    validation.*                the same on the validation split, where there is one; `validation_clean.*` on its true
+                                labels where they carry noise
     train.loss train.top1 ...   of the last epoch's batches, as they were trained on
     ranks                       uint8 a test image: how many classes score above the right one, 255 and above as 255
     epochs                      JSON: every epoch's numbers
-    seconds parameters pretrained data_fingerprint precision processes
+    seconds parameters pretrained data_fingerprint precision
     probe.loss probe.gradient   its loss on fixed scores (`topk_lab.losses.probe`); see `stale`
     notebook notebook_parameters   the chapter that ran it through papermill, and its parameters as JSON
     result code                 of a run that is a notebook: what it gave as JSON, the hash of its cells
@@ -159,12 +160,18 @@ def row(
     else:
         found |= {name: value for part in _SECTIONS for name, value in _settings(part, config[part])}
         found |= {"seed": config["seed"]}
-        found |= {f"validation.{name}": value for name, value in final.pop("validation", {}).items()} | final
+        found |= _joined(final)
         found |= {f"train.{name}": value for name, value in (epochs[-1]["training"] if epochs else {}).items()}
     found |= {"epochs": text_of(epochs)}
     found |= {name: value for name, value in result.items() if name not in ("final", "epochs")}
     found |= {f"probe.{name}": value for name, value in (probe or {}).items()}
-    for name, value in provenance.items():
+    return found | _joined(provenance)
+
+
+def _joined(values: Mapping[str, Any]) -> Row:
+    """{name: value} and {name.part: value} for what is a mapping itself."""
+    found: Row = {}
+    for name, value in values.items():
         inner = isinstance(value, Mapping)
         found |= {f"{name}.{part}": item for part, item in value.items()} if inner else {name: value}
     return found
