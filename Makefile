@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := triton,lab,book,test,peers
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu gpu test-cluster bench book site serve notebooks notebook-check address times test-book mathjax pdf speed links newest release attach clean
+.PHONY: help setup lint test test-slow test-gpu gpu test-cluster bench book site serve notebooks notebook-check address times test-book pdf speed links newest release attach clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -59,7 +59,7 @@ test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes 
 bench: .venv/.ready  ## time and memory beside the peers on this machine, into bench/results/
 	$(BIN)/python -m bench --suite cpu
 
-# Variables of the book: JOBS (notebooks at a time), PORT, MATHJAX (folder of a local copy of the npm package mathjax).
+# Variables of the book: JOBS (notebooks at a time), PORT.
 book: .venv/.ready  ## run every chapter that changed in its smallest size, build the book strictly, print its address
 	$(BIN)/python -m book.pipeline build $(if $(JOBS),--jobs $(JOBS))
 
@@ -80,12 +80,6 @@ address: .venv/.ready  ## after a change of address, release or record: write ev
 
 times: .venv/.ready  ## run every notebook alone, note how long it takes, say so in the texts
 	$(BIN)/python -m book.pipeline times
-
-# A local copy of the typesetter of formulas, for builds that are read without a network.
-node_modules/mathjax/package.json:
-	npm install --no-save --no-audit --no-fund mathjax@3
-
-mathjax: node_modules/mathjax/package.json  ## a local copy of MathJax (needs npm); later builds use it
 
 # CHROMIUM: path of the browser, if it is not found by itself.
 test-book: site  ## the built pages in a real browser, and a notebook on a stand-in for Colab

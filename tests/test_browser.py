@@ -38,6 +38,7 @@ FLAWS = {
     "undescribed": ('<img src="figure.png" width="60" height="60">', "picture without a description"),
     "unsized": ('<img src="figure.png" alt="A line">', "picture without width and height"),
     "lost": ('<img src="lost.png" alt="Lost" width="9" height="9">', "404"),
+    "elsewhere": ('<script src="https://example.org/x.js"></script>', "did not load https://example.org/x.js"),
     "error": ("<script>undefinedFunction()</script>", "undefinedFunction is not defined"),
     "faint": ('<p style="color: #aaa">faint</p>', "little contrast"),
     "half": ('<p style="opacity: 0.4">faint</p>', "little contrast"),
@@ -145,6 +146,34 @@ def test_a_launch_button_names_this_repository_and_a_notebook() -> None:
     for wrong in (f"{start}/{here}/blob/main/notebooks/99_none.ipynb", f"{start}/other/book/blob/main/README.md"):
         assert browser._launch(browser.Seen("notebooks/x.html", launch=[wrong])) != []
     assert browser._launch(browser.Seen("notebooks/x.html")) != []
+
+
+def test_formulas_are_typeset_without_a_network(tmp_path: Path, opened_browser: Any) -> None:
+    """With the book's own extension and settings; `\\boldsymbol` and `\\cancel` are loaded on demand."""
+    from sphinx.application import Sphinx
+
+    own = layout.config()["sphinx"]["config"]
+    settings = {name: own[name] for name in ("mathjax_path", "mathjax3_config")}
+    (tmp_path / "page.rst").write_text(
+        "A page\n======\n\n.. math:: \\boldsymbol{x} + \\cancel{\\mathbb{E}} = \\mathcal{L}\n"
+    )
+    (tmp_path / "conf.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(layout.ROOT / 'book' / '_ext')!r})\nroot_doc = 'page'\n"
+        f"extensions = ['sphinx.ext.mathjax', 'formulas']\nglobals().update({settings!r})\n"
+    )
+    out = tmp_path / "html"
+    Sphinx(tmp_path, tmp_path, out, tmp_path / "doctrees", "html", status=None, warningiserror=True).build()
+    with browser.served(out) as root:
+        page = opened_browser.new_page()
+        failures: list[str] = []
+        page.on("requestfailed", lambda request: failures.append(request.url))
+        page.goto(f"{root}/page.html")
+        assert browser._typeset(page, "page") == []
+        assert failures == []
+        assert page.evaluate("document.querySelectorAll('mjx-container mjx-math').length") == 1
+        assert page.evaluate("document.querySelectorAll('mjx-merror').length") == 0
+        page.close()
+    assert sum(path.stat().st_size for path in (out / "_static" / "mathjax").rglob("*") if path.is_file()) < 4e6
 
 
 def test_without_a_browser_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 def _text_files(root: Path) -> dict[str, str]:
     """The project's files by their path, but for what is built, environments and records of runs."""
-    left_out = {"_build", "build", "dist", "node_modules", "results", "__pycache__", ".git"}
+    left_out = {"_build", "build", "dist", "results", "__pycache__", ".git"}
     found = {}
     for path in root.rglob("*"):
         part = path.relative_to(root)

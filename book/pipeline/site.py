@@ -136,23 +136,7 @@ def _filled(path: Path) -> bytes:
 def _staged_config() -> dict[str, object]:
     staged = config()
     staged["html"]["baseurl"] = imprint.pages_address()
-    sphinx = staged["sphinx"]["config"]
-    local = mathjax()
-    if local is not None:
-        target = STAGE.parent / "mathjax" / "mathjax"
-        if not target.exists():
-            shutil.copytree(local / "es5", target, ignore=shutil.ignore_patterns("sre", "mml-*", "*-svg*", "*-full*"))
-        sphinx["html_static_path"] = [*sphinx["html_static_path"], str(target.parent)]
-        sphinx["mathjax_path"] = "mathjax/tex-chtml.js"
     return staged
-
-
-def mathjax() -> Path | None:
-    """A local copy of MathJax 3 (the npm package's folder), or None: then pages load it from its usual address."""
-    for folder in (os.environ.get("MATHJAX", ""), str(ROOT / "node_modules" / "mathjax")):
-        if folder and (Path(folder) / "es5" / "tex-chtml.js").exists():
-            return Path(folder)
-    return None
 
 
 def _name_pictures(notebook: NotebookNode) -> None:
