@@ -23,6 +23,12 @@ kernelspec: {name: python3, display_name: Python 3, language: python}
 Text.
 
 ```{code-cell} ipython3
+:tags: [setup]
+
+pass
+```
+
+```{code-cell} ipython3
 :tags: [parameters]
 
 profile = "smoke"
@@ -96,7 +102,7 @@ def test_the_status_page_tells_where_every_chapter_ran() -> None:
 def test_the_address_is_written_by_hand_in_one_place() -> None:
     address = layout.address()
     for path in [*layout.twins(), *(ROOT / "book").rglob("*.md"), *(ROOT / "book" / "pipeline").glob("*.py")]:
-        assert address not in path.read_text(), path
+        assert address not in path.read_text().replace(chapters.setup_source(), ""), path
     assert address in chapters.setup_source()
     assert f"@v{layout.version()}" in chapters.setup_source()
 
@@ -104,7 +110,7 @@ def test_the_address_is_written_by_hand_in_one_place() -> None:
 def test_setup_cell_does_nothing_here() -> None:
     names: dict[str, object] = {}
     exec(chapters.setup_source(), names)
-    assert "package" not in names
+    assert "packages" not in names
 
 
 def test_references_are_complete() -> None:

@@ -141,10 +141,12 @@ def test_a_launch_button_names_this_repository_and_a_notebook() -> None:
     twin = next(twin for twin in layout.twins() if twin.with_suffix(".ipynb").exists())
     start = "https://colab.research.google.com/github"
     here = "/".join(layout.address().split("/")[-2:])
-    good = browser.Seen("notebooks/x.html", launch=[f"{start}/{here}/blob/main/notebooks/{twin.stem}.ipynb"])
+    good = browser.Seen("notebooks/x.html", launch=[f"{start}/{here}/blob/main/colab/notebooks/{twin.stem}.ipynb"])
     assert browser._launch(good) == []
-    for wrong in (f"{start}/{here}/blob/main/notebooks/99_none.ipynb", f"{start}/other/book/blob/main/README.md"):
-        assert browser._launch(browser.Seen("notebooks/x.html", launch=[wrong])) != []
+    for wrong in ("colab/notebooks/99_none.ipynb", f"notebooks/{twin.stem}.ipynb", "README.md"):
+        assert browser._launch(browser.Seen("notebooks/x.html", launch=[f"{start}/{here}/blob/main/{wrong}"])) != []
+    other = f"{start}/other/book/blob/main/colab/notebooks/{twin.stem}.ipynb"
+    assert browser._launch(browser.Seen("notebooks/x.html", launch=[other])) != []
     assert browser._launch(browser.Seen("notebooks/x.html")) != []
 
 

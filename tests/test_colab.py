@@ -19,16 +19,17 @@ from book.pipeline import chapters, layout, times
 from topk import ops
 from topk.lab import notebook
 
-PACKAGE = f"topk-losses @ git+{layout.address()}@v{layout.version()}"
+BOOK = f"git+{layout.address()}@v{layout.version()}"
+PACKAGES = [f"topk-losses @ {BOOK}", f"topk-lab @ {BOOK}#subdirectory=lab"]
 
 
 def test_setup_cell_installs_this_release_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--no-deps`: pip is given one package and may touch no other, so Colab's torch stays."""
+    """`--no-deps`: pip is given two packages and may touch no other, so Colab's torch stays."""
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     exec(chapters.setup_source(), {})
-    assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", PACKAGE]]
+    assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES]]
 
 
 def test_every_notebook_begins_with_the_same_setup_cell() -> None:

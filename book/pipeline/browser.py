@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from book.pipeline.layout import HTML, ROOT, address, config
+from book.pipeline.layout import COLAB, HTML, ROOT, address, config
 
 SIZES = {"wide": (1280, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
@@ -291,10 +291,10 @@ def _links(seen: dict[str, Seen], html: Path, root: str) -> list[str]:
 
 
 def _launch(page: Seen) -> list[str]:
-    """The buttons open, in this repository, a notebook that exists."""
+    """The buttons open a notebook for Colab that exists in this repository."""
     start = f"github/{'/'.join(address().split('/')[-2:])}/blob/{config()['repository']['branch']}/"
     paths = {link.partition(start)[2] for link in page.launch}
-    if paths and all(path and (ROOT / path).is_file() for path in paths):
+    if paths and all((ROOT / path).is_file() and (ROOT / path).parent == COLAB for path in paths):
         return []
     return [f"{page.name}: launch button leads to {sorted(page.launch)}"]
 

@@ -20,7 +20,7 @@ import yaml
 from nbformat import NotebookNode
 
 from book.pipeline import imprint, pages, pictures
-from book.pipeline.chapters import plain, read, with_outputs
+from book.pipeline.chapters import plain, with_outputs
 from book.pipeline.execute import surroundings
 from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, address, chapter_number, config, twins, version
 
@@ -100,8 +100,7 @@ def _stage(outputs: dict[str, NotebookNode]) -> str:
             wanted[part] = _filled(path)
     notebooks = {}
     for twin in twins():
-        notebook = with_outputs(read(twin), outputs[twin.stem])
-        notebooks[twin.stem] = notebook
+        notebook = notebooks[twin.stem] = with_outputs(twin, outputs[twin.stem])
         _name_pictures(notebook)
         pictures.lighten(notebook)
         wanted[Path("notebooks") / f"{twin.stem}.ipynb"] = nbformat.writes(notebook).encode()
@@ -153,7 +152,7 @@ def _plain_downloads(outputs: dict[str, NotebookNode]) -> None:
     for twin in twins():
         target = HTML / "_sources" / "notebooks" / f"{twin.stem}.ipynb"
         if target.exists():
-            nbformat.write(plain(with_outputs(read(twin), outputs[twin.stem]), chapter_number(twin)), target)
+            nbformat.write(plain(with_outputs(twin, outputs[twin.stem]), chapter_number(twin)), target)
 
 
 def weights() -> dict[str, int]:
