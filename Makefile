@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PYTEST ?= -n 2 --dist loadfile
 BIN := .venv/bin
-EXTRAS := triton,lab,book,test,peers
+PACKAGES := -e '.[triton,book,test,peers]' -e lab
 
 .DEFAULT_GOAL := help
 .PHONY: help setup lint test test-slow test-gpu gpu test-cluster bench book site serve notebooks notebook-check address times test-book pdf speed links newest release attach clean
@@ -11,12 +11,12 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
 # The stamp makes the environment once; it is made again only when what it should hold changes.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml lab/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version + "; try: make PYTHON=python3.12 ...")'
-	@echo "Setting up .venv with the extras $(EXTRAS): a few minutes and, with CUDA's libraries on Linux, 7 GB of disk."
+	@echo "Setting up .venv: a few minutes and, with CUDA's libraries on Linux, 7 GB of disk."
 	@$(PYTHON) -c 'import shutil; free = shutil.disk_usage(".").free / 1e9; print(f"{free:.0f} GB are free here." + (" That may not be enough: pip also needs room for the 3 GB it downloads." if free < 11 else ""))'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt $(PACKAGES)
 	@touch $@
 
 setup: .venv/.ready  ## the environment .venv, reused when up to date
@@ -49,7 +49,7 @@ gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, not
 # Ray has an environment of its own, which borrows every other package from .venv.
 .venv-cluster/.ready: .venv/.ready
 	test -x .venv-cluster/bin/python || $(BIN)/python -m venv .venv-cluster
-	extra=$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])') && .venv-cluster/bin/python -m pip install --disable-pip-version-check "$$extra"
+	extra=$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("lab/pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])') && .venv-cluster/bin/python -m pip install --disable-pip-version-check "$$extra"
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
 	@touch $@
 
@@ -97,7 +97,7 @@ links: site  ## every link that leads out of the book (needs a network)
 
 newest:  ## run and build the book with the newest release of every package, in an environment of its own
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]'
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager $(PACKAGES)
 	.venv-newest/bin/python -m book.pipeline build $(if $(JOBS),--jobs $(JOBS))
 
 # TAG: the tag of the release, v and its number.

@@ -17,7 +17,7 @@ from jupytext.cli import jupytext as jupytext_command
 from book.pipeline import chapters, checks, layout
 
 TWINS = layout.twins()
-EXPERIMENTS = {path.name for path in (layout.ROOT / "book" / "results").iterdir()} - {"12_numerics"}
+EXPERIMENTS = {path.stem for path in (layout.ROOT / "book" / "results").iterdir()} - {"12_numerics"}
 each_twin = pytest.mark.parametrize("twin", TWINS, ids=[twin.stem for twin in TWINS])
 
 

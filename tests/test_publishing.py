@@ -21,7 +21,7 @@ pytest.importorskip("jupytext")
 from book.pipeline import chapters, imprint, layout, links, picture, times
 
 ROOT = layout.ROOT
-GENERATED = {"CITATION.cff", "codemeta.json", "pyproject.toml", "README.md"}
+GENERATED = {"CITATION.cff", "codemeta.json", "pyproject.toml", "lab/pyproject.toml", "README.md"}
 BY_HAND = "_config.yml"
 OTHER = "https://github.com/someone-else/another-book"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -82,6 +82,7 @@ def test_another_address_reaches_every_place(tmp_path: Path) -> None:
         "CITATION.cff",
         "codemeta.json",
         "topk",
+        "lab",
         "book",
         "bench",
     ):
