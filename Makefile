@@ -1,11 +1,12 @@
 # `make test` and `make book` set everything up by themselves. Variables: PYTHON (3.11 or newer), PYTEST (extra flags).
 PYTHON ?= python3
 PYTEST ?= -n 2 --dist loadfile
+PROFILE ?= full
 BIN := .venv/bin
 PACKAGES := -e '.[triton,book,test,peers]' -e lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu gpu test-cluster bench book site serve notebooks notebook-check address times test-book pdf speed links newest release attach clean
+.PHONY: help setup lint test test-slow test-gpu gpu test-cluster experiment bench book site serve notebooks notebook-check address times test-book pdf speed links newest release attach clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -40,10 +41,10 @@ gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, not
 	$(BIN)/python -m topk.kernels.resources --capabilities $$($(BIN)/python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 	$(BIN)/python -m bench --suite gpu $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python -m book.pipeline times --profiles smoke
-	for chapter in 14_cifar100 18_imagenet; do \
-	  $(BIN)/python -m topk.lab sweep notebooks/$$chapter.images.tuning.yml --profile gpu --results book/results/$$chapter --final || exit 1; \
-	done
-	$(BIN)/python -m topk.lab ship records
+	$(MAKE) experiment CHAPTER=14_cifar100
+	$(MAKE) experiment CHAPTER=18_imagenet
+	$(BIN)/python -m topk_lab gather 14_cifar100
+	$(BIN)/python -m topk_lab gather 18_imagenet
 	$(BIN)/python -m book.pipeline times --profiles laptop
 
 # Ray has an environment of its own, which borrows every other package from .venv.
@@ -55,6 +56,13 @@ gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, not
 
 test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes on this machine
 	.venv-cluster/bin/python -m pytest -m '' tests/test_lab_cluster.py $(PYTEST)
+
+# CHAPTER: a notebook's name without its ending; PROFILE: smoke, laptop or full. What is stopped goes on when the command
+# is given again; `python -m topk_lab gather CHAPTER` then puts the new records into the chapter's table.
+experiment: .venv/.ready  ## run what has no record yet of CHAPTER's experiments, and its figures from all of them
+	$(if $(CHAPTER),,$(error CHAPTER is missing, such as CHAPTER=14_cifar100))
+	mkdir -p _build/experiments
+	$(BIN)/papermill notebooks/$(CHAPTER).ipynb _build/experiments/$(CHAPTER).ipynb -p profile $(PROFILE) -p records run -k python3 --log-output
 
 bench: .venv/.ready  ## time and memory beside the peers on this machine, into bench/results/
 	$(BIN)/python -m bench --suite cpu

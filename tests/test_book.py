@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -59,6 +63,20 @@ def test_every_page_is_in_the_table_of_contents_and_exists() -> None:
     written |= {f"notebooks/{path.stem}" for path in layout.twins()}
     generated = {f"book/{name.removesuffix('.md')}" for name in ("api.md", "equations.md", "status.md")}
     assert set(files) == written | generated
+
+
+def test_settings_move_to_sphinx_in_one_step(tmp_path: Path) -> None:
+    """What `jupyter-book config sphinx` writes has all that the book's own settings say."""
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = "from jupyter_book.cli.main import main; main()"
+    subprocess.run([sys.executable, "-c", code, "config", "sphinx", str(tmp_path)], check=True, capture_output=True)
+    written = runpy.run_path(str(tmp_path / "conf.py"))
+    settings = layout.config()["sphinx"]
+    assert {name: written[name] for name in settings["config"]} == settings["config"]
+    assert {*settings["local_extensions"], *settings["extra_extensions"], "myst_nb"} <= set(written["extensions"])
+    assert written["external_toc_path"] == "_toc.yml"
+    assert written["myst_enable_extensions"] == layout.config()["parse"]["myst_enable_extensions"]
 
 
 def test_every_label_has_a_function_and_a_test() -> None:
