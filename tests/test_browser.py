@@ -107,7 +107,7 @@ def test_a_page_in_order_has_no_complaint(pages: Path) -> None:
 @pytest.mark.parametrize("name", FLAWS)
 def test_a_flaw_is_found(name: str, pages: Path, opened_browser: Any) -> None:
     with browser.served(pages) as root:
-        seen = browser.look(opened_browser, root, f"{name}.html")
+        seen = browser.look(opened_browser, root, f"{name}.html", sizes=["phone"] if name == "wide" else ["wide"])
         good = browser.Seen("good.html", anchors=["top"])
         complaints = seen.complaints + browser._links({seen.name: seen, good.name: good}, pages, root)
     assert any(FLAWS[name][1] in line for line in complaints), complaints
@@ -121,7 +121,7 @@ def test_faint_lettering_in_a_figure_is_found(tmp_path: Path, opened_browser: An
     body = '<div class="cell_output"><img src="figure.png" alt="A line" width="240" height="160"></div>'
     (tmp_path / "page.html").write_text(PAGE.format(style="", body=body))
     with browser.served(tmp_path) as root:
-        complaints = browser.look(opened_browser, root, "page.html").complaints
+        complaints = browser.look(opened_browser, root, "page.html", sizes=["wide"]).complaints
     assert [line.split(": ", 1)[1][:35] for line in complaints] == ["the writing in figure 1 has a contr"] * 2
 
 
@@ -188,7 +188,10 @@ def test_without_a_browser_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: p
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_slow_and_jumping_pages_are_measured(tmp_path: Path, opened_browser: Any) -> None:
+def test_slow_and_jumping_pages_are_measured(
+    tmp_path: Path, opened_browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_SETTLED", 1000)
     jump = "<script>setTimeout(() => document.querySelector('h1').style.marginTop = '300px', 500)</script>"
     (tmp_path / "still.html").write_text(PAGE.format(style="", body="<p>Text.</p>" * 40))
     (tmp_path / "jumps.html").write_text(PAGE.format(style="", body="<p>Text.</p>" * 40 + jump))

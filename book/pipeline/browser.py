@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -135,10 +135,11 @@ def _look_at_some(root: str, chromium: str, shots: Path | None, names: list[str]
         return found
 
 
-def look(browser: Any, root: str, name: str, shots: Path | None = None) -> Seen:
-    """One page in every size and theme."""
+def look(browser: Any, root: str, name: str, shots: Path | None = None, sizes: Iterable[str] = tuple(SIZES)) -> Seen:
+    """One page in these sizes and every theme."""
     seen = Seen(name)
-    for size, (width, height) in SIZES.items():
+    for size in sizes:
+        width, height = SIZES[size]
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="light")
         context.add_init_script("localStorage.setItem('mode','light');localStorage.setItem('theme','light');")
         page = context.new_page()

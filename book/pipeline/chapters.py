@@ -92,10 +92,11 @@ def markdown(notebook: NotebookNode) -> Iterator[str]:
 
 @dataclass
 class Numbers:
-    """What the site prints for a label: equations "10.3", theorems ("Theorem", "10.1")."""
+    """What the site prints for a label, equations "10.3", theorems ("Theorem", "10.1"), and the twin that has it."""
 
     equations: dict[str, str] = field(default_factory=dict)
     theorems: dict[str, tuple[str, str]] = field(default_factory=dict)
+    twins: dict[str, Path] = field(default_factory=dict)
 
 
 @cache
@@ -109,17 +110,19 @@ def numbers() -> Numbers:
                 if not label:
                     raise BookError(f"{twin.name}: a displayed equation has no label")
                 equations += 1
-                _enter(found.equations, label, f"{chapter}.{equations}", twin)
+                _place(found, label, twin)
+                found.equations[label] = f"{chapter}.{equations}"
             for name, label in _proof_labels(text):
                 kinds[name] = kinds.get(name, 0) + 1
-                _enter(found.theorems, label, (name.capitalize(), f"{chapter}.{kinds[name]}"), twin)
+                _place(found, label, twin)
+                found.theorems[label] = (name.capitalize(), f"{chapter}.{kinds[name]}")
     return found
 
 
-def _enter(table: dict[str, Any], label: str, value: Any, twin: Path) -> None:
-    if label in table:
+def _place(found: Numbers, label: str, twin: Path) -> None:
+    if label in found.twins:
         raise BookError(f"{twin.name}: the label {label} is used twice")
-    table[label] = value
+    found.twins[label] = twin
 
 
 def _proof_labels(text: str) -> Iterator[tuple[str, str]]:
