@@ -1,22 +1,23 @@
 # `make test` and `make book` set everything up by themselves. Variables: PYTHON (3.11 or newer), PYTEST (extra flags).
 PYTHON ?= python3
 PYTEST ?= -n 2 --dist loadfile
+PROFILE ?= full
 BIN := .venv/bin
-EXTRAS := triton,lab,book,test,peers
+PACKAGES := -e '.[triton,book,test,peers]' -e lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu gpu test-cluster bench book site serve notebooks notebook-check address times test-book mathjax pdf speed links newest release attach clean
+.PHONY: help setup lint test test-slow test-gpu gpu test-cluster experiment bench book site serve notebooks notebook-check address times test-book pdf speed links newest release attach clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
 
 # The stamp makes the environment once; it is made again only when what it should hold changes.
-.venv/.ready: pyproject.toml constraints.txt
+.venv/.ready: pyproject.toml lab/pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version + "; try: make PYTHON=python3.12 ...")'
-	@echo "Setting up .venv with the extras $(EXTRAS): a few minutes and, with CUDA's libraries on Linux, 7 GB of disk."
+	@echo "Setting up .venv: a few minutes and, with CUDA's libraries on Linux, 7 GB of disk."
 	@$(PYTHON) -c 'import shutil; free = shutil.disk_usage(".").free / 1e9; print(f"{free:.0f} GB are free here." + (" That may not be enough: pip also needs room for the 3 GB it downloads." if free < 11 else ""))'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar on -c constraints.txt $(PACKAGES)
 	@touch $@
 
 setup: .venv/.ready  ## the environment .venv, reused when up to date
@@ -40,26 +41,33 @@ gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, not
 	$(BIN)/python -m topk.kernels.resources --capabilities $$($(BIN)/python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 	$(BIN)/python -m bench --suite gpu $(if $(MINUTES),--minutes $(MINUTES))
 	$(BIN)/python -m book.pipeline times --profiles smoke
-	for chapter in 14_cifar100 18_imagenet; do \
-	  $(BIN)/python -m topk.lab sweep notebooks/$$chapter.images.tuning.yml --profile gpu --results book/results/$$chapter --final || exit 1; \
-	done
-	$(BIN)/python -m topk.lab ship records
+	$(MAKE) experiment CHAPTER=14_cifar100
+	$(MAKE) experiment CHAPTER=18_imagenet
+	$(BIN)/python -m topk_lab gather 14_cifar100
+	$(BIN)/python -m topk_lab gather 18_imagenet
 	$(BIN)/python -m book.pipeline times --profiles laptop
 
 # Ray has an environment of its own, which borrows every other package from .venv.
 .venv-cluster/.ready: .venv/.ready
 	test -x .venv-cluster/bin/python || $(BIN)/python -m venv .venv-cluster
-	extra=$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])') && .venv-cluster/bin/python -m pip install --disable-pip-version-check "$$extra"
+	extra=$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("lab/pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])') && .venv-cluster/bin/python -m pip install --disable-pip-version-check "$$extra"
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
 	@touch $@
 
 test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes on this machine
 	.venv-cluster/bin/python -m pytest -m '' tests/test_lab_cluster.py $(PYTEST)
 
+# CHAPTER: a notebook's name without its ending; PROFILE: smoke, laptop or full. What is stopped goes on when the command
+# is given again; `python -m topk_lab gather CHAPTER` then puts the new records into the chapter's table.
+experiment: .venv/.ready  ## run what has no record yet of CHAPTER's experiments, and its figures from all of them
+	$(if $(CHAPTER),,$(error CHAPTER is missing, such as CHAPTER=14_cifar100))
+	mkdir -p _build/experiments
+	$(BIN)/papermill notebooks/$(CHAPTER).ipynb _build/experiments/$(CHAPTER).ipynb -p profile $(PROFILE) -p records run -k python3 --log-output
+
 bench: .venv/.ready  ## time and memory beside the peers on this machine, into bench/results/
 	$(BIN)/python -m bench --suite cpu
 
-# Variables of the book: JOBS (notebooks at a time), PORT, MATHJAX (folder of a local copy of the npm package mathjax).
+# Variables of the book: JOBS (notebooks at a time), PORT.
 book: .venv/.ready  ## run every chapter that changed in its smallest size, build the book strictly, print its address
 	$(BIN)/python -m book.pipeline build $(if $(JOBS),--jobs $(JOBS))
 
@@ -81,12 +89,6 @@ address: .venv/.ready  ## after a change of address, release or record: write ev
 times: .venv/.ready  ## run every notebook alone, note how long it takes, say so in the texts
 	$(BIN)/python -m book.pipeline times
 
-# A local copy of the typesetter of formulas, for builds that are read without a network.
-node_modules/mathjax/package.json:
-	npm install --no-save --no-audit --no-fund mathjax@3
-
-mathjax: node_modules/mathjax/package.json  ## a local copy of MathJax (needs npm); later builds use it
-
 # CHROMIUM: path of the browser, if it is not found by itself.
 test-book: site  ## the built pages in a real browser, and a notebook on a stand-in for Colab
 	$(BIN)/python -m book.pipeline.browser --shots _build/shots $(if $(CHROMIUM),--chromium $(CHROMIUM))
@@ -103,7 +105,7 @@ links: site  ## every link that leads out of the book (needs a network)
 
 newest:  ## run and build the book with the newest release of every package, in an environment of its own
 	test -x .venv-newest/bin/python || $(PYTHON) -m venv .venv-newest
-	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager -e '.[$(EXTRAS)]'
+	.venv-newest/bin/python -m pip install --disable-pip-version-check --upgrade --upgrade-strategy eager $(PACKAGES)
 	.venv-newest/bin/python -m book.pipeline build $(if $(JOBS),--jobs $(JOBS))
 
 # TAG: the tag of the release, v and its number.

@@ -38,6 +38,7 @@ FLAWS = {
     "undescribed": ('<img src="figure.png" width="60" height="60">', "picture without a description"),
     "unsized": ('<img src="figure.png" alt="A line">', "picture without width and height"),
     "lost": ('<img src="lost.png" alt="Lost" width="9" height="9">', "404"),
+    "elsewhere": ('<script src="https://example.org/x.js"></script>', "did not load https://example.org/x.js"),
     "error": ("<script>undefinedFunction()</script>", "undefinedFunction is not defined"),
     "faint": ('<p style="color: #aaa">faint</p>', "little contrast"),
     "half": ('<p style="opacity: 0.4">faint</p>', "little contrast"),
@@ -106,7 +107,7 @@ def test_a_page_in_order_has_no_complaint(pages: Path) -> None:
 @pytest.mark.parametrize("name", FLAWS)
 def test_a_flaw_is_found(name: str, pages: Path, opened_browser: Any) -> None:
     with browser.served(pages) as root:
-        seen = browser.look(opened_browser, root, f"{name}.html")
+        seen = browser.look(opened_browser, root, f"{name}.html", sizes=["phone"] if name == "wide" else ["wide"])
         good = browser.Seen("good.html", anchors=["top"])
         complaints = seen.complaints + browser._links({seen.name: seen, good.name: good}, pages, root)
     assert any(FLAWS[name][1] in line for line in complaints), complaints
@@ -120,7 +121,7 @@ def test_faint_lettering_in_a_figure_is_found(tmp_path: Path, opened_browser: An
     body = '<div class="cell_output"><img src="figure.png" alt="A line" width="240" height="160"></div>'
     (tmp_path / "page.html").write_text(PAGE.format(style="", body=body))
     with browser.served(tmp_path) as root:
-        complaints = browser.look(opened_browser, root, "page.html").complaints
+        complaints = browser.look(opened_browser, root, "page.html", sizes=["wide"]).complaints
     assert [line.split(": ", 1)[1][:35] for line in complaints] == ["the writing in figure 1 has a contr"] * 2
 
 
@@ -140,11 +141,41 @@ def test_a_launch_button_names_this_repository_and_a_notebook() -> None:
     twin = next(twin for twin in layout.twins() if twin.with_suffix(".ipynb").exists())
     start = "https://colab.research.google.com/github"
     here = "/".join(layout.address().split("/")[-2:])
-    good = browser.Seen("notebooks/x.html", launch=[f"{start}/{here}/blob/main/notebooks/{twin.stem}.ipynb"])
+    good = browser.Seen("notebooks/x.html", launch=[f"{start}/{here}/blob/main/colab/notebooks/{twin.stem}.ipynb"])
     assert browser._launch(good) == []
-    for wrong in (f"{start}/{here}/blob/main/notebooks/99_none.ipynb", f"{start}/other/book/blob/main/README.md"):
-        assert browser._launch(browser.Seen("notebooks/x.html", launch=[wrong])) != []
+    for wrong in ("colab/notebooks/99_none.ipynb", f"notebooks/{twin.stem}.ipynb", "README.md"):
+        assert browser._launch(browser.Seen("notebooks/x.html", launch=[f"{start}/{here}/blob/main/{wrong}"])) != []
+    other = f"{start}/other/book/blob/main/colab/notebooks/{twin.stem}.ipynb"
+    assert browser._launch(browser.Seen("notebooks/x.html", launch=[other])) != []
     assert browser._launch(browser.Seen("notebooks/x.html")) != []
+
+
+def test_formulas_are_typeset_without_a_network(tmp_path: Path, opened_browser: Any) -> None:
+    """With the book's own extension and settings; `\\boldsymbol` and `\\cancel` are loaded on demand."""
+    from sphinx.application import Sphinx
+
+    own = layout.config()["sphinx"]["config"]
+    settings = {name: own[name] for name in ("mathjax_path", "mathjax3_config")}
+    (tmp_path / "page.rst").write_text(
+        "A page\n======\n\n.. math:: \\boldsymbol{x} + \\cancel{\\mathbb{E}} = \\mathcal{L}\n"
+    )
+    (tmp_path / "conf.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(layout.ROOT / 'book' / '_ext')!r})\nroot_doc = 'page'\n"
+        f"extensions = ['sphinx.ext.mathjax', 'formulas']\nglobals().update({settings!r})\n"
+    )
+    out = tmp_path / "html"
+    Sphinx(tmp_path, tmp_path, out, tmp_path / "doctrees", "html", status=None, warningiserror=True).build()
+    with browser.served(out) as root:
+        page = opened_browser.new_page()
+        failures: list[str] = []
+        page.on("requestfailed", lambda request: failures.append(request.url))
+        page.goto(f"{root}/page.html")
+        assert browser._typeset(page, "page") == []
+        assert failures == []
+        assert page.evaluate("document.querySelectorAll('mjx-container mjx-math').length") == 1
+        assert page.evaluate("document.querySelectorAll('mjx-merror').length") == 0
+        page.close()
+    assert sum(path.stat().st_size for path in (out / "_static" / "mathjax").rglob("*") if path.is_file()) < 4e6
 
 
 def test_without_a_browser_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -157,7 +188,10 @@ def test_without_a_browser_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: p
 # --- speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_slow_and_jumping_pages_are_measured(tmp_path: Path, opened_browser: Any) -> None:
+def test_slow_and_jumping_pages_are_measured(
+    tmp_path: Path, opened_browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "_SETTLED", 1000)
     jump = "<script>setTimeout(() => document.querySelector('h1').style.marginTop = '300px', 500)</script>"
     (tmp_path / "still.html").write_text(PAGE.format(style="", body="<p>Text.</p>" * 40))
     (tmp_path / "jumps.html").write_text(PAGE.format(style="", body="<p>Text.</p>" * 40 + jump))

@@ -19,16 +19,17 @@ from book.pipeline import chapters, layout, times
 from topk import ops
 from topk.lab import notebook
 
-PACKAGE = f"topk-losses @ git+{layout.address()}@v{layout.version()}"
+BOOK = f"git+{layout.address()}@v{layout.version()}"
+PACKAGES = [f"topk-losses @ {BOOK}", f"topk-lab @ {BOOK}#subdirectory=lab"]
 
 
 def test_setup_cell_installs_this_release_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--no-deps`: pip is given one package and may touch no other, so Colab's torch stays."""
+    """`--no-deps`: pip is given two packages and may touch no other, so Colab's torch stays."""
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
     commands: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     exec(chapters.setup_source(), {})
-    assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", PACKAGE]]
+    assert commands == [[sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *PACKAGES]]
 
 
 def test_every_notebook_begins_with_the_same_setup_cell() -> None:
@@ -75,7 +76,7 @@ def test_notebook_says_what_serves_a_new_gpu(
 
 @pytest.fixture
 def colab(tmp_path: Path) -> tuple[Path, Path, dict[str, str]]:
-    """An interpreter like Colab's: packages are there, `topk` is not, and `google.colab` is loaded in every kernel.
+    """An interpreter like Colab's: packages are there but for ours, and `google.colab` is loaded in every kernel.
 
     The repository's address leads git to a local copy of the release. Returns the interpreter, its packages' folder and
     the environment's variables.
@@ -87,7 +88,7 @@ def colab(tmp_path: Path) -> tuple[Path, Path, dict[str, str]]:
     borrowed = tmp_path / "borrowed"
     borrowed.mkdir()
     for path in Path(sysconfig.get_path("purelib")).iterdir():
-        if "topk_losses" not in path.name and path.suffix != ".pth":
+        if "topk_l" not in path.name and path.suffix != ".pth":
             (borrowed / path.name).symlink_to(path)
     (site / "borrowed.pth").write_text(f"{borrowed}\n")
     (site / "google" / "colab").mkdir(parents=True)
@@ -110,9 +111,10 @@ def colab(tmp_path: Path) -> tuple[Path, Path, dict[str, str]]:
 
 
 def _published(folder: Path) -> Path:
-    """A repository with what the wheel is built from, tagged as the release."""
+    """A repository with what the wheels are built from, tagged as the release."""
     source = folder / "published"
-    shutil.copytree(layout.ROOT / "topk", source / "topk", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("topk", "lab", "book/results"):
+        shutil.copytree(layout.ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(layout.ROOT / name, source / name)
     someone = "-c user.name=x -c user.email=x@x -c commit.gpgsign=false -c tag.gpgsign=false"
@@ -124,7 +126,7 @@ def _published(folder: Path) -> Path:
 def _quickest() -> Path:
     seconds = times.record()["cpu"]["smoke"]
     known = [twin for twin in layout.twins() if twin.stem in seconds and twin.with_suffix(".ipynb").exists()]
-    return min(known, key=lambda twin: float(seconds[twin.stem])).with_suffix(".ipynb")
+    return layout.COLAB / f"{min(known, key=lambda twin: float(seconds[twin.stem])).stem}.ipynb"
 
 
 @pytest.mark.slow
@@ -140,7 +142,8 @@ def test_notebook_runs_on_a_stand_in_for_colab(colab: tuple[Path, Path, dict[str
     run = subprocess.run(command, cwd=alone, env=variables, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     new = {path.name for path in site.iterdir()} - before
-    assert new == {"topk", f"topk_losses-{layout.version()}.dist-info"}, "something beside topk was installed"
+    ours = {f"{name}-{layout.version()}.dist-info" for name in ("topk_losses", "topk_lab")}
+    assert new == {"topk", "topk_lab", *ours}, "something beside the book's packages was installed"
     code = "import topk, torch; print(topk.__file__, torch.__file__, sep='\\n')"
     where = subprocess.run([python, "-c", code], cwd=alone, env=variables, capture_output=True, text=True, check=True)
     mine, torchs = where.stdout.splitlines()

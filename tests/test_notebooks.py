@@ -1,18 +1,23 @@
-"""The committed notebooks: in step with their text twins, with outputs, in order, with the frame of every chapter."""
+"""The committed notebooks: paired by jupytext, with outputs, in order, with the frame of every chapter."""
 
 from __future__ import annotations
 
 import copy
+import os
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
 import pytest
 
 pytest.importorskip("jupytext")
+from jupytext.cli import jupytext as jupytext_command
+
 from book.pipeline import chapters, checks, layout
 
 TWINS = layout.twins()
+EXPERIMENTS = {path.stem for path in (layout.ROOT / "book" / "results").iterdir()} - {"12_numerics"}
 each_twin = pytest.mark.parametrize("twin", TWINS, ids=[twin.stem for twin in TWINS])
 
 
@@ -40,16 +45,52 @@ def test_frame_of_a_chapter(twin: Path) -> None:
 def test_parameters_cell(twin: Path) -> None:
     notebook = chapters.read(twin)
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
-    assert [cell.source for cell in tagged] == ['profile = "smoke"']
+    expected = 'profile = "smoke"\nrecords = "committed"' if twin.stem in EXPERIMENTS else 'profile = "smoke"'
+    assert [cell.source for cell in tagged] == [expected]
     code = "\n".join(cell.source for cell in chapters.code_cells(notebook))
     assert all(f'"{profile}"' in code for profile in layout.PROFILES)
 
 
 @each_twin
 def test_committed_notebook_has_no_trace_of_the_machine(twin: Path) -> None:
-    text = twin.with_suffix(".ipynb").read_text()
-    assert not re.search(r"/(home|root|work|tmp|Users)/", text)
-    assert ":::" not in text
+    assert not re.search(r"/(home|root|work|tmp|Users)/", twin.with_suffix(".ipynb").read_text())
+    assert ":::" not in (layout.COLAB / f"{twin.stem}.ipynb").read_text()
+
+
+@pytest.mark.parametrize("saved_last", [".md", ".ipynb"])
+def test_jupytext_finds_nothing_to_do(saved_last: str, tmp_path: Path) -> None:
+    """Whichever half was saved last, as in JupyterLab; with the settings of the project and nothing else."""
+    names = [path for twin in TWINS for path in (twin, twin.with_suffix(".ipynb"))]
+    (tmp_path / "notebooks").mkdir()
+    shutil.copy(layout.ROOT / "pyproject.toml", tmp_path)
+    for path in names:
+        copied = tmp_path / "notebooks" / path.name
+        shutil.copy(path, copied)
+        age = 0 if path.suffix == saved_last else 100
+        os.utime(copied, (1e9 - age, 1e9 - age))
+    assert jupytext_command(["--sync", "--quiet", *(str(tmp_path / "notebooks" / twin.name) for twin in TWINS)]) == 0
+    for path in names:
+        assert (tmp_path / "notebooks" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_either_half_may_be_edited(tmp_path: Path) -> None:
+    """An edit of one half reaches the other, and the outputs stay."""
+    text, notebook = (tmp_path / "notebooks" / f"{TWINS[0].stem}{suffix}" for suffix in (".md", ".ipynb"))
+    text.parent.mkdir()
+    for path in (layout.ROOT / "pyproject.toml", TWINS[0], TWINS[0].with_suffix(".ipynb")):
+        shutil.copy(path, text.parent if path.parent == layout.NOTEBOOKS else tmp_path)
+    before = chapters.code_cells(nbformat.read(notebook, as_version=4))
+    text.write_text(text.read_text().replace("**You need**", "**You certainly need**"))
+    os.utime(notebook, (1e9, 1e9))
+    assert jupytext_command(["--sync", "--quiet", str(text)]) == 0
+    edited = nbformat.read(notebook, as_version=4)
+    assert "**You certainly need**" in edited.cells[0].source
+    assert [cell.outputs for cell in chapters.code_cells(edited)] == [cell.outputs for cell in before]
+    edited.cells[0].source = edited.cells[0].source.replace("certainly", "surely")
+    nbformat.write(edited, notebook)
+    os.utime(text, (1e9, 1e9))
+    assert jupytext_command(["--sync", "--quiet", str(notebook)]) == 0
+    assert "**You surely need**" in text.read_text()
 
 
 @pytest.mark.skipif(not TWINS, reason="no chapter yet")
@@ -60,6 +101,7 @@ def test_a_difference_is_found() -> None:
     text = copy.deepcopy(good)
     text.cells[0].source += " More."
     assert "differs from its twin" in checks.out_of_step(twin, text)[0]
+    assert "is not what notebooks/" in checks.out_of_step(twin, text)[1]
     empty = copy.deepcopy(good)
     shown = [cell for cell in chapters.code_cells(empty) if cell.outputs]
     shown[-1].outputs = []

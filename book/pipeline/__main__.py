@@ -17,8 +17,8 @@ from pathlib import Path
 import nbformat
 
 from book.pipeline import checks, execute, imprint, picture, site, times
-from book.pipeline.chapters import plain, read, with_outputs
-from book.pipeline.layout import HTML, PDF, PROFILES, RELEASE, ROOT, BookError, chapter_number, twins, version
+from book.pipeline.chapters import commit, refresh, with_outputs
+from book.pipeline.layout import HTML, PDF, PROFILES, RELEASE, ROOT, BookError, twins, version
 
 
 def build(profile: str, jobs: int) -> None:
@@ -41,9 +41,9 @@ def notebooks(names: list[str], profile: str, jobs: int) -> None:
     chosen = [twin for twin in twins() if not names or any(twin.name.startswith(name) for name in names)]
     for stem, executed in execute.run_all(chosen, profile, jobs).items():
         twin = next(twin for twin in chosen if twin.stem == stem)
-        notebook = plain(with_outputs(read(twin), executed), chapter_number(twin))
+        notebook = with_outputs(twin, executed)
         if not twin.with_suffix(".ipynb").exists() or checks.out_of_step(twin) or _differs(twin, notebook):
-            nbformat.write(notebook, twin.with_suffix(".ipynb"))
+            commit(twin, notebook)
             print(f"wrote notebooks/{stem}.ipynb")
 
 
@@ -66,24 +66,17 @@ def check() -> None:
 
 
 def address() -> None:
-    """Writes address and release wherever they are generated; the committed notebooks keep their outputs."""
+    """Writes address, release and times wherever they are generated; the committed notebooks keep their outputs."""
     if picture.write():
         print(f"drew {picture.PATH.relative_to(ROOT)}")
     for path in imprint.write():
         print(f"wrote {path.relative_to(ROOT)}")
     for twin in twins():
         path = twin.with_suffix(".ipynb")
-        if not path.exists():
-            continue
-        notebook = read(twin)
-        committed = nbformat.read(path, as_version=4)
-        for cell in committed.cells:  # the set-up cell may have a new address; it has no output
-            if "setup" in cell.metadata.get("tags", []):
-                cell.source = notebook.cells[1].source
-        try:
-            nbformat.write(plain(with_outputs(notebook, committed), chapter_number(twin)), path)
-        except BookError as error:
-            print(f"notebooks/{path.name} left as it is, {error}: run `make notebooks`")
+        if refresh(twin):
+            print(f"wrote {twin.relative_to(ROOT)}")
+        if path.exists():
+            commit(twin, with_outputs(twin, nbformat.read(path, as_version=4)))
 
 
 def release(tag: str) -> None:

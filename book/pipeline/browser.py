@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,11 +27,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
-from book.pipeline.layout import HTML, ROOT, address, config
+from book.pipeline.layout import COLAB, HTML, ROOT, address, config
 
 SIZES = {"wide": (1280, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"  # the pages bring all they need
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", OFFLINE]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CONTRAST = 4.5
 """What WCAG AA asks of text."""
@@ -134,10 +135,11 @@ def _look_at_some(root: str, chromium: str, shots: Path | None, names: list[str]
         return found
 
 
-def look(browser: Any, root: str, name: str, shots: Path | None = None) -> Seen:
-    """One page in every size and theme."""
+def look(browser: Any, root: str, name: str, shots: Path | None = None, sizes: Iterable[str] = tuple(SIZES)) -> Seen:
+    """One page in these sizes and every theme."""
     seen = Seen(name)
-    for size, (width, height) in SIZES.items():
+    for size in sizes:
+        width, height = SIZES[size]
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="light")
         context.add_init_script("localStorage.setItem('mode','light');localStorage.setItem('theme','light');")
         page = context.new_page()
@@ -185,12 +187,12 @@ def _listen(page: Any, where: str, complaints: list[str]) -> None:
 
 
 def _typeset(page: Any, where: str) -> list[str]:
-    """Waits for MathJax; without a network it has to be a local copy (see `site.mathjax`)."""
+    """Waits for MathJax, which lies beside the pages."""
     try:
         page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise", timeout=30000)
         page.evaluate("MathJax.startup.promise.then(() => 1)")
     except Exception:
-        return [f"{where}: MathJax did not load; without a network run `make mathjax` and build again"]
+        return [f"{where}: MathJax did not load"]
     return []
 
 
@@ -290,10 +292,10 @@ def _links(seen: dict[str, Seen], html: Path, root: str) -> list[str]:
 
 
 def _launch(page: Seen) -> list[str]:
-    """The buttons open, in this repository, a notebook that exists."""
+    """The buttons open a notebook for Colab that exists in this repository."""
     start = f"github/{'/'.join(address().split('/')[-2:])}/blob/{config()['repository']['branch']}/"
     paths = {link.partition(start)[2] for link in page.launch}
-    if paths and all(path and (ROOT / path).is_file() for path in paths):
+    if paths and all((ROOT / path).is_file() and (ROOT / path).parent == COLAB for path in paths):
         return []
     return [f"{page.name}: launch button leads to {sorted(page.launch)}"]
 

@@ -1,8 +1,9 @@
-"""From a text twin to its two notebooks: one in MyST for the site, one in plain markdown for GitHub and Colab.
+"""A chapter's notebook, in MyST as the pair holds it and in plain markdown for Colab.
 
-The twin is the only text anyone edits. The site's notebook keeps its MyST. The committed one says the same without
-directives and roles, which Colab would show raw: theorems become bold paragraphs, folded solutions become `<details>`,
-references become the numbers that the site prints.
+Jupytext keeps the two halves of a pair equal, `notebooks/NN_name.md` and `notebooks/NN_name.ipynb`: either may be
+edited, in JupyterLab or elsewhere. Colab would show MyST's directives and roles raw, so its notebook, in `colab/`, says
+the same without them: theorems become bold paragraphs, folded solutions become `<details>`, references become the
+numbers that the site prints.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ from typing import Any
 
 import jupytext
 import nbformat
+from jupytext.combine import combine_inputs_with_outputs
+from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
 from book.pipeline import times
-from book.pipeline.layout import ROOT, BookError, address, chapter_number, twins, version
+from book.pipeline.layout import COLAB, ROOT, BookError, address, chapter_number, twins, version
 
 SETUP = """\
-# On Colab: install topk from this book's repository at this book's version. Elsewhere: nothing.
+# On Colab: install the book's two packages at its version. Elsewhere: nothing.
 import sys
 
 if "google.colab" in sys.modules:
     import subprocess
 
-    package = "topk-losses @ git+{address}@v{version}"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", package], check=True)"""
+    book = "git+{address}@v{version}"
+    packages = [f"topk-losses @ {{book}}", f"topk-lab @ {{book}}#subdirectory=lab"]
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, *packages], check=True)"""
 
 ADMONITIONS = {"note": "Note", "tip": "Tip", "important": "Important", "warning": "Warning", "seealso": "See also"}
 _OPEN = re.compile(r"^(:{3,})\{([\w:-]+)\}[ ]*(.*)$")
@@ -44,28 +49,30 @@ def setup_source() -> str:
 
 
 def read(twin: Path) -> NotebookNode:
-    """The twin as a notebook in MyST, with how long it runs in its opening text and the set-up cell after it."""
+    """The twin as a notebook; its cells are named by their place."""
     notebook: NotebookNode = jupytext.read(twin)
-    notebook.cells[0].source = _with_time(notebook.cells[0].source, times.sentence(twin.stem))
-    setup = nbformat.v4.new_code_cell(setup_source(), metadata={"tags": ["setup", "remove-cell"]})
-    notebook.cells.insert(1, setup)
+    notebook.nbformat_minor = 5
+    notebook.metadata["language_info"] = {"name": "python"}
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number:03d}"
-        cell.source = cell.source.strip("\n")
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-            "language_info": {"name": "python"},
-            "twin": twin.name,
-        }
-    )
-    notebook.nbformat, notebook.nbformat_minor = 4, 5
     return notebook
+
+
+def refresh(twin: Path) -> bool:
+    """Writes what is generated in a twin, the set-up cell and how long it runs; says whether something changed."""
+    notebook = read(twin)
+    notebook.cells[0].source = _with_time(notebook.cells[0].source, times.sentence(twin.stem))
+    notebook.cells[1].source = setup_source()
+    text = jupytext.writes(notebook, fmt="md:myst", config=load_jupytext_config(str(twin)))
+    changed = bool(text != twin.read_text())
+    if changed:
+        twin.write_text(text)
+    return changed
 
 
 def _with_time(opening: str, sentence: str) -> str:
     """The sentence as a paragraph of its own, after the one that says how long reading takes, or after the title."""
-    paragraphs = opening.split("\n\n")
+    paragraphs = [text for text in opening.split("\n\n") if not text.startswith("**Runs in**")]
     at = next((number for number, text in enumerate(paragraphs) if "**Time**" in text), 0)
     return "\n\n".join((*paragraphs[: at + 1], sentence, *paragraphs[at + 1 :]))
 
@@ -85,10 +92,11 @@ def markdown(notebook: NotebookNode) -> Iterator[str]:
 
 @dataclass
 class Numbers:
-    """What the site prints for a label: equations "10.3", theorems ("Theorem", "10.1")."""
+    """What the site prints for a label, equations "10.3", theorems ("Theorem", "10.1"), and the twin that has it."""
 
     equations: dict[str, str] = field(default_factory=dict)
     theorems: dict[str, tuple[str, str]] = field(default_factory=dict)
+    twins: dict[str, Path] = field(default_factory=dict)
 
 
 @cache
@@ -102,17 +110,19 @@ def numbers() -> Numbers:
                 if not label:
                     raise BookError(f"{twin.name}: a displayed equation has no label")
                 equations += 1
-                _enter(found.equations, label, f"{chapter}.{equations}", twin)
+                _place(found, label, twin)
+                found.equations[label] = f"{chapter}.{equations}"
             for name, label in _proof_labels(text):
                 kinds[name] = kinds.get(name, 0) + 1
-                _enter(found.theorems, label, (name.capitalize(), f"{chapter}.{kinds[name]}"), twin)
+                _place(found, label, twin)
+                found.theorems[label] = (name.capitalize(), f"{chapter}.{kinds[name]}")
     return found
 
 
-def _enter(table: dict[str, Any], label: str, value: Any, twin: Path) -> None:
-    if label in table:
+def _place(found: Numbers, label: str, twin: Path) -> None:
+    if label in found.twins:
         raise BookError(f"{twin.name}: the label {label} is used twice")
-    table[label] = value
+    found.twins[label] = twin
 
 
 def _proof_labels(text: str) -> Iterator[tuple[str, str]]:
@@ -125,8 +135,9 @@ def _proof_labels(text: str) -> Iterator[tuple[str, str]]:
 
 
 def plain(notebook: NotebookNode, chapter: int) -> NotebookNode:
-    """The same notebook in markdown that GitHub, Jupyter and Colab show as it is meant."""
+    """The same notebook, paired with nothing, in markdown that GitHub, Jupyter and Colab show as it is meant."""
     result: NotebookNode = nbformat.from_dict(notebook)
+    result.metadata.pop("jupytext", None)
     sections = 0
     for cell in result.cells:
         if cell.cell_type != "markdown":
@@ -149,6 +160,7 @@ def plain_text(text: str, chapter: int) -> str:
     text = "\n".join(_directives(text.split("\n"), chapter))
     text = _EQUATION.sub(_plain_equation, text)
     text = _ROLE.sub(_plain_role, text)
+    text = text.replace("](../", "](../../")  # Colab's notebooks lie one folder deeper
     if (left := _OTHER_ROLE.search(text)) is not None:
         raise BookError(f"chapter {chapter}: {left[0]} has no plain form; use a markdown link")
     return text.strip("\n")
@@ -234,14 +246,14 @@ def _citation(key: str, textual: bool) -> str:
 # --- outputs ---------------------------------------------------------------------------------------------------------
 
 
-def with_outputs(notebook: NotebookNode, executed: NotebookNode) -> NotebookNode:
-    """A copy of `notebook` that carries the outputs of `executed`, whose code cells are the same."""
-    result: NotebookNode = nbformat.from_dict(notebook)
-    mine, theirs = code_cells(result), code_cells(executed)
-    if [cell.source for cell in mine] != [cell.source for cell in theirs]:
-        raise BookError("these outputs belong to other code")
-    for cell, ran in zip(mine, theirs, strict=True):
-        cell.outputs, cell.execution_count = ran.outputs, ran.execution_count
-    if "run" in executed.metadata:
-        result.metadata["run"] = executed.metadata["run"]
-    return result
+def with_outputs(twin: Path, executed: NotebookNode) -> NotebookNode:
+    """What the twin says, with the outputs of a notebook whose code is the same."""
+    combined: NotebookNode = combine_inputs_with_outputs(read(twin), executed, fmt="md:myst")
+    return combined
+
+
+def commit(twin: Path, notebook: NotebookNode) -> None:
+    """Writes the twin's other half, and Colab's notebook."""
+    nbformat.write(notebook, twin.with_suffix(".ipynb"))
+    COLAB.mkdir(parents=True, exist_ok=True)
+    nbformat.write(plain(notebook, chapter_number(twin)), COLAB / f"{twin.stem}.ipynb")

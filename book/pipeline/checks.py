@@ -1,4 +1,4 @@
-"""What is wrong with a notebook: errors, warnings, missing outputs, and a text that differs from its twin."""
+"""What is wrong with a notebook: errors, warnings, missing outputs, and halves of a pair that differ."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import ast
 from pathlib import Path
 
 import nbformat
+from jupytext.compare import NotebookDifference, compare_notebooks
 from nbformat import NotebookNode
 
 from book.pipeline.chapters import code_cells, plain, read
-from book.pipeline.layout import NOTEBOOKS, chapter_number, twins
+from book.pipeline.layout import COLAB, NOTEBOOKS, chapter_number, twins
 
 _IMAGES = ("image/png", "image/svg+xml", "image/jpeg")
 
@@ -72,17 +73,17 @@ def unpaired() -> list[str]:
 
 
 def out_of_step(twin: Path, notebook: NotebookNode | None = None) -> list[str]:
-    """Differences between a twin and its committed notebook, and what is wrong with the committed outputs."""
-    path = twin.with_suffix(".ipynb")
-    name = f"notebooks/{path.name}"
-    notebook = notebook or nbformat.read(path, as_version=4)
-    expected = plain(read(twin), chapter_number(twin))
-    if len(notebook.cells) != len(expected.cells):
-        return [f"{name}: {len(notebook.cells)} cells, its twin makes {len(expected.cells)}: run `make notebooks`"]
+    """Differences between the halves of a pair and Colab's notebook, and what is wrong with the outputs."""
+    name = f"notebooks/{twin.stem}.ipynb"
+    notebook = notebook or nbformat.read(twin.with_suffix(".ipynb"), as_version=4)
     complaints = []
-    for number, (cell, wanted) in enumerate(zip(notebook.cells, expected.cells, strict=True), 1):
-        if any(cell[part] != wanted[part] for part in ("cell_type", "id", "source", "metadata")):
-            complaints.append(f"{name}, cell {number}: differs from its twin: run `make notebooks`")
+    try:
+        compare_notebooks(notebook, read(twin), fmt="md:myst")
+    except NotebookDifference as difference:
+        complaints.append(f"{name} differs from its twin, run `make notebooks`: {difference}")
+    published = COLAB / f"{twin.stem}.ipynb"
+    if not published.exists() or nbformat.read(published, as_version=4) != plain(notebook, chapter_number(twin)):
+        complaints.append(f"colab/{name} is not what {name} says: run `make address`")
     return complaints + broken_cells(name, notebook)
 
 

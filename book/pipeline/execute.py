@@ -148,10 +148,9 @@ def _run_one(stem: str, profile: str, jobs: int) -> tuple[NotebookNode, list[str
 def _first_failures(stem: str, executed: NotebookNode) -> list[str]:
     """After a failed cell nothing runs: that cell is the message, not the silence of the others."""
     complaints = broken_cells(f"notebooks/{stem}.md", executed)
-    failed = [cell for cell in code_cells(executed) if any(out.output_type == "error" for out in cell.outputs)]
-    return [line for line in complaints if "execution count" not in line and "no output" not in line] or (
-        complaints[:1] if failed else complaints
-    )
+    if not any(output.output_type == "error" for cell in code_cells(executed) for output in cell.outputs):
+        return complaints
+    return [line for line in complaints if "execution count" not in line and "no output" not in line]
 
 
 def _without_papermill(executed: NotebookNode, source: NotebookNode) -> NotebookNode:

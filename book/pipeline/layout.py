@@ -10,6 +10,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = ROOT / "notebooks"
+COLAB = ROOT / "colab" / "notebooks"
 BUILD = ROOT / "_build"
 HTML = BUILD / "html"
 STAGE = BUILD / "stage"
@@ -18,7 +19,7 @@ SCRATCH = BUILD / "scratch"
 PDF = BUILD / "topk-book.pdf"
 RELEASE = BUILD / "release"
 
-PROFILES = ("smoke", "laptop", "gpu")
+PROFILES = ("smoke", "laptop", "full")
 
 
 class BookError(Exception):

@@ -6,13 +6,12 @@ import importlib
 import inspect
 import pkgutil
 import re
-from pathlib import Path
 from typing import Any
 
 import yaml
 from nbformat import NotebookNode
 
-from book.pipeline.chapters import numbers, read
+from book.pipeline.chapters import numbers
 from book.pipeline.layout import ROOT, chapter_number, twins
 
 EQUATIONS = ROOT / "book" / "equations.yml"
@@ -62,20 +61,9 @@ def equation_table() -> dict[str, dict[str, Any]]:
     return dict(yaml.safe_load(EQUATIONS.read_text()) or {})
 
 
-def labels() -> dict[str, Path]:
-    """Every label of an equation or theorem, with the twin it is in."""
-    found = {}
-    for twin in twins():
-        text = "\n".join(cell.source for cell in read(twin).cells if cell.cell_type == "markdown")
-        for label in {**numbers().equations, **numbers().theorems}:
-            if re.search(rf"(^\$\$[ ]*\({label}\)|^:label: {label}$)", text, re.MULTILINE):
-                found[label] = twin
-    return found
-
-
 def gaps() -> list[str]:
     """What the table lacks, and what in it leads nowhere."""
-    table, known = equation_table(), labels()
+    table, known = equation_table(), numbers().twins
     complaints = [
         f"{label} ({known[label].name}) is not in book/equations.yml" for label in known if label not in table
     ]
@@ -107,7 +95,7 @@ def _test_exists(test: str) -> bool:
 
 def equations() -> str:
     """The page."""
-    table, known = equation_table(), labels()
+    table, known = equation_table(), numbers().twins
     head = [
         "# Equations, functions, tests",
         "Every numbered equation and theorem, the function that implements it and the test that checks it. "
@@ -162,7 +150,7 @@ def status(notebooks: dict[str, NotebookNode]) -> str:
             (
                 "# Status",
                 "How each chapter's code last ran for this copy of the book. The profile `smoke` takes seconds and "
-                "shows that everything works; `laptop` takes minutes; `gpu` is the size of the papers.",
+                "shows that everything works; `laptop` takes minutes; `full` is the size of the papers.",
                 "\n".join(lines),
                 "What the experiments and benchmarks were recorded on stands under each of their figures.",
                 "## Hardware",

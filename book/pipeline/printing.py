@@ -170,7 +170,7 @@ def _typeset(page: Any) -> list[str]:
         try:
             page.wait_for_function("window.MathJax && MathJax.startup && MathJax.startup.promise", timeout=120_000)
         except Exception:
-            return ["MathJax did not load; without a network run `make mathjax` and build again"]
+            return ["MathJax did not load"]
         page.evaluate("MathJax.startup.promise.then(() => 1)")
         page.evaluate(_FIT)
     page.evaluate("Promise.all([...document.images].map((image) => image.decode().catch(() => 0)))")

@@ -20,7 +20,7 @@ import yaml
 from nbformat import NotebookNode
 
 from book.pipeline import imprint, pages, pictures
-from book.pipeline.chapters import plain, read, with_outputs
+from book.pipeline.chapters import plain, with_outputs
 from book.pipeline.execute import surroundings
 from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, address, chapter_number, config, twins, version
 
@@ -100,8 +100,7 @@ def _stage(outputs: dict[str, NotebookNode]) -> str:
             wanted[part] = _filled(path)
     notebooks = {}
     for twin in twins():
-        notebook = with_outputs(read(twin), outputs[twin.stem])
-        notebooks[twin.stem] = notebook
+        notebook = notebooks[twin.stem] = with_outputs(twin, outputs[twin.stem])
         _name_pictures(notebook)
         pictures.lighten(notebook)
         wanted[Path("notebooks") / f"{twin.stem}.ipynb"] = nbformat.writes(notebook).encode()
@@ -136,23 +135,7 @@ def _filled(path: Path) -> bytes:
 def _staged_config() -> dict[str, object]:
     staged = config()
     staged["html"]["baseurl"] = imprint.pages_address()
-    sphinx = staged["sphinx"]["config"]
-    local = mathjax()
-    if local is not None:
-        target = STAGE.parent / "mathjax" / "mathjax"
-        if not target.exists():
-            shutil.copytree(local / "es5", target, ignore=shutil.ignore_patterns("sre", "mml-*", "*-svg*", "*-full*"))
-        sphinx["html_static_path"] = [*sphinx["html_static_path"], str(target.parent)]
-        sphinx["mathjax_path"] = "mathjax/tex-chtml.js"
     return staged
-
-
-def mathjax() -> Path | None:
-    """A local copy of MathJax 3 (the npm package's folder), or None: then pages load it from its usual address."""
-    for folder in (os.environ.get("MATHJAX", ""), str(ROOT / "node_modules" / "mathjax")):
-        if folder and (Path(folder) / "es5" / "tex-chtml.js").exists():
-            return Path(folder)
-    return None
 
 
 def _name_pictures(notebook: NotebookNode) -> None:
@@ -169,7 +152,7 @@ def _plain_downloads(outputs: dict[str, NotebookNode]) -> None:
     for twin in twins():
         target = HTML / "_sources" / "notebooks" / f"{twin.stem}.ipynb"
         if target.exists():
-            nbformat.write(plain(with_outputs(read(twin), outputs[twin.stem]), chapter_number(twin)), target)
+            nbformat.write(plain(with_outputs(twin, outputs[twin.stem]), chapter_number(twin)), target)
 
 
 def weights() -> dict[str, int]:

@@ -23,7 +23,7 @@ from topk.lab import figures
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PROFILES = ("smoke", "laptop", "gpu")
+PROFILES = ("smoke", "laptop", "full")
 
 
 def begin(profile: str) -> None:
