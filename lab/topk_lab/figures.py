@@ -137,7 +137,12 @@ def _cell(value: Any) -> str:
 
 
 def _numbers(values: Iterable[Any]) -> list[float]:
-    return [float(value) for value in values]
+    return [float(value) + 0.0 for value in values]  # no -0
+
+
+def _plain(text: str) -> str:
+    """A label without the marks of TeX: tables are read, or read aloud, as they are."""
+    return text.replace("$", "").replace("\\", "")
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -264,17 +269,17 @@ def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     axis: list[float] | None = None
     for panel in panels:
-        mark = f"{panel.title}: " if len(panels) > 1 and panel.title else ""
+        mark = f"{_plain(panel.title)}: " if len(panels) > 1 and panel.title else ""
         if _numbers(panel.x) != axis:
             axis = _numbers(panel.x)
-            name = panel.x_label or "x"
+            name = _plain(panel.x_label or "x")
             found[name if name not in found else f"{mark}{name}"] = axis
         for name, values in panel.lines.items():
             if isinstance(values, Band):
                 parts = zip(*map(_numbers, values), strict=True)
-                found[mark + name] = [f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in parts]
+                found[mark + _plain(name)] = [f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in parts]
             else:
-                found[mark + name] = _numbers(values)
+                found[mark + _plain(name)] = _numbers(values)
     return found
 
 
