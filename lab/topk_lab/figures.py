@@ -221,14 +221,22 @@ def _drawn(
             axis.set_ylabel("")
     names = [list(panel.lines) for panel in panels]
     if legend and all(each == names[0] for each in names) and len(names) > 1 and len(names[0]) > 1:
-        columns_of_legend = max(1, min(len(names[0]), int(120 / (9 + max(map(len, names[0]))))))
         handles = axes.flat[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncol=columns_of_legend)
+        figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0]))
     elif legend:
         for axis, panel in zip(axes.flat, panels, strict=False):
             if len(panel.lines) > 1:
                 axis.legend()
     return figure
+
+
+def _legend_columns(names: Sequence[str], widest: int = 118) -> int:
+    """As many as fit below a figure of usual size, by the number of letters."""
+    for count in range(len(names), 1, -1):
+        rows = -(-len(names) // count)
+        if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
+            return count
+    return 1
 
 
 def _draw(axis: Axes, panel: Panel) -> None:
@@ -259,6 +267,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.set_yscale("log")
     if panel.y_range is not None:
         axis.set_ylim(*panel.y_range)
+    if all(place.is_integer() for place in x) and axis.get_xscale() == "linear":
+        axis.xaxis.get_major_locator().set_params(integer=True)
     if panel.x_ticks:
         axis.set_xticks([*panel.x_ticks], [*panel.x_ticks.values()])
         axis.minorticks_off()

@@ -225,6 +225,37 @@ def _heads(frame: pd.DataFrame) -> dict[str, str]:
     return {name: HEADS.get(name, name) for name in (known if len(known) == len(present) else present)}
 
 
+def averages(frame: pd.DataFrame, metrics: Sequence[str], by: Sequence[str] = ("loss",)) -> None:
+    """The means alone, for runs made on the page: an illustration."""
+    table([
+        dict(zip(by, values, strict=True))
+        | {metric_name(metric): f"{group[metric].mean() * factor(metric):.1f}" for metric in metrics}
+        for values, group in frame.groupby(list(by), sort=False)
+    ])  # fmt: skip
+
+
+def live(contenders: Mapping[str, Mapping[str, Any]], seeds: int, **common: Any) -> pd.DataFrame:
+    """Trains every contender on the sample of real data that comes with the package: rows as records have them.
+
+    Args:
+        contenders: {what `loss` says: sections of the configuration that are its own}.
+        seeds: 0 to seeds - 1.
+        common: sections that all share, `data`, `model` and `training`.
+    """
+    import pandas as pd
+
+    from topk_lab.train import train
+
+    rows = []
+    for name, own in contenders.items():
+        config = {"model": {"name": "linear"}, **common, **own}
+        config["training"] = {"optimizer": "adamw", "schedule": "one_cycle", "evaluate_every": 0, **config["training"]}
+        for seed in range(seeds):
+            config["data"] = {"name": "sample", **common.get("data", {}), **own.get("data", {}), "seed": seed}
+            rows.append({"loss": name, **train({**config, "seed": seed}, progress=False)})
+    return pd.DataFrame(rows)
+
+
 # --- differences to a baseline ---------------------------------------------------------------------------------------
 
 
@@ -256,7 +287,7 @@ def apart(
 def compared(
     frame: pd.DataFrame, metrics: Sequence[str], lists: int = 1, digits: int = 1, baseline: str = BASELINE
 ) -> str:
-    """`top-5: surely above cross-entropy a (+0.3) and b (+0.2); surely below c (-1.0)`, a sentence a metric."""
+    """`top-5 surely above cross-entropy a (+0.3) and b (+0.2); surely below c (-1.0)`, a sentence a metric."""
     sentences = []
     for metric in metrics:
         if metric in frame and frame[metric].notna().all():
@@ -264,7 +295,7 @@ def compared(
                 listed(f"{loss} ({mean:+.{digits}f})" for loss, mean in found.items())
                 for found in apart(frame, metric, baseline, lists)
             )
-            sentences.append(f"{metric_name(metric)}: surely above {baseline} {above}; surely below {below}")
+            sentences.append(f"{metric_name(metric)} surely above {baseline} {above}; surely below {below}")
     return ". ".join(sentences)
 
 
@@ -276,6 +307,28 @@ def compared_by_head(frame: pd.DataFrame, setting: str, form: str, metric: str =
     number = sum(part["loss"].nunique() - 1 for _, _, part in parts)
     say("*Surely: the paired interval excludes zero after Bonferroni over the "
         f"{number} comparisons of this list together.*")  # fmt: skip
+
+
+def ahead(
+    frame: pd.DataFrame, setting: str, loss: str, metric: str = "top5", comparisons: int = 1
+) -> dict[float, float]:
+    """{setting: mean difference in points} where a loss is surely above cross-entropy, after so many comparisons."""
+    found = {}
+    for value, part in frame.groupby(setting):
+        if {loss, BASELINE} <= set(part["loss"]):
+            interval = differences(part, metric, confidence=1 - 0.05 / comparisons)[loss]
+            found |= {float(value): interval.mean} if interval.side > 0 else {}
+    return found
+
+
+def at(found: Mapping[float, float], otherwise: str = "none") -> str:
+    """`0.2 (+1.3) and 0.4 (+2.0)`, from {setting: difference}."""
+    return listed((f"{value:g} ({mean:+.1f})" for value, mean in found.items()), otherwise)
+
+
+def leads(found: Mapping[float, float], setting: str) -> str:
+    """`+1.3 at noise 0.2 and +2.0 at noise 0.4`, from {setting: difference}."""
+    return listed(f"{mean:+.1f} at {setting} {value:g}" for value, mean in found.items())
 
 
 def best_by_head(frame: pd.DataFrame, setting: str, values: Sequence[float], form: str, metric: str = "top5") -> None:
