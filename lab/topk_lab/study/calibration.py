@@ -13,12 +13,13 @@ of T do not rank right. Only losses that are right at every q are top-k calibrat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
+from typing import NamedTuple
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from topk_lab.figures import RowLoss, value_and_gradient
@@ -27,13 +28,10 @@ from topk_lab.study.contenders import Contender, expected
 
 TOLERANCE = 1e-6
 """How far above the best value found a value may be and still count as a minimum; relative above 1."""
-
 LEAD = 1e-4
 """By how much T must lead to count as ahead."""
-
 RANGE = 100.0
 """Scores stay within -+ this in descents: some losses have no minimum, only an infimum at infinity."""
-
 KINDS = ("uniform", "concentrated", "flat", "near tie", "peaked", "window below half", "k + 1 classes")
 GAP = 0.01
 """q_[k] - q_[k+1] is at least this in every distribution; in a near tie it is this."""
@@ -115,8 +113,7 @@ class Outcome:
     """What was found at each of several distributions (rows,).
 
     Attributes:
-        right: whether every minimum ranks right.
-        wrong: whether none does. Neither: open.
+        right, wrong: whether every minimum ranks right, whether none does. Neither: open.
         value: the best value.
         regret: top-k accuracy lost by the worst of the minima.
         rest: largest component of the field at the end, where a field was followed; else 0.
@@ -128,6 +125,11 @@ class Outcome:
     regret: Tensor
     rest: Tensor
 
+    def verdicts(self) -> list[str]:
+        """ "right", "wrong" or "open" for every distribution."""
+        both = zip(self.right.tolist(), self.wrong.tolist(), strict=True)
+        return ["right" if right else "wrong" if wrong else "open" for right, wrong in both]
+
 
 def judge(values: Tensor, scores: Tensor, q: Tensor, k: int) -> Outcome:
     """Values (rows, points) at scores (rows, points, classes) -> the outcome for q (rows, classes)."""
@@ -136,8 +138,7 @@ def judge(values: Tensor, scores: Tensor, q: Tensor, k: int) -> Outcome:
     every = q[:, None].expand_as(scores)
     ahead = leads(scores, every, k) > LEAD
     lost = torch.where(minimal, regrets(scores, every, k), 0.0).amax(1)
-    some, all_of_them = (minimal & ahead).any(1), (ahead | ~minimal).all(1)
-    return Outcome(all_of_them, ~some, best, lost, torch.zeros_like(best))
+    return Outcome((ahead | ~minimal).all(1), ~(minimal & ahead).any(1), best, lost, torch.zeros_like(best))
 
 
 # --- piecewise linear losses: every corner ---------------------------------------------------------------------------
@@ -159,9 +160,9 @@ def corners(classes: int, k: int, kinks: Sequence[float] = (1.0,), mean_kinks: b
         planes.append(spans)
         levels.append(torch.full((len(spans),), kink))
     if mean_kinks:
-        means = _mean_planes(classes, k)
-        planes.append(means[0])
-        levels.append(means[1])
+        plane, level = _mean_planes(classes, k)
+        planes.append(plane)
+        levels.append(level)
     plane, level = torch.cat(planes), torch.cat(levels).double()
     chosen = torch.tensor(list(combinations(range(len(plane)), gaps)))
     system, right = plane[chosen], level[chosen]
@@ -174,24 +175,22 @@ def corners(classes: int, k: int, kinks: Sequence[float] = (1.0,), mean_kinks: b
 
 def _mean_planes(classes: int, k: int) -> tuple[Tensor, Tensor]:
     """sum over A of (1 + x_j - x_y) = 0 for A the k, and the k - 1, best wrong classes: rows in the gaps, levels."""
-    rows, levels = [], []
     place = torch.tril(torch.ones(classes, classes - 1, dtype=torch.float64), -1).neg()  # x_[i] - x_[1] by the gaps
+    rows, levels = [], []
     for y in range(classes):
         wrong = [j for j in range(classes) if j != y]
-        for size in (k, k - 1):
-            if size:
-                rows.append(sum((place[j] - place[y] for j in wrong[:size]), torch.zeros(classes - 1).double()))
-                levels.append(-float(size))
+        for size in (size for size in (k, k - 1) if size):
+            rows.append((place[wrong[:size]] - place[y]).sum(0))
+            levels.append(-float(size))
     return torch.stack(rows), torch.tensor(levels, dtype=torch.float64)
 
 
-def check_corners(contender: Contender, q: Tensor, k: int) -> Outcome:
+def _check_corners(contender: Contender, q: Tensor, k: int) -> Outcome:
     """Exact: the loss at every corner with its scores dealt to the classes in every order."""
     classes = q.shape[1]
     points = corners(classes, k, contender.kinks(k), contender.mean_kinks)
-    loss = contender.at(k)
     target = torch.arange(classes).repeat(len(points))
-    losses = loss(points.repeat_interleave(classes, 0), target).reshape(len(points), classes)
+    losses = contender.at(k)(points.repeat_interleave(classes, 0), target).reshape(len(points), classes)
     orders = torch.tensor(list(permutations(range(classes))))  # orders[p, i]: the place of class i
     dealt, paid = points[:, orders].reshape(-1, classes), losses[:, orders].reshape(-1, classes)
     outcomes = []
@@ -199,22 +198,11 @@ def check_corners(contender: Contender, q: Tensor, k: int) -> Outcome:
         values = paid @ row
         near = values <= values.min() + TOLERANCE
         outcomes.append(judge(values[near][None], dealt[near][None], row[None], k))
-    return _joined(outcomes)
-
-
-def _joined(outcomes: Sequence[Outcome]) -> Outcome:
     columns = zip(*((o.right, o.wrong, o.value, o.regret, o.rest) for o in outcomes), strict=True)
     return Outcome(*(torch.cat(column) for column in columns))
 
 
 # --- other losses: descents from many starts -------------------------------------------------------------------------
-
-
-def check_descent(
-    contender: Contender, q: Tensor, k: int, starts: int, generator: torch.Generator, steps: int = 100
-) -> Outcome:
-    """From the ends of descents: right, open or wrong."""
-    return judge(*descent_ends(contender, q, k, starts, generator, steps), q, k)
 
 
 def descent_ends(
@@ -228,8 +216,7 @@ def descent_ends(
     rows, classes = q.shape
     begin, link = _starts(q, k, starts, generator, contender.symmetric)
     tries = begin.shape[1]
-    loss, every = contender.at(k), q.repeat_interleave(tries, 0)
-    flat_link = link.reshape(-1, classes)
+    loss, every, flat_link = contender.at(k), q.repeat_interleave(tries, 0), link.reshape(-1, classes)
 
     def scores_at(points: Tensor, chosen: Tensor) -> Tensor:
         return (RANGE * torch.tanh(points / RANGE)).gather(1, flat_link[chosen])
@@ -263,11 +250,27 @@ def _starts(q: Tensor, k: int, starts: int, generator: torch.Generator, symmetri
     return torch.cat(begins, 1), torch.cat(links, 1)
 
 
+class Ends(NamedTuple):
+    """The least values among ends that rank right and among those that do not, and the scores (classes,) of the best."""
+
+    right: float
+    wrong: float
+    best: Tensor
+
+
+def gap_ends(contender: Contender, q: Tensor, k: int, starts: int, seed: int = 0) -> Ends:
+    """How clearly a loss prefers the right window at q (classes,)."""
+    values, points = descent_ends(contender, q[None], k, starts, torch.Generator().manual_seed(seed))
+    values, points = values[0], points[0]
+    ahead = leads(points, q.expand_as(points), k) > LEAD
+    return Ends(values[ahead].min().item(), values[~ahead].min().item(), points[values.argmin()])
+
+
 # --- losses whose field is no gradient: where it comes to rest -------------------------------------------------------
 
 
-def check_field(
-    contender: Contender, q: Tensor, k: int, starts: int, generator: torch.Generator, steps: int = 400
+def _check_field(
+    contender: Contender, q: Tensor, k: int, starts: int, generator: torch.Generator, steps: int
 ) -> Outcome:
     """Right: from every start the field rests at scores that rank right; wrong: from none."""
     rows, classes = q.shape
@@ -275,13 +278,12 @@ def check_field(
     scores[:, 0] = 0.01 * scores[:, 0]
     every = q.repeat_interleave(starts, 0)
     ends, rest = follow(contender.at(k), scores.reshape(-1, classes), every, steps)
+    value = expected(contender.at(k), ends, every).reshape(rows, starts).amin(1)
     ends = ends.reshape(rows, starts, classes)
-    wide = q[:, None].expand_as(ends)
-    ahead = leads(ends, wide, k) > LEAD
-    value = expected(contender.at(k), ends.reshape(-1, classes), every).reshape(rows, starts).amin(1)
-    return Outcome(
-        ahead.all(1), ~ahead.any(1), value, regrets(ends, wide, k).amax(1), rest.reshape(rows, starts).amax(1)
-    )
+    spread = q[:, None].expand_as(ends)
+    ahead = leads(ends, spread, k) > LEAD
+    lost = regrets(ends, spread, k).amax(1)
+    return Outcome(ahead.all(1), ~ahead.any(1), value, lost, rest.reshape(rows, starts).amax(1))
 
 
 def follow(loss: RowLoss, scores: Tensor, q: Tensor, steps: int, rate: float = 2.0) -> tuple[Tensor, Tensor]:
@@ -303,20 +305,13 @@ def check(contender: Contender, q: Tensor, k: int, starts: int = 6, steps: int =
     """The outcome at every distribution of q (rows, classes); `steps` a descent, four times as many along a field."""
     generator = torch.Generator().manual_seed(seed)
     if contender.search == "corners":
-        return check_corners(contender, q, k)
+        return _check_corners(contender, q, k)
     if contender.search == "field":
-        return check_field(contender, q, k, starts, generator, 4 * steps)
-    return check_descent(contender, q, k, starts, generator, steps)
+        return _check_field(contender, q, k, starts, generator, 4 * steps)
+    return judge(*descent_ends(contender, q, k, starts, generator, steps), q, k)
 
 
 def wilson(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's interval for a probability: the values that a test of the normal approximation does not refuse."""
-    if not 0 <= successes <= count or count < 1:
-        raise ValueError(f"successes must lie between 0 and count >= 1, got {successes!r} of {count!r}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
-    share, extra = successes / count, z * z / count
-    middle = (share + extra / 2) / (1 + extra)
-    half = z / (1 + extra) * math.sqrt(share * (1 - share) / count + extra / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    found = binomtest(successes, count).proportion_ci(confidence, "wilson")
+    return float(found.low), float(found.high)

@@ -25,11 +25,11 @@ class Contender:
     Attributes:
         name: as tables print it.
         family: the chapter's name for it.
-        at: k -> loss of scores (rows, classes) and targets (rows,), one number a row.
+        at: k -> loss.
         search: "corners" for piecewise linear losses, whose minimum is found exactly; "descent"; or "field" for those
             whose gradient is not that of their value.
         symmetric: whether renaming the classes changes nothing.
-        polyhedron: for "corners": at which leads of the target its kinks are, and whether alpha's mean is one of them.
+        kinks, mean_kinks: for "corners": at which leads of the target its kinks are, and whether alpha's mean is one.
     """
 
     name: str
@@ -49,11 +49,13 @@ def _without_k(function: Callable[..., Tensor], **options: Any) -> Callable[[int
     return lambda k: lambda scores, target: function(scores, target, reduction="none", **options)
 
 
-def _half_top1(function: Callable[..., Tensor], **options: Any) -> Callable[[int], RowLoss]:
+def _half_top1(function: Callable[..., Tensor]) -> Callable[[int], RowLoss]:
     """Half the weight on k = 1, half on k."""
-    return lambda k: (
-        lambda scores, target: function(scores, target, {1: 0.5, k: 0.5} if k > 1 else 1, reduction="none", **options)
-    )
+    return lambda k: lambda scores, target: function(scores, target, _mixed(k), reduction="none")
+
+
+def _mixed(k: int) -> int | dict[int, float]:
+    return {1: 0.5, k: 0.5} if k > 1 else 1
 
 
 def _ldam_by_class(k: int) -> RowLoss:
@@ -69,13 +71,11 @@ def _differentiable(mixed: bool = False, fewer: int = 0, **options: Any) -> Call
     """`mixed`: half the weight on k = 1; `fewer`: so many scores are dropped, but never below k + 1."""
 
     def at(k: int) -> RowLoss:
-        ks = {1: 0.5, k: 0.5} if mixed and k > 1 else k
-
         def loss(scores: Tensor, target: Tensor) -> Tensor:
-            kept = max(k + 1, scores.shape[1] - fewer)
+            kept, guesses = max(k + 1, scores.shape[1] - fewer), _mixed(k) if mixed else k
             with warnings.catch_warnings():  # Sinkhorn warns where far scores keep its marginals from settling
                 warnings.simplefilter("ignore", RuntimeWarning)
-                return topk.differentiable_topk_loss(scores, target, ks, m=kept, reduction="none", **options)
+                return topk.differentiable_topk_loss(scores, target, guesses, m=kept, reduction="none", **options)
 
         return loss
 
@@ -84,85 +84,73 @@ def _differentiable(mixed: bool = False, fewer: int = 0, **options: Any) -> Call
 
 def contenders() -> list[Contender]:
     """All of them, in the order of the chapters."""
-    hinge = topk.topk_hinge_loss
-    smooth, noised, transition = topk.smooth_topk_loss, topk.noised_topk_loss, topk.transition_topk_loss
-    found = [
-        Contender("cross-entropy", "baseline", _without_k(F.cross_entropy)),
-        Contender("cross-entropy, smoothing 0.1", "baseline", _without_k(F.cross_entropy, label_smoothing=0.1)),
-        Contender("focal, gamma 2", "baseline", _without_k(topk.focal_loss, gamma=2.0)),
-        Contender("LDAM, equal margins", "baseline", _without_k(topk.ldam_loss, margins=0.3, scale=5.0)),
+    return [*_baselines(), *_hinges(), *_smoothed(), *_differentiable_ones()]
+
+
+def _baselines() -> list[Contender]:
+    entropy, focal, ldam = F.cross_entropy, topk.focal_loss, topk.ldam_loss
+    return [
+        Contender("cross-entropy", "baseline", _without_k(entropy)),
+        Contender("cross-entropy, smoothing 0.1", "baseline", _without_k(entropy, label_smoothing=0.1)),
+        Contender("focal, gamma 2", "baseline", _without_k(focal, gamma=2.0)),
+        Contender("LDAM, equal margins", "baseline", _without_k(ldam, margins=0.3, scale=5.0)),
         Contender("LDAM, margins by class", "baseline", _ldam_by_class, symmetric=False),
     ]
-    for variant in ("calibrated", "kth", "alpha", "beta"):
-        mean = variant == "alpha"
-        found.append(Contender(f"hinge, {variant}", "hinge", _rows(hinge, variant=variant), "corners", mean_kinks=mean))
-    found += [
-        Contender("hinge, calibrated, k = 1 and k", "hinge", _half_top1(hinge), "corners"),
-        Contender(
-            "hinge, smooth limit", "hinge", _rows(hinge, variant="smooth_limit"), "corners", kinks=lambda k: (float(k),)
+
+
+def _hinges() -> list[Contender]:
+    hinge = topk.topk_hinge_loss
+    limit, entropy = _rows(hinge, variant="smooth_limit"), _rows(hinge, variant="entropy")
+    return [
+        *(
+            Contender(f"hinge, {name}", "hinge", _rows(hinge, variant=name), "corners", mean_kinks=name == "alpha")
+            for name in ("calibrated", "kth", "alpha", "beta")
         ),
-        Contender("truncated entropy", "hinge", _rows(hinge, variant="entropy")),
+        Contender("hinge, calibrated, k = 1 and k", "hinge", _half_top1(hinge), "corners"),
+        Contender("hinge, smooth limit", "hinge", limit, "corners", kinks=lambda k: (float(k),)),
+        Contender("truncated entropy", "hinge", entropy),
     ]
-    found += [
-        Contender(f"smooth, tau {tau:g}, margin {margin:g}", "smooth", _rows(smooth, tau=tau, margin=margin))
-        for tau, margin in ((0.1, 1.0), (0.5, 1.0), (1.0, 1.0), (5.0, 1.0), (1.0, 0.0))
-    ]
-    found.append(Contender("smooth, tau 1, k = 1 and k", "smooth", _half_top1(smooth)))
-    found += [
-        Contender(f"noised, epsilon {epsilon:g}", "noised", _rows(noised, epsilon=epsilon, samples=None))
-        for epsilon in (0.1, 0.5, 1.0, 2.0)
-    ]
-    found += [
+
+
+def _smoothed() -> list[Contender]:
+    smooth, noised, transition = topk.smooth_topk_loss, topk.noised_topk_loss, topk.transition_topk_loss
+    settings = ((0.1, 1.0), (0.5, 1.0), (1.0, 1.0), (5.0, 1.0), (1.0, 0.0))
+    return [
+        *(
+            Contender(f"smooth, tau {tau:g}, margin {margin:g}", "smooth", _rows(smooth, tau=tau, margin=margin))
+            for tau, margin in settings
+        ),
+        Contender("smooth, tau 1, k = 1 and k", "smooth", _half_top1(smooth)),
+        *(
+            Contender(f"noised, epsilon {epsilon:g}", "noised", _rows(noised, epsilon=epsilon, samples=None))
+            for epsilon in (0.1, 0.5, 1.0, 2.0)
+        ),
         Contender("transition, weight 0.5", "transition", _rows(transition, transition=0.5)),
         Contender("transition, weight 1 (grouped)", "transition", _rows(transition, transition=1.0)),
+        *(
+            Contender(f"transition, width {width:g}", "transition", _rows(transition, width=width), "field")
+            for width in (0.2, 1.0, 4.0)
+        ),
     ]
-    found += [
-        Contender(f"transition, width {width:g}", "transition", _rows(transition, width=width), "field")
-        for width in (0.2, 1.0, 4.0)
-    ]
-    return found + _differentiable_contenders()
 
 
-def _differentiable_contenders() -> list[Contender]:
-    found = [
-        Contender(
-            f"differentiable, odd_even, beta {beta:g}",
-            "differentiable",
-            _differentiable(top1="sort", inverse_temperature=beta),
-            symmetric=False,
-        )
-        for beta in (1.0, 10.0)
+def _differentiable_ones() -> list[Contender]:
+    def sorting(name: str, symmetric: bool, **options: Any) -> Contender:
+        loss = _differentiable(**{"top1": "sort", **options})
+        return Contender(f"differentiable, {name}", "differentiable", loss, symmetric=symmetric)
+
+    far: dict[str, Any] = {"iterations": 40, "tolerance": 1e-4}  # far scores do not settle in any number of iterations
+    return [
+        *(sorting(f"odd_even, beta {beta:g}", False, inverse_temperature=beta) for beta in (1.0, 10.0)),
+        sorting("odd_even, one score dropped", True, fewer=1),
+        *(sorting(method, False, method=method) for method in ("bitonic", "splitter_selection")),
+        *(sorting(method, True, method=method) for method in ("neuralsort", "softsort")),
+        sorting("sinkhorn", True, method="sinkhorn", **far),
+        *(
+            sorting(f"k = 1 and k, top1 {top1}", False, mixed=True, top1=top1)
+            for top1 in ("softmax", "cross_entropy", "sort")
+        ),
     ]
-    found.append(
-        Contender(
-            "differentiable, odd_even, one score dropped", "differentiable", _differentiable(top1="sort", fewer=1)
-        )
-    )
-    found += [
-        Contender(
-            f"differentiable, {method}",
-            "differentiable",
-            _differentiable(method=method, top1="sort"),
-            symmetric=method not in ("bitonic", "splitter_selection"),
-        )
-        for method in ("bitonic", "splitter_selection", "neuralsort", "softsort")
-    ]
-    few: dict[str, Any] = {
-        "method": "sinkhorn",
-        "iterations": 40,
-        "tolerance": 1e-4,
-    }  # far scores do not settle in any number of them
-    found.append(Contender("differentiable, sinkhorn", "differentiable", _differentiable(top1="sort", **few)))
-    found += [
-        Contender(
-            f"differentiable, k = 1 and k, top1 {top1}",
-            "differentiable",
-            _differentiable(mixed=True, top1=top1),
-            symmetric=False,
-        )
-        for top1 in ("softmax", "cross_entropy", "sort")
-    ]
-    return found
 
 
 def by_name(name: str) -> Contender:

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from topk_lab import figures
 from topk_lab.figures import RowLoss, value_and_gradient
 from topk_lab.study.calibration import leads
 from topk_lab.study.contenders import expected
@@ -37,10 +37,8 @@ def field(loss: RowLoss, scores: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("y,ryi->ri", q, gradient.reshape(rows, classes, classes))
 
 
-def draw(
-    losses: Mapping[str, RowLoss], q: Tensor, k: int, columns: int = 4, reach: float = 3.0
-) -> tuple[Figure, dict[str, list[float | str]]]:
-    """One panel a loss: the expected loss as colour, arrows where training moves, and where the least values lie.
+def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: int = 4, reach: float = 3.0) -> None:
+    """Shows one panel a loss: the expected loss as colour, arrows where training moves, where the least values lie.
 
     Pale: orders whose first k are not the k likeliest classes. White dots: points of the grid within 1 % of the
     picture's range above its least value. The table has each loss's least value on the grid and where it is.
@@ -77,4 +75,4 @@ def draw(
         best = scores[int(value.argmin())]
         for column, entry in zip(table.values(), (name, float(value.min()), *best.tolist()), strict=True):
             column.append(entry if isinstance(entry, str) else round(entry, 4))
-    return figure, table
+    figures.show(figure, alt, table, palette=True)
