@@ -479,32 +479,46 @@ def scatter(
     *,
     x_label: str = "",
     y_label: str = "",
-    diagonal: bool = False,
+    guides: str = "axes",
+    across: int = 4,
+    size: tuple[float, float] | None = None,
     written: Mapping[tuple[float, float], str] | None = None,
     data: Table | None = None,
 ) -> None:
-    """One panel a title, one marker a name: clouds (x, y) around the lines through 0, or along the diagonal.
+    """One panel a title, one marker a name: clouds (x, y).
 
-    `written` puts words beside points.
+    `guides`: "axes", lines through 0; "diagonal"; or "", which leaves the frame without numbers. `written` puts words
+    beside points.
     """
-    size = (7.8, 3.7) if len(panels) > 1 else (6.6, 4.0)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharex=True, sharey=True, squeeze=False)
+    across = min(across, len(panels))
+    down = -(-len(panels) // across)
+    usual = (7.8, 2.2 * down) if across > 2 else (7.8 if across == 2 else 6.6, 3.9 * down)
+    figure, axes = plt.subplots(
+        down, across, figsize=size or usual, sharex=bool(guides), sharey=bool(guides), squeeze=False
+    )
     table: dict[str, list[Any]] = {"": [], "x": [], "y": []}
-    for axis, (title, clouds) in zip(axes[0], panels.items(), strict=True):
-        for (name, (x, y)), marker in zip(clouds.items(), MARKERS, strict=False):
-            axis.scatter(x, y, s=16, marker=marker, color=look(name)["color"], alpha=0.7, linewidth=0, label=name)
+    for axis, (title, clouds) in zip(axes.flat, panels.items(), strict=False):
+        for (name, (x, y)), marker, colour in zip(clouds.items(), MARKERS, COLOURS, strict=False):
+            shade = LOSSES.get(name, {"color": colour})["color"]
+            axis.scatter(x, y, s=16, marker=marker, color=shade, alpha=0.7, linewidth=0, label=name)
             for column, values in zip(table.values(), ([f"{title}, {name}"] * len(x), x, y), strict=True):
                 column.extend(values)
-        if diagonal:
+        if guides == "diagonal":
             axis.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="solid")
-        else:
+        elif guides == "axes":
             axis.axhline(0, color="grey", linewidth=0.8, linestyle="solid")
             axis.axvline(0, color="grey", linewidth=0.8, linestyle="solid")
+        else:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
         for place, words in (written or {}).items():
             axis.annotate(words, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
-        axis.set(title=title, xlabel=x_label)
-    axes[0][0].set_ylabel(y_label)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
+        axis.set_title(title, fontsize=9.5 if across > 2 else None)
+        axis.set_xlabel(x_label)
+    for row in axes:
+        row[0].set_ylabel(y_label)
+    if guides:
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
     show(figure, alt, table if data is None else data)
 
 

@@ -154,6 +154,15 @@ def provenance(frame: pd.DataFrame) -> str:
     ])  # fmt: skip
 
 
+def machine(row: Mapping[str, Any]) -> str:
+    """Where one record comes from."""
+    processor = row.get("hardware.gpu") or row["hardware.cpu"]
+    return (
+        f"{str(row['date'])[:10]} on {processor} with torch {row['versions.torch']}, "
+        f"{row['threads']} thread(s), commit `{row['commit']}`"
+    )
+
+
 def _joined(values: Iterable[Any]) -> str:
     return ", ".join(sorted({str(value) for value in values}))
 

@@ -251,7 +251,7 @@ def _starts(q: Tensor, k: int, starts: int, generator: torch.Generator, symmetri
 
 
 class Ends(NamedTuple):
-    """The least values among ends that rank right and among those that do not, and the scores (classes,) of the best."""
+    """The least values among ends that rank right and those that do not, and the scores (classes,) of the best."""
 
     right: float
     wrong: float

@@ -9,23 +9,28 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from joblib import Memory
 from torch import Tensor
 from tqdm import tqdm
 
 import topk
-from topk.lab import provenance, records, shipped, synthetic
-from topk.lab.streams import normal, stream
+from topk_lab import figures, records
+from topk_lab.figures import RowLoss
+from topk_lab.study import synthetic
+from topk_lab.study.statistics import t_interval
+from topk_lab.study.synthetic import normal, stream
 
-RowLoss = Callable[[Tensor, Tensor], Tensor]
 Weights = tuple[Tensor, ...]
 Found = dict[str, dict[str, list[float]]]
 
@@ -50,7 +55,7 @@ MODELS = {"linear": None, "MLP": 8}
 
 @dataclass(frozen=True)
 class Setting:
-    """A family of sets (`topk.lab.synthetic`) and the model that has to follow them."""
+    """A family of sets (`topk_lab.study.synthetic`) and the model that has to follow them."""
 
     kind: str
     classes: int
@@ -142,7 +147,7 @@ def accuracies(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return (found <= 1).float().mean(1), (found <= K).float().mean(1)
 
 
-def best_rates(setting: Setting, losses: Mapping[str, RowLoss], effort: Effort) -> dict[str, float]:
+def best_rates(setting: Setting, effort: Effort) -> dict[str, float]:
     """For every loss the rate of `RATES` with the highest top-2 accuracy on fresh rows, over seeds of its own."""
     seeds = [1000 + seed for seed in range(effort.tuning_seeds)]
     inputs, labels = sample(setting, seeds, effort.rows, "train")
@@ -150,52 +155,42 @@ def best_rates(setting: Setting, losses: Mapping[str, RowLoss], effort: Effort) 
     many = tuple(layer.repeat(len(RATES), 1, 1) for layer in first_weights(setting, seeds))
     rates = torch.tensor(RATES).repeat_interleave(len(seeds))
     best = {}
-    for name, loss in losses.items():
+    for name, loss in LOSSES.items():
         weights = train(loss, many, inputs.repeat(len(RATES), 1, 1), labels, rates, effort.steps)
         _, top2 = accuracies(scores_of(weights, fresh.repeat(len(RATES), 1, 1)), fresh_labels)
         best[name] = RATES[int(top2.reshape(len(RATES), -1).mean(1).argmax())]
     return best
 
 
-def compare(setting: Setting, losses: Mapping[str, RowLoss], effort: Effort) -> Found:
+def compare(setting: Setting, effort: Effort) -> Found:
     """By loss: the rate, and by seed the accuracies on the rows trained on and on fresh ones."""
-    rates = best_rates(setting, losses, effort)
+    rates = best_rates(setting, effort)
     seeds = list(range(effort.seeds))
-    inputs, labels = sample(setting, seeds, effort.rows, "train")
-    fresh, fresh_labels = sample(setting, seeds, effort.test_rows, "test")
+    parts = {
+        "train": sample(setting, seeds, effort.rows, "train"),
+        "test": sample(setting, seeds, effort.test_rows, "test"),
+    }
     start = first_weights(setting, seeds)
     found: Found = {}
-    for name, loss in losses.items():
-        weights = train(loss, start, inputs, labels, rates[name], effort.steps)
+    for name, loss in LOSSES.items():
+        weights = train(loss, start, *parts["train"], rates[name], effort.steps)
         found[name] = {"rate": [rates[name]]}
-        for part, (x, y) in {"train": (inputs, labels), "test": (fresh, fresh_labels)}.items():
+        for part, (x, y) in parts.items():
             top1, top2 = accuracies(scores_of(weights, x), y)
             found[name] |= {f"{part} top-1": _rounded(top1), f"{part} top-2": _rounded(top2)}
     return found
 
 
 def compare_all(settings: Sequence[Setting], effort: Effort, keep: Path | None = None) -> dict[Setting, Found]:
-    """`compare` for every setting and all `LOSSES`.
+    """`compare` for every setting; with a folder to `keep` what is found, a scan that was killed goes on from there."""
+    remembered = Memory(keep, verbose=0).cache(_compare, ignore=["setting"])
+    versions = f"topk {topk.__version__}, torch {torch.__version__}"
+    bar = tqdm(settings, unit="setting", disable=keep is None)
+    return {setting: remembered(setting, name_of(setting), effort, versions) for setting in bar}
 
-    Args:
-        settings: what to compare.
-        effort: how long and on how much.
-        keep: a folder for what is found, a file a setting, with a progress bar: a scan that is killed goes on from
-            there, unless the package's code, torch or the effort changed meanwhile.
-    """
-    if keep is None:
-        return {setting: compare(setting, LOSSES, effort) for setting in settings}
-    code = provenance.source(Path(topk.__file__).parent)
-    found = {}
-    for setting in tqdm(settings, unit="setting"):
-        made = {"setting": name_of(setting), "effort": asdict(effort), "code": code, "torch": str(torch.__version__)}
-        path = keep / f"{name_of(setting)}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        if kept.get("made") != made:
-            kept = {"made": made, "found": compare(setting, LOSSES, effort)}
-            records.write_json(path, kept)
-        found[setting] = kept["found"]
-    return found
+
+def _compare(setting: Setting, name: str, effort: Effort, versions: str) -> Found:
+    return compare(setting, effort)
 
 
 def _rounded(values: Tensor) -> list[float]:
@@ -220,14 +215,80 @@ def name_of(setting: Setting) -> str:
 
 
 def recorded(settings: Sequence[Setting]) -> tuple[dict[Setting, Found], dict[str, Any]]:
-    """What `compare` found for every setting, from the chapter's committed record, and where the record is from."""
-    row = shipped.load(CHAPTER).iloc[0]
-    metrics = ("rate", *(f"{part} top-{guesses}" for part in ("train", "test") for guesses in (1, K)))
-    found = {
-        setting: {
-            loss: {metric: json.loads(row[f"{name_of(setting)}.{loss}.{metric}"]) for metric in metrics}
-            for loss in LOSSES
-        }
-        for setting in settings
-    }
-    return found, {name: row[name] for name in ("date", "commit", "processor", "torch", "threads")}
+    """What `compare` found for every setting, from the chapter's record, and the record's row."""
+    row: dict[str, Any] = records.load(CHAPTER).iloc[-1].to_dict()
+    result = json.loads(row["result"])
+    return {setting: result[name_of(setting)] for setting in settings}, row
+
+
+def verdicts(found: Mapping[Setting, Found]) -> pd.DataFrame:
+    """A row for every setting and loss but cross-entropy: differences of accuracies to it in points, over paired seeds.
+
+    `mean`, `top1` and `train`: of top-2 and top-1 on fresh rows and of top-2 on the rows trained on; `text` the
+    interval; `alone` and `corrected`: on which side of 0 the 95 % interval of `mean` lies, by itself and widened for
+    the number of rows (Bonferroni); `fitted`: cross-entropy's top-2 on the rows trained on; `edge`: whether the loss
+    chose the largest rate.
+    """
+    rows = []
+    comparisons = len(found) * (len(LOSSES) - 1)
+    for setting, by_loss in found.items():
+        base = by_loss["cross-entropy"]
+        for loss in list(LOSSES)[1:]:
+            gaps = {
+                metric: 100 * (np.array(by_loss[loss][metric]) - np.array(base[metric]))
+                for metric in ("test top-2", "test top-1", "train top-2")
+            }
+            alone, corrected = (t_interval(gaps["test top-2"], 1 - 0.05 / count) for count in (1, comparisons))
+            rows.append({
+                **asdict(setting), "setting": name_of(setting), "family": family_of(setting), "loss": loss,
+                "mean": alone.mean, "top1": gaps["test top-1"].mean(), "train": gaps["train top-2"].mean(),
+                "text": f"{alone.mean:+.1f} ({alone.low:+.1f}, {alone.high:+.1f})",
+                "alone": alone.side, "corrected": corrected.side,
+                "fitted": 100 * np.mean(base["train top-2"]), "edge": by_loss[loss]["rate"][0] == max(RATES),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def family_of(setting: Setting) -> str:
+    """The kind of set, mixtures by their number of Gaussians."""
+    return setting.kind + (f" of {setting.modes}" if setting.kind == "mixtures" else "")
+
+
+def draw_guesses(setting: Setting, rates: Mapping[str, float], effort: Effort, alt: str) -> dict[str, list[float]]:
+    """Shows the plane by first guess and by set of two guesses under models of seed 0, with the rows trained on.
+
+    Returns {loss: top-1 and top-2 accuracy on fresh rows, per cent}.
+    """
+    inputs, labels = sample(setting, [0], effort.rows, "train")
+    fresh, fresh_labels = sample(setting, [0], effort.test_rows, "test")
+    side = torch.linspace(-2.3, 2.3, 161)
+    plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(1, -1, 2)
+    pairs = list(combinations(range(setting.classes), 2))
+    names = [[str(c) for c in range(setting.classes)], [f"{{{a}, {b}}}" for a, b in pairs]]
+    figure, axes = plt.subplots(2, len(rates), figsize=(6.6, 6.4), sharex=True, sharey=True)
+    found = {}
+    for column, (loss, rate) in zip(axes.T, rates.items(), strict=True):
+        trained = train(LOSSES[loss], first_weights(setting, [0]), inputs, labels, rate, effort.steps)
+        found[loss] = [100 * value.item() for value in accuracies(scores_of(trained, fresh), fresh_labels)]
+        scores = scores_of(trained, plane)[0]
+        two = scores.topk(2).indices.sort(1).values.tolist()
+        regions = (scores.argmax(1), torch.tensor([pairs.index((a, b)) for a, b in two]))
+        for guesses, (axis, region, words) in enumerate(zip(column, regions, names, strict=True), 1):
+            colours = plt.get_cmap("cividis", len(words) + 1)
+            axis.pcolormesh(side, side, region.reshape(161, 161) + 1, cmap=colours, vmin=-0.5, vmax=len(words) + 0.5,
+                            alpha=0.55, rasterized=True)  # fmt: skip
+            for value in region.unique().tolist():
+                inner = plane[0][(region == value) & (plane[0].abs() < 2.1).all(1)]
+                if len(inner) > 150:
+                    centre = inner[(inner - inner.mean(0)).norm(dim=1).argmin()].tolist()
+                    axis.text(*centre, words[value], fontsize=11, ha="center", va="center", weight="bold")
+            for c in range(setting.classes):
+                axis.scatter(*inputs[0, labels == c].T, s=9, marker=figures.MARKERS[c], color=figures.COLOURS[c],
+                             linewidth=0.3, edgecolor="white")  # fmt: skip
+            axis.set_title((f"{loss}: " if guesses == 1 else "") + f"top-{guesses} {found[loss][guesses - 1]:.0f} %")
+            axis.grid(False)
+    axes[0, 0].set_ylabel("first guess")
+    axes[1, 0].set_ylabel("set of two guesses")
+    columns = {f"top-{k}": [values[k - 1] for values in found.values()] for k in (1, 2)}
+    figures.show(figure, alt, {"loss": list(found), **columns})
+    return found
