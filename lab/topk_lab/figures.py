@@ -453,7 +453,7 @@ def heat(
     picture: Any = None
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=False):
         cells = torch.as_tensor(values, dtype=torch.float64)
-        picture = axis.imshow(cells, aspect="auto", **limits)
+        picture = axis.imshow(cells.numpy(), aspect="auto", **limits)
         for r, c in product(range(len(rows)), range(len(columns))):
             text = f"{cells[r, c]:.2g}" if marks is None else marks[title][r][c]
             shade = sum(picture.cmap(picture.norm(float(cells[r, c])))[:3])
