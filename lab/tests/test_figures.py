@@ -100,6 +100,14 @@ def test_a_loss_looks_the_same_everywhere() -> None:
     assert figures.look("calibrated hinge") is figures.LOSSES["calibrated hinge"]
 
 
+def test_marks_take_the_colour_of_their_line() -> None:
+    marks = {"smooth": (1.0, 1.0), "a measurement": (2.0, 2.0)}
+    figure = figures._drawn([Panel([1, 2], {"smooth": [1, 2]}, marks=marks)], None)
+    line, own, other = figure.axes[0].lines
+    assert own.get_color() == line.get_color() != other.get_color()
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["smooth", "a measurement"]
+
+
 def test_one_legend_where_all_panels_say_the_same() -> None:
     same, other = ({"a": [1, 2], "b": [1, 2]}, {"c": [1, 2], "d": [1, 2]})
     together = figures._drawn([Panel([1, 2], same), Panel([1, 2], same)], None)
@@ -131,12 +139,12 @@ def test_sliders_know_every_frame(shown: Shown) -> None:
 
 def test_the_still_of_sliders_compares() -> None:
     def draw(tau: float, k: float) -> list[Panel]:
-        return [Panel([0, 1], {"a": [tau, k], "b": [0, 0]}, "loss", points=True)]
+        return [Panel([0, 1], {"a": [tau, k], "b": [0, 0]}, "loss", "lead", points=True)]
 
     figure = figures._still(draw, {"tau": 1.0, "k": 2}, "tau", (0.5, 4.0))
     assert [line.get_label() for line in figure.axes[0].lines] == ["tau 0.5", "tau 4"]
     assert figure.axes[0].lines[1].get_ydata().tolist() == [4.0, 2.0]
-    assert figure.axes[0].get_title(loc="left") == "loss (k 2)"
+    assert figure.axes[0].get_xlabel() == "lead (k 2)"
     figure = figures._still(draw, {"tau": 1.0, "k": 2}, "tau", ())
     assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
 

@@ -232,7 +232,10 @@ def test_panels_of_records() -> None:
 
 
 def test_pending_runs_bring_their_command(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    sweeps = [{"sweep": "a", "runs": 3, "recorded": 3, "command": "x"}, {"sweep": "b", "runs": 3, "recorded": 1, "command": "y"}]
+    sweeps = [
+        {"sweep": "a", "runs": 3, "recorded": 3, "command": "x"},
+        {"sweep": "b", "runs": 3, "recorded": 1, "command": "y"},
+    ]
     monkeypatch.setattr(records, "sweeps", lambda chapter: sweeps)
     report.pending("14_cifar100")
     first, second = said[0].splitlines()[2:]

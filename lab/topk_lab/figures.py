@@ -167,6 +167,7 @@ class Panel:
         points: dots instead of lines (stems where a slider moves them).
         looks: {name: matplotlib's line properties} where the colour cycle is not wanted.
         levels, verticals: {text: place} of thin grey lines across the panel.
+        marks: {name: (x, y)} of single dots, in the colour of the line of that name, else in one of their own.
         x_ticks: {place: text}.
     """
 
@@ -182,6 +183,7 @@ class Panel:
     looks: Mapping[str, Look] = field(default_factory=dict)
     levels: Mapping[str, float] = field(default_factory=dict)
     verticals: Mapping[str, float] = field(default_factory=dict)
+    marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     x_ticks: Mapping[float, str] = field(default_factory=dict)
 
 
@@ -225,7 +227,7 @@ def _drawn(
         figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0]))
     elif legend:
         for axis, panel in zip(axes.flat, panels, strict=False):
-            if len(panel.lines) > 1:
+            if len({*panel.lines, *panel.marks}) > 1:
                 axis.legend()
     return figure
 
@@ -252,6 +254,11 @@ def _draw(axis: Axes, panel: Panel) -> None:
         if band:
             edges = (_numbers(band.low), _numbers(band.high))
             axis.fill_between(x, *edges, color=drawn.get_color(), alpha=0.17, linewidth=0)
+    colours = {line.get_label(): line.get_color() for line in axis.lines}
+    for number, (name, place) in enumerate(panel.marks.items()):
+        colour, label = colours.get(name, COLOURS[number + 1]), None if name in colours else name
+        marker = "o" if name in colours else MARKERS[number % len(MARKERS)]
+        axis.plot(*map(float, place), marker, color=colour, markersize=6, label=label)
     for text, level in panel.levels.items():
         axis.axhline(level, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
         axis.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, color="grey",
@@ -290,6 +297,8 @@ def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
                 found[mark + _plain(name)] = [f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in parts]
             else:
                 found[mark + _plain(name)] = _numbers(values)
+        for name, place in panel.marks.items():
+            found[f"{mark}{_plain(name)}, marked"] = [f"{float(place[0]):.4g}, {float(place[1]):.4g}"]
     return found
 
 
@@ -363,7 +372,7 @@ def _still(
     still = []
     for number, panel in enumerate(at_start):
         shown = {text: next(iter(panels[number].lines.values())) for text, panels in found.items()} or panel.lines
-        changed = {"lines": shown, "title": f"{panel.title} ({rest})" if rest else panel.title}
+        changed = {"lines": shown, "x_label": f"{panel.x_label} ({rest})" if rest else panel.x_label}
         still.append(Panel(**{**panel.__dict__, **changed, "markers": panel.points, "points": False}))
     return _drawn(still, (7.6, 3.2) if len(still) > 1 else (5.4, 3.2))
 
