@@ -20,6 +20,11 @@ from topk_lab.study.contenders import Contender, by_name, contenders, expected
 KNOWN_SIZES = ((1, 3), (2, 4), (3, 5))
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
 def asked(k: int, classes: int, count: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     drawn = [calibration.distributions(kind, classes, k, count, generator) for kind in calibration.KINDS]

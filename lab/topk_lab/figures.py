@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 from cycler import cycler
 from torch import Tensor
@@ -265,8 +266,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
                       xytext=(0, 2), textcoords="offset points")  # fmt: skip
     for text, place in panel.verticals.items():
         axis.axvline(place, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
-        axis.annotate(text, (place, 0.98), xycoords=("data", "axes fraction"), fontsize=8, color="grey",
-                      xytext=(3, 0), textcoords="offset points", va="top")  # fmt: skip
+        axis.annotate(text, (place, 1.0), xycoords=("data", "axes fraction"), fontsize=8, color="grey", va="top",
+                      ha="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.scale in ("log", "log x"):
         axis.set_xscale("log")
@@ -461,8 +462,8 @@ def heat(
     limits = {"cmap": DIVERGING, "vmin": -reach, "vmax": reach} if reach else {"cmap": SEQUENTIAL}
     picture: Any = None
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=False):
-        cells = torch.as_tensor(values, dtype=torch.float64)
-        picture = axis.imshow(cells.numpy(), aspect="auto", **limits)
+        cells = np.array(values, dtype=np.float64)
+        picture = axis.imshow(cells, aspect="auto", **limits)
         for r, c in product(range(len(rows)), range(len(columns))):
             text = f"{cells[r, c]:.2g}" if marks is None else marks[title][r][c]
             shade = sum(picture.cmap(picture.norm(float(cells[r, c])))[:3])

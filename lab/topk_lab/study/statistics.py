@@ -71,6 +71,6 @@ def paired(
 def _by_seed(group: pd.DataFrame, metric: str) -> pd.Series[float]:
     twice = group["seed"][group["seed"].duplicated()]
     if len(twice):
-        differ = [str(name) for name in group if "." in str(name) and group[name].astype(str).nunique() > 1]
+        differ = [str(name) for name in group if "." in str(name) and group[name].map(str).nunique() > 1]
         raise ValueError(f"seed {twice.iloc[0]} occurs twice; the runs differ in {', '.join(differ) or 'nothing'}")
     return group.set_index("seed")[metric].astype(float)
