@@ -35,7 +35,7 @@ def cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
 
 def table(shown: Shown) -> list[list[str]]:
     """The cells of the table under the figure, its head first."""
-    rows = re.findall(r"<tr>(.*?)</tr>", shown[-1][0].data)
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", shown[-1][0].data, re.DOTALL)
     return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in rows]
 
 
@@ -50,7 +50,6 @@ DRAWN: dict[str, Callable[[], None]] = {
     ),
     "dots": lambda: figures.dots({"top-5": {"smooth": INTERVAL, "noised": INTERVAL}}, "words"),
     "bars": lambda: figures.bars({"forward": {"a": 1, "b": 2}, "backward": {"a": 2}}, "words", line=3),
-    "bars side by side": lambda: figures.bars({"x": {"a": 1}, "y": {"a": 2}}, "words", stacked=False, scale="log"),
     "heat": lambda: figures.heat({"map": [[1, 2], [3, 4]]}, ["r", "s"], ["c", "d"], "words"),
     "heat with marks": lambda: figures.heat({"m": [[1.0, -2.0]]}, ["r"], ["c", "d"], "words", reach=3, marks={"m": [["+", ""]]}),
     "scatter": lambda: figures.scatter({"p": {"smooth": ([1, 2], [3, 4])}}, "words", written={(1, 3): "here"}),

@@ -17,7 +17,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import torch
 from cycler import cycler
 from torch import Tensor
@@ -37,6 +38,7 @@ RowLoss = Callable[[Tensor, Tensor], Tensor]
 """Scores (rows, classes) and targets (rows,) -> one number per row."""
 
 Look = Mapping[str, Any]
+Size = tuple[float, float]
 Table = Mapping[str, Sequence[Any]]
 
 BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY = (
@@ -117,24 +119,13 @@ def show(figure: Figure, alt: str, data: Table | None = None, palette: bool = Fa
 
 
 def _folded_table(data: Table) -> str:
-    columns = {name: list(column) for name, column in data.items()}
-    length = max(len(column) for column in columns.values())
-    step = max(1, -(-(length - 1) // (_TABLE_ROWS - 1)))
-    chosen = sorted({*range(0, length, step), length - 1}) if length else []
-    head = "".join(f"<th>{name}</th>" for name in columns)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{_cell(c[row]) if row < len(c) else ''}</td>" for c in columns.values()) + "</tr>"
-        for row in chosen
+    frame = pd.DataFrame({name: pd.Series(list(column), dtype=object) for name, column in data.items()})
+    chosen = np.linspace(0, len(frame) - 1, min(len(frame), _TABLE_ROWS)).round().astype(int)
+    table = frame.iloc[chosen].to_html(
+        index=False, border=0, justify="left", na_rep="", escape=False, float_format="{:.4g}".format
     )
-    note = f" ({len(chosen)} of {length} points)" if len(chosen) < length else ""
-    return (
-        f"<details><summary>The figure's data{note}</summary>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></details>"
-    )
-
-
-def _cell(value: Any) -> str:
-    return str(value) if isinstance(value, str | int) else f"{float(value):.4g}"
+    note = f" ({len(chosen)} of {len(frame)} points)" if len(chosen) < len(frame) else ""
+    return f"<details><summary>The figure's data{note}</summary>{table}</details>"
 
 
 def _numbers(values: Iterable[Any]) -> list[float]:
@@ -143,7 +134,7 @@ def _numbers(values: Iterable[Any]) -> list[float]:
 
 def _plain(text: str) -> str:
     """A label without the marks of TeX: tables are read, or read aloud, as they are."""
-    return text.replace("$", "").replace("\\", "")
+    return text.replace("$", "").replace("\\", "").replace("\n", " ")
 
 
 # --- lines -----------------------------------------------------------------------------------------------------------
@@ -191,46 +182,43 @@ class Panel:
 def lines(
     *panels: Panel,
     alt: str,
-    size: tuple[float, float] | None = None,
+    size: Size | None = None,
     columns: int = 3,
     share_y: bool = False,
-    legend: bool = True,
     data: Table | None = None,
 ) -> None:
     """Shows panels of lines side by side, with one legend, and the numbers as a table (or other `data`).
 
     `size` is that of the figure in inches, `columns` the most panels beside each other.
     """
-    figure = _drawn(panels, size, columns, share_y, legend)
-    show(figure, alt, _data_of(panels) if data is None else data)
+    show(_drawn(panels, size, columns, share_y), alt, _data_of(panels) if data is None else data)
 
 
-def _drawn(
-    panels: Sequence[Panel],
-    size: tuple[float, float] | None,
-    columns: int = 3,
-    share_y: bool = False,
-    legend: bool = True,
-) -> Figure:
-    across = min(columns, len(panels))
-    down = -(-len(panels) // across)
-    usual = (7.0 if len(panels) == 1 else 7.8, 3.4 * down)
-    figure, axes = plt.subplots(down, across, figsize=size or usual, squeeze=False, sharey=share_y)
-    for empty in axes.flat[len(panels) :]:
-        empty.axis("off")
-    for axis, panel in zip(axes.flat, panels, strict=False):
+def _drawn(panels: Sequence[Panel], size: Size | None, columns: int = 3, share_y: bool = False) -> Figure:
+    down = -(-len(panels) // columns)
+    figure, axes = _grid(len(panels), columns, size or (7.0 if len(panels) == 1 else 7.8, 3.4 * down), sharey=share_y)
+    for axis, panel in zip(axes, panels, strict=True):
         _draw(axis, panel)
-        if share_y and axis not in axes[:, 0]:
-            axis.set_ylabel("")
-    names = [list(panel.lines) for panel in panels]
-    if legend and all(each == names[0] for each in names) and len(names) > 1 and len(names[0]) > 1:
-        handles = axes.flat[0].get_legend_handles_labels()
+        if share_y:
+            axis.label_outer(remove_inner_ticks=False)
+            axis.set_xlabel(panel.x_label)
+    names = [[*panel.lines, *(name for name in panel.marks if name not in panel.lines)] for panel in panels]
+    if len(panels) > 1 and all(each == names[0] for each in names) and len(names[0]) > 1:
+        handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0]))
-    elif legend:
-        for axis, panel in zip(axes.flat, panels, strict=False):
-            if len({*panel.lines, *panel.marks}) > 1:
-                axis.legend()
+    else:
+        for axis in (axis for axis, each in zip(axes, names, strict=True) if len(each) > 1):
+            axis.legend()
     return figure
+
+
+def _grid(count: int, columns: int, size: Size, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row after row; places left over are empty."""
+    across = min(columns, count)
+    figure, axes = plt.subplots(-(-count // across), across, figsize=size, squeeze=False, **shared)
+    for empty in axes.flat[count:]:
+        empty.axis("off")
+    return figure, list(axes.flat[:count])
 
 
 def _legend_columns(names: Sequence[str], widest: int = 118) -> int:
@@ -323,28 +311,24 @@ def knobs(
             each panel; when empty, that picture shows the panels as they start.
     """
     names = list(settings)
-    places = list(product(*(range(len(values)) for values in settings.values())))
-    drawn = {
-        ",".join(map(str, place)): _called(
-            draw, {name: settings[name][at] for name, at in zip(names, place, strict=True)}
-        )
-        for place in places
-    }
+    drawn = {}
+    for place in product(*(range(len(values)) for values in settings.values())):
+        chosen = {name: settings[name][at] for name, at in zip(names, place, strict=True)}
+        drawn[",".join(map(str, place))] = _called(draw, chosen)
     panels = next(iter(drawn.values()))
+    sliders = [
+        {"name": name, "values": list(values), "start": list(values).index(start[name])}
+        for name, values in settings.items()
+    ]
+    fixed = ("title", "x_label", "y_label", "y_range", "points")
     frame = {
-        "knobs": [
-            {"name": name, "values": list(values), "start": list(values).index(start[name])}
-            for name, values in settings.items()
-        ],
+        "knobs": sliders,
         "panels": [
-            {
-                "title": panel.title, "x_label": panel.x_label, "y_label": panel.y_label, "x": _short(panel.x),
-                "lines": list(panel.lines), "y_range": panel.y_range, "points": panel.points,
-            }
+            {name: getattr(panel, name) for name in fixed} | {"x": _short(panel.x), "lines": list(panel.lines)}
             for panel in panels
         ],
         "frames": {at: [[_short(line) for line in p.lines.values()] for p in found] for at, found in drawn.items()},
-    }  # fmt: skip
+    }
     picture = base64.b64encode(png(_still(draw, start, names[0], compare))).decode()
     script = resources.files("topk_lab").joinpath("knobs.js").read_text()
     data = json.dumps(frame, separators=(",", ":")).replace("</", "<\\/")
@@ -373,8 +357,8 @@ def _still(
     still = []
     for number, panel in enumerate(at_start):
         shown = {text: next(iter(panels[number].lines.values())) for text, panels in found.items()} or panel.lines
-        changed = {"lines": shown, "x_label": f"{panel.x_label} ({rest})" if rest else panel.x_label}
-        still.append(Panel(**{**panel.__dict__, **changed, "markers": panel.points, "points": False}))
+        label = f"{panel.x_label} ({rest})" if rest else panel.x_label
+        still.append(replace(panel, lines=shown, x_label=label, markers=panel.points, points=False))
     return _drawn(still, (7.6, 3.2) if len(still) > 1 else (5.4, 3.2))
 
 
@@ -386,23 +370,19 @@ def _short(values: Iterable[Any]) -> list[float]:
 # --- intervals, bars, maps -------------------------------------------------------------------------------------------
 
 
-def dots(
-    panels: Mapping[str, Mapping[str, Any]], alt: str, *, x_label: str = "", zero: bool = True, digits: int = 2
-) -> None:
+def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points") -> None:
     """One panel a title, one line a name: a mean with its interval (anything with mean, low and high)."""
     names = list(next(iter(panels.values())))
-    figure, axes = plt.subplots(1, len(panels), figsize=(8.0, 0.9 + 0.24 * len(names)), sharey=True, squeeze=False)
+    figure, axes = _grid(len(panels), len(panels), (8.0, 0.9 + 0.24 * len(names)), sharey=True)
     data: dict[str, list[Any]] = {"": names}
-    for axis, (title, found) in zip(axes[0], panels.items(), strict=True):
-        if zero:
-            axis.axvline(0, color="black", linewidth=1, linestyle="solid")
+    for axis, (title, found) in zip(axes, panels.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=1, linestyle="solid")
         for place, name in enumerate(reversed(names)):
             interval, colour = found[name], look(name)["color"]
             axis.plot([interval.low, interval.high], [place, place], color=colour, linestyle="solid")
             axis.plot(interval.mean, place, marker="o", markersize=4, color=colour)
         axis.set(title=title, yticks=range(len(names)), yticklabels=names[::-1], xlabel=x_label)
-        form = f"+.{digits}f"
-        data[title] = [f"{i.mean:{form}} [{i.low:{form}}, {i.high:{form}}]" for i in (found[name] for name in names)]
+        data[title] = [f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]" for i in (found[name] for name in names)]
     show(figure, alt, data)
 
 
@@ -412,29 +392,24 @@ def bars(
     *,
     x_label: str = "",
     title: str = "",
-    stacked: bool = True,
     line: float | None = None,
     scale: str = "linear",
 ) -> None:
-    """Horizontal bars, a name a row and a colour a series, stacked or (`stacked` False) beside each other."""
+    """Horizontal bars, a name a row and a colour a series, stacked; `line` across them."""
     names = list(dict.fromkeys(name for values in series.values() for name in values))
-    figure, axis = plt.subplots(figsize=(6.8, 1.0 + (0.4 if stacked else 0.25 * len(series)) * len(names)))
-    left, height = [0.0] * len(names), 0.7 if stacked else 0.8 / len(series)
-    for number, ((label, values), colour) in enumerate(
-        zip(series.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False)
-    ):
-        lengths = [values.get(name, 0.0) for name in names]
-        places = [place + (0 if stacked else (number - (len(series) - 1) / 2) * height) for place in range(len(names))]
-        axis.barh(places, lengths, height, left=left if stacked else 0, color=colour, label=label)
-        left = [a + b for a, b in zip(left, lengths, strict=True)]
+    figure, axis = plt.subplots(figsize=(6.8, 1.0 + 0.3 * len(names)))
+    left = np.zeros(len(names))
+    for (label, values), colour in zip(series.items(), COLOURS, strict=False):
+        lengths = np.array([values.get(name, 0.0) for name in names])
+        axis.barh(names, lengths, 0.7, left=left, color=colour, label=label)
+        left += lengths
     if line is not None:
         axis.axvline(line, color=BLACK, linewidth=1.2)
-    axis.set(title=title, xlabel=x_label, yticks=range(len(names)), yticklabels=names, xscale=scale)
+    axis.set(title=title, xlabel=x_label, xscale=scale)
     axis.invert_yaxis()
     if len(series) > 1:
         axis.legend()
-    data = {label: [values.get(name, math.nan) for name in names] for label, values in series.items()}
-    show(figure, alt, {"": names, **data})
+    show(figure, alt, {"": names, **{label: [values.get(n) for n in names] for label, values in series.items()}})
 
 
 def heat(
@@ -448,39 +423,34 @@ def heat(
     reach: float | None = None,
     marks: Mapping[str, Any] | None = None,
     across: int = 5,
-    size: tuple[float, float] | None = None,
+    size: Size | None = None,
     data: Table | None = None,
 ) -> None:
     """One map a title, of numbers (rows, columns), with `marks` (texts of the same shape) or the numbers written in.
 
     With `reach` colours have two signs and end at -reach and reach.
     """
-    across = min(across, len(panels))
-    down = -(-len(panels) // across)
-    usual = (1.6 + across * (0.8 + 0.42 * len(columns)), down * (0.9 + 0.26 * len(rows)))
-    figure, axes = plt.subplots(down, across, figsize=size or usual, sharex=True, sharey=True, squeeze=False)
+    width, down = min(across, len(panels)), -(-len(panels) // across)
+    size = size or (1.6 + width * (0.8 + 0.42 * len(columns)), down * (0.9 + 0.26 * len(rows)))
+    figure, axes = _grid(len(panels), across, size, sharex=True, sharey=True)
     limits = {"cmap": DIVERGING, "vmin": -reach, "vmax": reach} if reach else {"cmap": SEQUENTIAL}
-    picture: Any = None
-    for axis, (title, values) in zip(axes.flat, panels.items(), strict=False):
+    numbers: dict[str, list[Any]] = {"": list(rows)}
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
         cells = np.array(values, dtype=np.float64)
         picture = axis.imshow(cells, aspect="auto", **limits)
-        for r, c in product(range(len(rows)), range(len(columns))):
-            text = f"{cells[r, c]:.2g}" if marks is None else marks[title][r][c]
-            shade = sum(picture.cmap(picture.norm(float(cells[r, c])))[:3])
-            axis.text(c, r, text, ha="center", va="center", fontsize=8, color="black" if shade > 1.4 else "white")
+        for (r, c), value in np.ndenumerate(cells):
+            text = f"{value:.2g}" if marks is None else marks[title][r][c]
+            dark = sum(picture.cmap(picture.norm(value))[:3]) < 1.4
+            axis.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         axis.set_title(title, fontsize=9.5)
         axis.set_xticks(range(len(columns)), columns, fontsize=8)
         axis.set_yticks(range(len(rows)), rows, fontsize=8)
-        axis.grid(False)
-    for axis in axes[-1]:
         axis.set_xlabel(x_label)
-    figure.colorbar(picture, ax=axes, shrink=0.6, label=label, extend="both" if reach else "neither")
-    numbers = {
-        f"{title}, {column}": [float(row[place]) for row in values]
-        for title, values in panels.items()
-        for place, column in enumerate(columns)
-    }
-    show(figure, alt, {"": list(rows), **numbers} if data is None else data)
+        axis.label_outer()
+        axis.grid(False)
+        numbers |= {f"{title}, {name}": cells[:, place].tolist() for place, name in enumerate(columns)}
+    figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.6, label=label, extend="both" if reach else "neither")
+    show(figure, alt, numbers if data is None else data)
 
 
 def scatter(
@@ -491,28 +461,22 @@ def scatter(
     y_label: str = "",
     guides: str = "axes",
     across: int = 4,
-    size: tuple[float, float] | None = None,
     written: Mapping[tuple[float, float], str] | None = None,
-    data: Table | None = None,
 ) -> None:
     """One panel a title, one marker a name: clouds (x, y).
 
     `guides`: "axes", lines through 0; "diagonal"; or "", which leaves the frame without numbers. `written` puts words
     beside points.
     """
-    across = min(across, len(panels))
-    down = -(-len(panels) // across)
-    usual = (7.8, 2.2 * down) if across > 2 else (7.8 if across == 2 else 6.6, 3.9 * down)
-    figure, axes = plt.subplots(
-        down, across, figsize=size or usual, sharex=bool(guides), sharey=bool(guides), squeeze=False
-    )
-    table: dict[str, list[Any]] = {"": [], "x": [], "y": []}
-    for axis, (title, clouds) in zip(axes.flat, panels.items(), strict=False):
+    width, down = min(across, len(panels)), -(-len(panels) // across)
+    size = (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
+    figure, axes = _grid(len(panels), across, size, sharex=bool(guides), sharey=bool(guides))
+    table: list[tuple[str, float, float]] = []
+    for axis, (title, clouds) in zip(axes, panels.items(), strict=True):
         for (name, (x, y)), marker, colour in zip(clouds.items(), MARKERS, COLOURS, strict=False):
             shade = LOSSES.get(name, {"color": colour})["color"]
             axis.scatter(x, y, s=16, marker=marker, color=shade, alpha=0.7, linewidth=0, label=name)
-            for column, values in zip(table.values(), ([f"{title}, {name}"] * len(x), x, y), strict=True):
-                column.extend(values)
+            table += [(f"{title}, {name}", *point) for point in zip(x, y, strict=True)]
         if guides == "diagonal":
             axis.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="solid")
         elif guides == "axes":
@@ -523,13 +487,12 @@ def scatter(
             axis.grid(False)
         for place, words in (written or {}).items():
             axis.annotate(words, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
-        axis.set_title(title, fontsize=9.5 if across > 2 else None)
-        axis.set_xlabel(x_label)
-    for row in axes:
-        row[0].set_ylabel(y_label)
+        axis.set_title(title, fontsize=9.5 if width > 2 else None)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.label_outer()
     if guides:
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
-    show(figure, alt, table if data is None else data)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
+    show(figure, alt, dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True)))
 
 
 def diagram(
@@ -556,9 +519,8 @@ def diagram(
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     axis.set(xlim=(-0.01, 1.01), ylim=(-0.03, 1.03))
     axis.axis("off")
-    columns = zip(*arrows, strict=True)
-    show(figure, alt, {name: [text.replace("\n", " ") for text in column]
-                       for name, column in zip(("from", "to", "where"), columns, strict=True)})  # fmt: skip
+    columns = zip(*(map(_plain, arrow) for arrow in arrows), strict=True)
+    show(figure, alt, dict(zip(("from", "to", "where"), map(list, columns), strict=True)))
 
 
 # --- pictures of a loss ----------------------------------------------------------------------------------------------
@@ -594,12 +556,12 @@ def along_the_target(
 def over_two_wrong_scores(losses: Mapping[str, RowLoss], alt: str, reach: float = 4.0) -> None:
     """Three classes, x_y = 0: one panel a loss, with the loss as colour and arrows where training moves the scores."""
     target = torch.zeros(1, dtype=torch.long)
-    figure, axes = plt.subplots(1, len(losses), figsize=(7.8, 3.0), sharey=True, squeeze=False)
+    figure, axes = _grid(len(losses), len(losses), (7.8, 3.0), sharey=True)
     fine, coarse = (torch.linspace(-reach, reach, size, dtype=torch.float64) for size in (61, 9))
     data: dict[str, list[float]] = {"both wrong scores": fine[::6].tolist()}
-    for axis, (name, loss) in zip(axes[0], losses.items(), strict=True):
-        value, _ = value_and_gradient(loss, _grid(fine), target.expand(len(fine) ** 2))
-        _, gradient = value_and_gradient(loss, _grid(coarse), target.expand(len(coarse) ** 2))
+    for axis, (name, loss) in zip(axes, losses.items(), strict=True):
+        value, _ = value_and_gradient(loss, _plane(fine), target.expand(len(fine) ** 2))
+        _, gradient = value_and_gradient(loss, _plane(coarse), target.expand(len(coarse) ** 2))
         picture = axis.contourf(fine, fine, value.reshape(len(fine), -1), levels=12)
         u, v = (-gradient[:, i].reshape(len(coarse), -1) for i in (1, 2))
         axis.quiver(coarse, coarse, u, v, color="white", angles="xy", width=0.008)
@@ -607,11 +569,11 @@ def over_two_wrong_scores(losses: Mapping[str, RowLoss], alt: str, reach: float 
         axis.grid(False)
         figure.colorbar(picture, ax=axis, shrink=0.7)
         data[f"{name}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
-    axes[0][0].set_ylabel("$x_2 - x_y$")
+    axes[0].set_ylabel("$x_2 - x_y$")
     show(figure, alt, data)
 
 
-def _grid(axis: Tensor) -> Tensor:
+def _plane(axis: Tensor) -> Tensor:
     first, second = torch.meshgrid(axis, axis, indexing="xy")
     return torch.stack((torch.zeros_like(first), first, second), -1).reshape(-1, 3)
 
@@ -623,9 +585,9 @@ def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap
     corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
     place = p @ corner
     edge = torch.tensor([count[2] == 0 for count in counts])
-    figure, axes = plt.subplots(1, len(losses), figsize=(7.8, 2.7), squeeze=False)
+    figure, axes = _grid(len(losses), len(losses), (7.8, 2.7))
     data: dict[str, list[float]] = {"p of the target, on the edge to class 1": p[edge, 0].tolist()}
-    for axis, (name, loss) in zip(axes[0], losses.items(), strict=True):
+    for axis, (name, loss) in zip(axes, losses.items(), strict=True):
         value = loss(p.log(), torch.zeros(len(p), dtype=torch.long))
         axis.tricontourf(place[:, 0], place[:, 1], value.clamp(max=cap), levels=14)
         outline = corner[[0, 1, 2, 0]]
