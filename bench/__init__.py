@@ -1,1 +1,1 @@
-"""The benchmark: one registry of contenders, one runner, CSV out, plots from the CSV (book, chapter 13)."""
+"""The benchmark: one registry of contenders, one runner, CSV out, one table of them (book, chapter 13)."""

@@ -1,4 +1,4 @@
-"""`python -m bench --suite smoke|headline|cpu|large|gpu` measures; `... show`, `... plot`, `... ship` read records."""
+"""`python -m bench --suite smoke|headline|cpu|large|gpu` measures; `... show`, `... ship` read records."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from bench import plots, runner
+from bench import runner, summary, tables
 from bench.suites import SUITES
-from topk.lab import benchmarks
 
 NO_DEVICE = 2
 """The exit status where a suite's device is not here."""
@@ -19,7 +18,7 @@ NO_DEVICE = 2
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("action", nargs="?", default="run", choices=("run", "show", "plot", "ship"))
+    parser.add_argument("action", nargs="?", default="run", choices=("run", "show", "ship"))
     parser.add_argument("--suite", default="smoke", choices=tuple(SUITES))
     parser.add_argument("--out", type=Path, default=runner.RESULTS, help="folder of the records (default: %(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the suite's own")
@@ -51,10 +50,10 @@ def _run(chosen: argparse.Namespace) -> int:
         minutes=chosen.minutes,
         measured_commit=chosen.commit,
     )
-    print(plots.table(path))
+    print(summary.table(path))
     print(f"records: {path}")
     if chosen.out == runner.RESULTS:
-        benchmarks.pack(runner.RESULTS)
+        tables.pack(runner.RESULTS)
     failed = runner.wrong(path)
     for row in failed:
         print(f"without a time: {row['contender']}, {row['note']}", file=sys.stderr)
@@ -67,13 +66,10 @@ def _read(chosen: argparse.Namespace) -> int:
         print(f"no records under {chosen.out}; run: python -m bench --suite {chosen.suite}", file=sys.stderr)
         return 1
     if chosen.action == "ship":
-        print(f"{benchmarks.pack(chosen.out)} rows of {len(paths)} records into {benchmarks.SHIPPED}")
+        print(f"{tables.pack(chosen.out)} rows of {len(paths)} records in the table of chapter 13")
         return 0
     for path in paths:
-        if chosen.action == "show":
-            print(f"{path.parent.name}, {path.stem}\n{plots.table(path)}")
-        else:
-            print(*plots.draw(path), sep="\n")
+        print(f"{path.parent.name}, {path.stem}\n{summary.table(path)}")
     return 0
 
 

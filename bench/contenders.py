@@ -23,7 +23,7 @@ from torch import Tensor
 
 import topk
 from topk import ops, reference
-from topk.lab.timing import Work
+from topk_lab.study.timing import Work
 
 LossCall = Callable[[Tensor, Tensor], Tensor]
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import topk
 from bench.contenders import CROSS_ENTROPY, Contender, Setting, contenders
 from bench.suites import Suite
-from topk.lab.timing import (
+from topk_lab.study.timing import (
     Clock,
     CpuClock,
     NoReplayError,

@@ -14,16 +14,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 import topk
 from bench import __main__ as command
-from bench import plots, runner, suites
+from bench import runner, suites, summary, tables
 from bench.contenders import CONTENDERS, CROSS_ENTROPY, PLAIN_COPY, Setting, contenders
 from bench.suites import Suite
-from topk.lab import benchmarks, timing
-from topk.lab.timing import CpuClock, CudaClock, NoReplayError, clock_of, in_turns, peak_temporaries, quantiles
+from topk_lab import figures
+from topk_lab.study import benchmarks, timing
+from topk_lab.study.timing import CpuClock, CudaClock, NoReplayError, clock_of, in_turns, peak_temporaries, quantiles
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -299,8 +301,7 @@ def test_records_are_kept_and_resumed(tmp_path: Path) -> None:
     both = runner.read(path)
     assert both[: len(first)] == first, "what had a record was measured again"
     assert len(both) > len(first)
-    assert "topk smooth" in plots.table(path)
-    assert all(picture.stat().st_size > 1000 for picture in plots.draw(path))
+    assert "topk smooth" in summary.table(path)
     assert not list(path.parent.glob("*.tmp"))
 
 
@@ -332,8 +333,8 @@ def test_a_failure_leaves_a_note_and_no_number(tmp_path: Path, monkeypatch: pyte
     assert rows["topk smooth"]["p50_ms"] == rows["topk smooth"]["times_cross_entropy"] == ""
     assert [row["contender"] for row in runner.timed(runner.read(path))] == [CROSS_ENTROPY]
     assert [row["contender"] for row in runner.wrong(path)] == ["topk smooth"]
-    assert "out of memory" in plots.table(path)
-    assert len(benchmarks.measured(benchmarks.read(path), "cpu")) == 1
+    assert "out of memory" in summary.table(path)
+    assert len(benchmarks.measured(tables.read(path), "cpu")) == 1
 
 
 def test_devices_never_share_a_folder() -> None:
@@ -368,13 +369,13 @@ def test_the_gpu_suite_without_a_gpu(
     assert command.main(["--suite", "gpu", "--out", str(tmp_path)]) == command.NO_DEVICE == 2
     assert "sees none here" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-    assert command.main(["plot", "--out", str(tmp_path)]) == 1
+    assert command.main(["show", "--out", str(tmp_path)]) == 1
 
 
 def test_the_package_carries_the_committed_records(tmp_path: Path) -> None:
-    packed = tmp_path / "again.csv.xz"
-    assert benchmarks.pack(runner.RESULTS, packed) > 0
-    assert benchmarks.load().equals(benchmarks.read(packed)), "run: python -m bench ship"
+    packed = tmp_path / "again.parquet"
+    assert tables.pack(runner.RESULTS, packed) > 0
+    assert benchmarks.load().equals(pd.read_parquet(packed)), "run: python -m bench ship"
 
 
 def made_up(device: str, times: dict[str, float], **problem: Any) -> list[dict[str, str]]:
@@ -403,7 +404,7 @@ def records(tmp_path: Path) -> Any:
         writer = csv.DictWriter(stream, runner.COLUMNS, restval="")
         writer.writeheader()
         writer.writerows(rows)
-    return benchmarks.measured(benchmarks.read(path), "cuda")
+    return benchmarks.measured(tables.read(path), "cuda")
 
 
 def test_ratios_of_the_tidy_table(records: Any) -> None:
@@ -432,34 +433,35 @@ def test_the_summary_tells_both_clocks(tmp_path: Path) -> None:
     path = tmp_path / "a-machine" / "headline.csv"
     path.parent.mkdir()
 
-    def summary() -> str:
+    def last_line() -> str:
         with path.open("w", newline="") as stream:
             writer = csv.DictWriter(stream, runner.COLUMNS, restval="")
             writer.writeheader()
             writer.writerows(rows)
-        return plots.summary(path).splitlines()[-1]
+        return summary.summary(path).splitlines()[-1]
 
-    assert summary().startswith("| smooth | 4.0 | 20.0 (difftopk) |")
+    assert last_line().startswith("| smooth | 4.0 | 20.0 (difftopk) |")
     for row in rows:
         row["warm_p50_ms"] = warm[str(row["contender"])]
         row["warm_times_cross_entropy"] = str(float(warm[str(row["contender"])]) / 0.5)
-    assert summary().startswith("| smooth | 4.0 / 6.0 | 20.0 / 25.0 (difftopk) |")
-    peers = benchmarks.against_peers(benchmarks.measured(benchmarks.read(path), "cpu"))
+    assert last_line().startswith("| smooth | 4.0 / 6.0 | 20.0 / 25.0 (difftopk) |")
+    peers = benchmarks.against_peers(benchmarks.measured(tables.read(path), "cpu"))
     assert (float(peers["faster"].iloc[0]), float(peers["warm_faster"].iloc[0])) == (20.0, 25.0)
 
 
-def test_figures_draw_the_table(records: Any) -> None:
-    from topk.lab import figures
-
-    for figure, data in (
-        benchmarks.time_and_memory(records, "smooth", "classes"),
-        benchmarks.ratio_to_cross_entropy(records, "classes"),
-        benchmarks.ratio_to_peers(records),
-        benchmarks.bandwidth(records),
-    ):
-        assert data
-        assert all(len(column) > 0 for column in data.values())
-        assert len(figures.png(figure)) > 3000
+def test_figures_draw_the_table(records: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, Any]] = []
+    monkeypatch.setattr(figures, "show", lambda figure, alt, data: drawn.append((alt, data)))
+    benchmarks.time_and_memory(records, "smooth", "classes", "words")
+    benchmarks.ratio_to_cross_entropy(records, "classes", "words")
+    benchmarks.ratio_to_peers(records, "words")
+    benchmarks.bandwidth(records, "words")
+    (_, times), (_, ratios), (_, peers), (_, bandwidths) = drawn
+    assert times["time, ms: topk smooth"][1] == "2000 [2000, 2000]"
+    assert ratios["smooth"] == pytest.approx([0.8, 0.8, 0.8])
+    assert peers["smooth"] == pytest.approx([10, 10, 10, 0.5, 0.5])
+    assert len(bandwidths[""]) == 5
+    assert all(alt == "words" for alt, _ in drawn)
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -500,7 +502,7 @@ def test_the_readmes_table_is_the_record() -> None:
     readme = (ROOT / "README.md").read_text()
     named = re.search(r"`(bench/results/[^`<]+/headline\.csv)`", readme)
     assert named, "the README names no record"
-    assert plots.summary(ROOT / named.group(1)) in readme
+    assert summary.summary(ROOT / named.group(1)) in readme
 
 
 def test_the_readmes_sentence_on_more_classes_is_the_record() -> None:

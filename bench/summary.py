@@ -1,4 +1,4 @@
-"""Tables and figures from the records, nothing else."""
+"""Tables in text from the records; chapter 13 draws them."""
 
 from __future__ import annotations
 
@@ -80,42 +80,3 @@ def _described(row: dict[str, str]) -> str:
     if row["family"] == "differentiable":
         return f"differentiable, {row['method']}, m = {row['m']}"
     return row["family"]
-
-
-def draw(path: Path) -> list[Path]:
-    """The record's figures beside it: those for which it has the measurements."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from topk.lab import benchmarks, figures
-
-    figures.use_style()
-    everything = benchmarks.read(path)
-    frame = benchmarks.measured(everything, everything["device"].iloc[0])
-    clocks = {"": "", "graph_": ".graph"} if frame["graph_p50_ms"].notna().any() else {"": ""}
-    pictures = []
-
-    def keep(name: str, drawn: benchmarks.Drawn) -> None:
-        picture = path.with_suffix(f".{name}.png")
-        picture.write_bytes(figures.png(drawn[0]))
-        pictures.append(picture)
-
-    for clock, suffix in clocks.items():
-        keep(f"bandwidth{suffix}", benchmarks.bandwidth(frame, clock))
-        for along, fixed_batch, name in (
-            ("classes", True, "classes"),
-            ("classes", False, "classes-large"),
-            ("k", True, "k"),
-            ("batch", True, "batch"),
-        ):
-            families = [f for f in benchmarks.FAMILIES if len(benchmarks.sweep(frame, f, along, fixed_batch))]
-            for family in families:
-                keep(f"{family}.{name}{suffix}", benchmarks.time_and_memory(frame, family, along, clock, fixed_batch))
-            if families:
-                keep(
-                    f"cross-entropy.{name}{suffix}",
-                    benchmarks.ratio_to_cross_entropy(frame, along, clock, fixed_batch),
-                )
-    if len(benchmarks.against_peers(frame)):
-        keep("peers", benchmarks.ratio_to_peers(frame))
-    return pictures

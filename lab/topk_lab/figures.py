@@ -1,0 +1,600 @@
+"""Every figure of the book is one call here: data in, a picture with its alt text and its data as a table out.
+
+Colours are those of Okabe and Ito, which colour-blind readers tell apart, and every colour has its own dash, so that no
+line is told from another by colour alone. Figures are drawn on white; the book's style sheet turns them for dark pages.
+
+    lines(Panel(k, {"smooth": accuracy}, x_label="$k$"), alt="...")     # lines, bands, dots; several panels
+    knobs({"tau": (0.1, 1.0)}, draw, start={"tau": 1.0}, alt="...")     # the same panels, following sliders
+    dots, bars, heat, scatter, diagram                                   # see each
+    along_the_target, over_two_wrong_scores, on_the_simplex              # pictures of a loss
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import resources
+from itertools import product
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from cycler import cycler
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+RowLoss = Callable[[Tensor, Tensor], Tensor]
+"""Scores (rows, classes) and targets (rows,) -> one number per row."""
+
+Look = Mapping[str, Any]
+Size = tuple[float, float]
+Table = Mapping[str, Sequence[Any]]
+
+BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY = (
+    "#0072B2", "#D55E00", "#009E73", "#E69F00", "#AA4F88", "#56B4E9", "#000000", "#777777"
+)  # fmt: skip
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)), (0, (3, 1)), (0, (9, 2)), "-")
+MARKERS = "osd^vDP*X"
+
+LOSSES: dict[str, Look] = {
+    name: {"color": colour, "linestyle": dash}
+    for name, colour, dash in zip(
+        ("cross-entropy", "smooth", "transition", "noised", "differentiable", "calibrated hinge", "kth hinge"),
+        (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY),
+        ("-", *DASHES[1:]),
+        strict=True,
+    )
+}
+"""A loss looks the same in every figure: a line with one of these names is drawn so."""
+
+REFERENCE: Look = {"color": "grey", "linewidth": 0.9, "linestyle": "dotted"}
+"""For lines that others are compared with: a proved slope, a bound."""
+
+SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # fields of one sign and of two; both read in grey
+_PIXELS_PER_INCH, _DOTS_PER_INCH, _TABLE_ROWS = 100, 144, 12
+
+
+def use_style() -> None:
+    """Sets matplotlib's defaults."""
+    mpl.rcParams.update({
+        "axes.axisbelow": True, "axes.grid": True, "axes.labelsize": 10, "axes.spines.right": False,
+        "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=DASHES), "axes.spines.top": False,
+        "axes.titlelocation": "left", "axes.titlesize": 10.5, "figure.constrained_layout.use": True,
+        "figure.facecolor": "white", "figure.figsize": (7.0, 3.4), "font.size": 10, "grid.alpha": 0.35,
+        "grid.linewidth": 0.6, "image.cmap": SEQUENTIAL, "legend.fontsize": 8.5, "legend.frameon": False,
+        "legend.handlelength": 2.8, "lines.linewidth": 1.8, "mathtext.fontset": "cm",
+    })  # fmt: skip
+
+
+def look(loss: str) -> Look:
+    """How a loss with settings in its name is drawn, such as "smooth, k = 1 and 5": as its family."""
+    words = loss.split(",")[0].split()
+    families = ("differentiable", "smooth", "noised", "transition")
+    family = next((name for name in families if name in words and words[-1] != "hinge"), loss)
+    return LOSSES.get(loss, LOSSES.get(family, {"color": GREY}))
+
+
+# --- showing ---------------------------------------------------------------------------------------------------------
+
+
+def png(figure: Figure, palette: bool = False) -> bytes:
+    """The figure as it is shown, closed afterwards; with a palette of 256 colours it is a third of the size."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
+    plt.close(figure)
+    if not palette:
+        return buffer.getvalue()
+    from PIL import Image
+
+    small = io.BytesIO()
+    Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    return small.getvalue()
+
+
+def show(figure: Figure, alt: str, data: Table | None = None, palette: bool = False) -> None:
+    """Shows a figure with its text for readers who cannot see it, and its data as a folded table.
+
+    Of long columns some evenly spaced rows are shown, first and last among them. `palette` is for fields of colour,
+    which make heavy pages otherwise.
+    """
+    from IPython.display import HTML, display
+
+    width = int(figure.get_figwidth() * _PIXELS_PER_INCH)
+    bundle = {"image/png": png(figure, palette), "text/plain": f"<figure: {alt}>"}
+    display(bundle, raw=True, metadata={"image/png": {"width": width, "alt": alt}})  # type: ignore[no-untyped-call]
+    if data:
+        display(HTML(_folded_table(data)))  # type: ignore[no-untyped-call]
+
+
+def _folded_table(data: Table) -> str:
+    frame = pd.DataFrame({name: pd.Series(list(column), dtype=object) for name, column in data.items()})
+    chosen = np.linspace(0, len(frame) - 1, min(len(frame), _TABLE_ROWS)).round().astype(int)
+    table = frame.iloc[chosen].to_html(
+        index=False, border=0, justify="left", na_rep="", escape=False, float_format="{:.4g}".format
+    )
+    note = f" ({len(chosen)} of {len(frame)} points)" if len(chosen) < len(frame) else ""
+    return f"<details><summary>The figure's data{note}</summary>{table}</details>"
+
+
+def _numbers(values: Iterable[Any]) -> list[float]:
+    return [float(value) + 0.0 for value in values]  # no -0
+
+
+def _plain(text: str) -> str:
+    """A label without the marks of TeX: tables are read, or read aloud, as they are."""
+    return text.replace("$", "").replace("\\", "").replace("\n", " ")
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+class Band(NamedTuple):
+    """A line with the interval around it."""
+
+    mean: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Lines over one axis.
+
+    Attributes:
+        x: places on the axis.
+        lines: {name: values or `Band`}; a line named like a loss looks like that loss everywhere.
+        scale: "linear", "log" (both axes), "log x" or "log y".
+        points: dots instead of lines (stems where a slider moves them).
+        looks: {name: matplotlib's line properties} where the colour cycle is not wanted.
+        levels, verticals: {text: place} of thin grey lines across the panel.
+        marks: {name: (x, y)} of single dots, in the colour of the line of that name, else in one of their own.
+        x_ticks: {place: text}.
+    """
+
+    x: Sequence[float] | Tensor
+    lines: Mapping[str, Any]
+    title: str = ""
+    x_label: str = ""
+    y_label: str = ""
+    scale: str = "linear"
+    y_range: tuple[float | None, float | None] | None = None
+    points: bool = False
+    markers: bool = False
+    looks: Mapping[str, Look] = field(default_factory=dict)
+    levels: Mapping[str, float] = field(default_factory=dict)
+    verticals: Mapping[str, float] = field(default_factory=dict)
+    marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    x_ticks: Mapping[float, str] = field(default_factory=dict)
+
+
+def lines(
+    *panels: Panel,
+    alt: str,
+    size: Size | None = None,
+    columns: int = 3,
+    share_y: bool = False,
+    data: Table | None = None,
+) -> None:
+    """Shows panels of lines side by side, with one legend, and the numbers as a table (or other `data`).
+
+    `size` is that of the figure in inches, `columns` the most panels beside each other.
+    """
+    show(_drawn(panels, size, columns, share_y), alt, _data_of(panels) if data is None else data)
+
+
+def _drawn(panels: Sequence[Panel], size: Size | None, columns: int = 3, share_y: bool = False) -> Figure:
+    down = -(-len(panels) // columns)
+    figure, axes = _grid(len(panels), columns, size or (7.0 if len(panels) == 1 else 7.8, 3.4 * down), sharey=share_y)
+    for axis, panel in zip(axes, panels, strict=True):
+        _draw(axis, panel)
+        if share_y:
+            axis.label_outer(remove_inner_ticks=False)
+            axis.set_xlabel(panel.x_label)
+    names = [[*panel.lines, *(name for name in panel.marks if name not in panel.lines)] for panel in panels]
+    if len(panels) > 1 and all(each == names[0] for each in names) and len(names[0]) > 1:
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0]))
+    else:
+        for axis in (axis for axis, each in zip(axes, names, strict=True) if len(each) > 1):
+            axis.legend()
+    return figure
+
+
+def _grid(count: int, columns: int, size: Size, **shared: bool) -> tuple[Figure, list[Axes]]:
+    """A figure and its panels, row after row; places left over are empty."""
+    across = min(columns, count)
+    figure, axes = plt.subplots(-(-count // across), across, figsize=size, squeeze=False, **shared)
+    for empty in axes.flat[count:]:
+        empty.axis("off")
+    return figure, list(axes.flat[:count])
+
+
+def _legend_columns(names: Sequence[str], widest: int = 118) -> int:
+    """As many as fit below a figure of usual size, by the number of letters."""
+    for count in range(len(names), 1, -1):
+        rows = -(-len(names) // count)
+        if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
+            return count
+    return 1
+
+
+def _draw(axis: Axes, panel: Panel) -> None:
+    x = _numbers(panel.x)
+    for number, (name, values) in enumerate(panel.lines.items()):
+        style: dict[str, Any] = dict(panel.looks.get(name, LOSSES.get(name, {})))
+        if panel.points or panel.markers:
+            style = {"marker": MARKERS[number % len(MARKERS)], "markersize": 4, **style}
+        if panel.points:
+            style["linestyle"] = "none"
+        band = values if isinstance(values, Band) else None
+        (drawn,) = axis.plot(x, _numbers(band.mean if band else values), label=name, **style)
+        if band:
+            edges = (_numbers(band.low), _numbers(band.high))
+            axis.fill_between(x, *edges, color=drawn.get_color(), alpha=0.17, linewidth=0)
+    colours = {line.get_label(): line.get_color() for line in axis.lines}
+    for number, (name, place) in enumerate(panel.marks.items()):
+        colour, label = colours.get(name, COLOURS[number + 1]), None if name in colours else name
+        marker = "o" if name in colours else MARKERS[number % len(MARKERS)]
+        axis.plot(*map(float, place), marker, color=colour, markersize=6, label=label)
+    for text, level in panel.levels.items():
+        axis.axhline(level, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
+        axis.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, color="grey",
+                      xytext=(0, 2), textcoords="offset points")  # fmt: skip
+    for text, place in panel.verticals.items():
+        axis.axvline(place, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
+        axis.annotate(text, (place, 1.0), xycoords=("data", "axes fraction"), fontsize=8, color="grey", va="top",
+                      ha="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
+    axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
+    if panel.scale in ("log", "log x"):
+        axis.set_xscale("log")
+    if panel.scale in ("log", "log y"):
+        axis.set_yscale("log")
+    if panel.y_range is not None:
+        axis.set_ylim(*panel.y_range)
+    if all(place.is_integer() for place in x) and axis.get_xscale() == "linear":
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    if panel.x_ticks:
+        axis.set_xticks([*panel.x_ticks], [*panel.x_ticks.values()])
+        axis.minorticks_off()
+
+
+def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
+    """The panels' numbers; a panel with an axis of its own brings it."""
+    found: dict[str, list[Any]] = {}
+    axis: list[float] | None = None
+    for panel in panels:
+        mark = f"{_plain(panel.title)}: " if len(panels) > 1 and panel.title else ""
+        if _numbers(panel.x) != axis:
+            axis = _numbers(panel.x)
+            name = _plain(panel.x_label or "x")
+            found[name if name not in found else f"{mark}{name}"] = axis
+        for name, values in panel.lines.items():
+            if isinstance(values, Band):
+                parts = zip(*map(_numbers, values), strict=True)
+                found[mark + _plain(name)] = [f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in parts]
+            else:
+                found[mark + _plain(name)] = _numbers(values)
+        for name, place in panel.marks.items():
+            found[f"{mark}{_plain(name)}, marked"] = [f"{float(place[0]):.4g}, {float(place[1]):.4g}"]
+    return found
+
+
+def knobs(
+    settings: Mapping[str, Sequence[float]],
+    draw: Callable[..., Sequence[Panel]],
+    *,
+    start: Mapping[str, float],
+    alt: str,
+    compare: Sequence[float] = (),
+) -> None:
+    """Panels of lines that follow sliders, with no kernel: every combination of settings is worked out here.
+
+    Args:
+        settings: for every slider, its name and values.
+        draw: for one value of each (keywords by name with spaces as underscores), panels with a title, a `y_range` and
+            at most four lines. Only the lines' values may depend on the settings.
+        start: the values shown first.
+        alt: what there is to see, in words.
+        compare: values of the first slider that the picture for readers without scripts compares by the first line of
+            each panel; when empty, that picture shows the panels as they start.
+    """
+    names = list(settings)
+    drawn = {}
+    for place in product(*(range(len(values)) for values in settings.values())):
+        chosen = {name: settings[name][at] for name, at in zip(names, place, strict=True)}
+        drawn[",".join(map(str, place))] = _called(draw, chosen)
+    panels = next(iter(drawn.values()))
+    sliders = [
+        {"name": name, "values": list(values), "start": list(values).index(start[name])}
+        for name, values in settings.items()
+    ]
+    fixed = ("title", "x_label", "y_label", "y_range", "points")
+    frame = {
+        "knobs": sliders,
+        "panels": [
+            {name: getattr(panel, name) for name in fixed} | {"x": _short(panel.x), "lines": list(panel.lines)}
+            for panel in panels
+        ],
+        "frames": {at: [[_short(line) for line in p.lines.values()] for p in found] for at, found in drawn.items()},
+    }
+    picture = base64.b64encode(png(_still(draw, start, names[0], compare))).decode()
+    script = resources.files("topk_lab").joinpath("knobs.js").read_text()
+    data = json.dumps(frame, separators=(",", ":")).replace("</", "<\\/")
+    text = html.escape(alt, quote=True)
+    page = (
+        f'<div class="topk-knobs" role="group" aria-label="{text}">'
+        f'<img alt="{text}" src="data:image/png;base64,{picture}">'
+        f'<script type="application/json">{data}</script></div><script>{script}</script>'
+    )
+    from IPython.display import display
+
+    display({"text/html": page, "text/plain": f"<interactive figure: {alt}>"}, raw=True)  # type: ignore[no-untyped-call]
+
+
+def _called(draw: Callable[..., Sequence[Panel]], chosen: Mapping[str, float]) -> Sequence[Panel]:
+    return draw(**{name.replace(" ", "_"): value for name, value in chosen.items()})
+
+
+def _still(
+    draw: Callable[..., Sequence[Panel]], start: Mapping[str, float], first: str, compare: Sequence[float]
+) -> Figure:
+    """The picture for readers without scripts."""
+    at_start = _called(draw, start)
+    rest = ", ".join(f"{name} {value:g}" for name, value in start.items() if not compare or name != first)
+    found = {f"{first} {value:g}": _called(draw, {**start, first: value}) for value in compare}
+    still = []
+    for number, panel in enumerate(at_start):
+        shown = {text: next(iter(panels[number].lines.values())) for text, panels in found.items()} or panel.lines
+        label = f"{panel.x_label} ({rest})" if rest else panel.x_label
+        still.append(replace(panel, lines=shown, x_label=label, markers=panel.points, points=False))
+    return _drawn(still, (7.6, 3.2) if len(still) > 1 else (5.4, 3.2))
+
+
+def _short(values: Iterable[Any]) -> list[float]:
+    """Four digits are more than a screen shows."""
+    return [float(f"{float(value):.4g}") for value in values]
+
+
+# --- intervals, bars, maps -------------------------------------------------------------------------------------------
+
+
+def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points") -> None:
+    """One panel a title, one line a name: a mean with its interval (anything with mean, low and high)."""
+    names = list(next(iter(panels.values())))
+    figure, axes = _grid(len(panels), len(panels), (8.0, 0.9 + 0.24 * len(names)), sharey=True)
+    data: dict[str, list[Any]] = {"": names}
+    for axis, (title, found) in zip(axes, panels.items(), strict=True):
+        axis.axvline(0, color="black", linewidth=1, linestyle="solid")
+        for place, name in enumerate(reversed(names)):
+            interval, colour = found[name], look(name)["color"]
+            axis.plot([interval.low, interval.high], [place, place], color=colour, linestyle="solid")
+            axis.plot(interval.mean, place, marker="o", markersize=4, color=colour)
+        axis.set(title=title, yticks=range(len(names)), yticklabels=names[::-1], xlabel=x_label)
+        data[title] = [f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]" for i in (found[name] for name in names)]
+    show(figure, alt, data)
+
+
+def bars(
+    series: Mapping[str, Mapping[str, float]],
+    alt: str,
+    *,
+    x_label: str = "",
+    title: str = "",
+    line: float | None = None,
+    scale: str = "linear",
+) -> None:
+    """Horizontal bars, a name a row and a colour a series, stacked; `line` across them."""
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    figure, axis = plt.subplots(figsize=(6.8, 1.0 + 0.3 * len(names)))
+    left = np.zeros(len(names))
+    for (label, values), colour in zip(series.items(), COLOURS, strict=False):
+        lengths = np.array([values.get(name, 0.0) for name in names])
+        axis.barh(names, lengths, 0.7, left=left, color=colour, label=label)
+        left += lengths
+    if line is not None:
+        axis.axvline(line, color=BLACK, linewidth=1.2)
+    axis.set(title=title, xlabel=x_label, xscale=scale)
+    axis.invert_yaxis()
+    if len(series) > 1:
+        axis.legend()
+    show(figure, alt, {"": names, **{label: [values.get(n) for n in names] for label, values in series.items()}})
+
+
+def heat(
+    panels: Mapping[str, Any],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    alt: str,
+    *,
+    label: str = "",
+    x_label: str = "",
+    reach: float | None = None,
+    marks: Mapping[str, Any] | None = None,
+    across: int = 5,
+    size: Size | None = None,
+    data: Table | None = None,
+) -> None:
+    """One map a title, of numbers (rows, columns), with `marks` (texts of the same shape) or the numbers written in.
+
+    With `reach` colours have two signs and end at -reach and reach.
+    """
+    width, down = min(across, len(panels)), -(-len(panels) // across)
+    size = size or (1.6 + width * (0.8 + 0.42 * len(columns)), down * (0.9 + 0.26 * len(rows)))
+    figure, axes = _grid(len(panels), across, size, sharex=True, sharey=True)
+    limits = {"cmap": DIVERGING, "vmin": -reach, "vmax": reach} if reach else {"cmap": SEQUENTIAL}
+    numbers: dict[str, list[Any]] = {"": list(rows)}
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        cells = np.array(values, dtype=np.float64)
+        picture = axis.imshow(cells, aspect="auto", **limits)
+        for (r, c), value in np.ndenumerate(cells):
+            text = f"{value:.2g}" if marks is None else marks[title][r][c]
+            dark = sum(picture.cmap(picture.norm(value))[:3]) < 1.4
+            axis.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axis.set_title(title, fontsize=9.5)
+        axis.set_xticks(range(len(columns)), columns, fontsize=8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_xlabel(x_label)
+        axis.label_outer()
+        axis.grid(False)
+        numbers |= {f"{title}, {name}": cells[:, place].tolist() for place, name in enumerate(columns)}
+    figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.6, label=label, extend="both" if reach else "neither")
+    show(figure, alt, numbers if data is None else data)
+
+
+def scatter(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    alt: str,
+    *,
+    x_label: str = "",
+    y_label: str = "",
+    guides: str = "axes",
+    across: int = 4,
+    written: Mapping[tuple[float, float], str] | None = None,
+) -> None:
+    """One panel a title, one marker a name: clouds (x, y).
+
+    `guides`: "axes", lines through 0; "diagonal"; or "", which leaves the frame without numbers. `written` puts words
+    beside points.
+    """
+    width, down = min(across, len(panels)), -(-len(panels) // across)
+    size = (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
+    figure, axes = _grid(len(panels), across, size, sharex=bool(guides), sharey=bool(guides))
+    table: list[tuple[str, float, float]] = []
+    for axis, (title, clouds) in zip(axes, panels.items(), strict=True):
+        for (name, (x, y)), marker, colour in zip(clouds.items(), MARKERS, COLOURS, strict=False):
+            shade = LOSSES.get(name, {"color": colour})["color"]
+            axis.scatter(x, y, s=16, marker=marker, color=shade, alpha=0.7, linewidth=0, label=name)
+            table += [(f"{title}, {name}", *point) for point in zip(x, y, strict=True)]
+        if guides == "diagonal":
+            axis.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="solid")
+        elif guides == "axes":
+            axis.axhline(0, color="grey", linewidth=0.8, linestyle="solid")
+            axis.axvline(0, color="grey", linewidth=0.8, linestyle="solid")
+        else:
+            axis.set(xticks=[], yticks=[])
+            axis.grid(False)
+        for place, words in (written or {}).items():
+            axis.annotate(words, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
+        axis.set_title(title, fontsize=9.5 if width > 2 else None)
+        axis.set(xlabel=x_label, ylabel=y_label)
+        axis.label_outer()
+    if guides:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
+    show(figure, alt, dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True)))
+
+
+def diagram(
+    boxes: Mapping[str, tuple[float, float, str]],
+    arrows: Sequence[tuple[str, str, str]],
+    alt: str,
+    size: tuple[float, float] = (7.8, 6.0),
+) -> None:
+    """Boxes {name: (x, y, colour)}, places between 0 and 1, and arrows (from, to, words on it)."""
+    from matplotlib.patches import FancyBboxPatch
+
+    figure, axis = plt.subplots(figsize=size)
+    drawn = {}
+    for name, (x, y, colour) in boxes.items():
+        frame = FancyBboxPatch((x - 0.083, y - 0.026), 0.166, 0.052, boxstyle="round,pad=0.008", facecolor="white",
+                               edgecolor=colour, linewidth=1.5)  # fmt: skip
+        drawn[name] = axis.add_patch(frame)
+        axis.text(x, y, name, ha="center", va="center", fontsize=8.5)
+    for start, end, words in arrows:
+        (x0, y0, colour), (x1, y1, _) = boxes[start], boxes[end]
+        ends = {"patchA": drawn[start], "patchB": drawn[end], "shrinkA": 2, "shrinkB": 2}
+        axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.3, **ends})
+        axis.text((x0 + x1) / 2, (y0 + y1) / 2, words, fontsize=7.5, ha="center", va="center",
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    axis.set(xlim=(-0.01, 1.01), ylim=(-0.03, 1.03))
+    axis.axis("off")
+    columns = zip(*(map(_plain, arrow) for arrow in arrows), strict=True)
+    show(figure, alt, dict(zip(("from", "to", "where"), map(list, columns), strict=True)))
+
+
+# --- pictures of a loss ----------------------------------------------------------------------------------------------
+
+
+def value_and_gradient(loss: RowLoss, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of every row and its gradient."""
+    scores = scores.detach().clone().requires_grad_()
+    value = loss(scores, target)
+    (gradient,) = torch.autograd.grad(value.sum(), scores)
+    return value.detach(), gradient
+
+
+def along_the_target(
+    losses: Mapping[str, RowLoss],
+    wrong: Sequence[float],
+    own: Tensor,
+    *,
+    ranges: Sequence[tuple[float | None, float | None] | None] = (None, None),
+    x_label: str = "score of the target $x_y$",
+) -> list[Panel]:
+    """Two panels, loss and pull on the target, as its score runs over `own` while the wrong scores stay."""
+    rows = torch.cat((own[:, None], torch.as_tensor(wrong).expand(len(own), -1)), 1).double()
+    target = torch.zeros(len(own), dtype=torch.long)
+    found = {name: value_and_gradient(loss, rows, target) for name, loss in losses.items()}
+    values, pulls = {n: v for n, (v, _) in found.items()}, {n: -g[:, 0] for n, (_, g) in found.items()}
+    return [
+        Panel(own, values, "loss", x_label, "loss", y_range=ranges[0]),
+        Panel(own, pulls, "pull on the target", x_label, "pull", y_range=ranges[1]),
+    ]
+
+
+def over_two_wrong_scores(losses: Mapping[str, RowLoss], alt: str, reach: float = 4.0) -> None:
+    """Three classes, x_y = 0: one panel a loss, with the loss as colour and arrows where training moves the scores."""
+    target = torch.zeros(1, dtype=torch.long)
+    figure, axes = _grid(len(losses), len(losses), (7.8, 3.0), sharey=True)
+    fine, coarse = (torch.linspace(-reach, reach, size, dtype=torch.float64) for size in (61, 9))
+    data: dict[str, list[float]] = {"both wrong scores": fine[::6].tolist()}
+    for axis, (name, loss) in zip(axes, losses.items(), strict=True):
+        value, _ = value_and_gradient(loss, _plane(fine), target.expand(len(fine) ** 2))
+        _, gradient = value_and_gradient(loss, _plane(coarse), target.expand(len(coarse) ** 2))
+        picture = axis.contourf(fine, fine, value.reshape(len(fine), -1), levels=12)
+        u, v = (-gradient[:, i].reshape(len(coarse), -1) for i in (1, 2))
+        axis.quiver(coarse, coarse, u, v, color="white", angles="xy", width=0.008)
+        axis.set(title=name, xlabel="$x_1 - x_y$", aspect="equal")
+        axis.grid(False)
+        figure.colorbar(picture, ax=axis, shrink=0.7)
+        data[f"{name}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
+    axes[0].set_ylabel("$x_2 - x_y$")
+    show(figure, alt, data)
+
+
+def _plane(axis: Tensor) -> Tensor:
+    first, second = torch.meshgrid(axis, axis, indexing="xy")
+    return torch.stack((torch.zeros_like(first), first, second), -1).reshape(-1, 3)
+
+
+def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap: float = 4.0) -> None:
+    """Three classes as probabilities, scores x = log p, target in the lower left corner: the loss as colour."""
+    counts = [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]
+    p = (torch.tensor(counts, dtype=torch.float64) + 0.02) / (steps + 0.06)
+    corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
+    place = p @ corner
+    edge = torch.tensor([count[2] == 0 for count in counts])
+    figure, axes = _grid(len(losses), len(losses), (7.8, 2.7))
+    data: dict[str, list[float]] = {"p of the target, on the edge to class 1": p[edge, 0].tolist()}
+    for axis, (name, loss) in zip(axes, losses.items(), strict=True):
+        value = loss(p.log(), torch.zeros(len(p), dtype=torch.long))
+        axis.tricontourf(place[:, 0], place[:, 1], value.clamp(max=cap), levels=14)
+        outline = corner[[0, 1, 2, 0]]
+        axis.plot(outline[:, 0], outline[:, 1], color="black", linewidth=1, linestyle="solid")
+        for label, spot, side in zip(("target", "1", "2"), corner.tolist(), ("right", "left", "center"), strict=True):
+            axis.text(*spot, f" {label} ", ha=side, va="bottom" if side == "center" else "top")
+        axis.set(title=name, aspect="equal", xlim=(-0.25, 1.15), ylim=(-0.15, 1.05))
+        axis.axis("off")
+        data[name] = value[edge].tolist()
+    show(figure, alt, data)

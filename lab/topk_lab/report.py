@@ -1,0 +1,484 @@
+"""Tables, figures and sentences that follow from records; no number without a record (chapters 14 to 19).
+
+runs = report.runs("14_cifar100")                       # one row a run, with a column `loss` to read
+report.accuracies(runs, ["top1", "top5"])               # means and intervals, in a table
+report.forest(runs, ["top5", "top1"], alt="...")        # differences to cross-entropy on the same seeds
+say(report.compared(runs, ["top5"]))                    # "top-5: above cross-entropy ...; below ..."
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from topk_lab import figures, records
+from topk_lab.figures import Band, Panel
+from topk_lab.page import say, table
+from topk_lab.study.statistics import Interval, paired, t_interval
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BASELINE = "cross-entropy"
+PENDING = "*No records yet: this is pending.*"
+HEADS = {"linear": "linear head", "mlp": "512 hidden units"}
+"""{model.name: how chapters call it}."""
+_SHORT_NAMES = {
+    "cross_entropy": "cross-entropy", "smooth_limit": "smooth-limit hinge", "entropy": "truncated entropy",
+    "ldam": "LDAM", "balanced_softmax": "balanced softmax",
+}  # fmt: skip
+_ORDER = ("cross-entropy", "label smoothing", "focal", "LDAM", "smooth", "transition", "noised", "differentiable")
+_TUNED = (
+    "training.learning_rate", "training.weight_decay", "loss.tau", "loss.epsilon", "loss.width", "loss.margin",
+    "loss.gamma", "loss.label_smoothing", "loss.inverse_temperature", "loss.max_margin", "loss.scale", "model.scale",
+)  # fmt: skip
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def runs(chapter: str, sweep: str | None = None) -> pd.DataFrame:
+    """A chapter's runs of one sweep (None: the chapter's own), with a column `loss` that says which loss in words.
+
+    Every table lists the losses in the order they have here: cross-entropy and its kin, the papers' losses, hinges.
+    """
+    frame = records.load(chapter, sweep or chapter)
+    frame.insert(0, "loss", [loss_name(dict(row)) for _, row in frame.iterrows()])
+    return frame.sort_values("loss", key=lambda names: names.map(_place), kind="stable", ignore_index=True)
+
+
+def _place(loss: str) -> tuple[int, str]:
+    words = loss.split(",")[0]
+    if words.endswith("hinge"):
+        return len(_ORDER) + 1, loss
+    return next((place for place, family in enumerate(_ORDER) if family in words), len(_ORDER)), loss
+
+
+def loss_name(row: Mapping[str, Any]) -> str:
+    """A run's loss in words, its tuned settings left out: what readers compare."""
+    margins = row["loss.name"] == "ldam" or row.get("loss.margins") == "class"  # they are always used with cosines
+    text = _family(row)
+    if row.get("loss.weight") == "balanced":
+        text = f"weighted {text}"
+    if "cosine" in (row.get("model.name"), row.get("model.head")) and not margins:
+        text += " on cosines"
+    return text
+
+
+def _family(row: Mapping[str, Any]) -> str:
+    name, text = str(row["loss.name"]), row.get("loss.k")
+    k = records.k_of(text) if isinstance(text, str) else 5
+    if name == "cross_entropy" and (row.get("loss.label_smoothing") or 0) > 0:
+        return "label smoothing"
+    if name == "differentiable":
+        over_all = row.get("loss.top1") == "cross_entropy" and row.get("loss.cross_entropy_over") == "all"
+        return f"differentiable {shares(k)}" + (", cross-entropy over all" if over_all else "")
+    if name == "hinge":
+        name = _SHORT_NAMES.get(row["loss.variant"], f"{row['loss.variant']} hinge")
+    elif name == "noised" and row.get("loss.margins") == "class":
+        name = "imbalanced noised"
+    name = _SHORT_NAMES.get(name, name)
+    if isinstance(k, int):
+        return name if k == 5 else f"{name}, k = {k}"
+    return f"{name}, k = {' and '.join(map(str, k))}"
+
+
+def shares(k: int | Mapping[int, float]) -> str:
+    """P_K as the papers write it: [.5, 0, 0, 0, .5]."""
+    weights = {k: 1.0} if isinstance(k, int) else k
+    return "[" + ", ".join(f"{weights.get(at, 0):g}".replace("0.", ".") for at in range(1, max(weights) + 1)) + "]"
+
+
+def metric_name(metric: str) -> str:
+    """A column's name in words."""
+    known = {"nll": "negative log-likelihood", "ece": "calibration error"}
+    if metric.startswith("candidates_"):
+        return f"candidates for {metric.removeprefix('candidates_')} %"
+    words = metric.replace("train.", "training ").replace(".", " ").replace("_", " ").replace("top", "top-")
+    return known.get(metric, words)
+
+
+def factor(metric: str) -> float:
+    """Accuracies are shown in per cent."""
+    return 100.0 if "top" in metric else 1.0
+
+
+def listed(items: Iterable[str], otherwise: str = "none") -> str:
+    """`a, b and c`."""
+    *first, last = [*items] or [otherwise]
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def spans(numbers: Sequence[int], otherwise: str = "none") -> str:
+    """`1 to 3 and 5`, from 1, 2, 3, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    ends = [n for n in numbers if n + 1 not in numbers]
+    return listed((f"{a} to {b}" if b > a else f"{a}" for a, b in zip(starts, ends, strict=True)), otherwise)
+
+
+def side(interval: Interval, above: str = "above", level: str = "level", below: str = "below") -> str:
+    """Where an interval lies, and its mean: `above (+0.31)`."""
+    return f"{(level, above, below)[interval.side]} ({interval.mean:+.2f})"
+
+
+# --- where numbers come from -----------------------------------------------------------------------------------------
+
+
+def pending(chapter: str) -> None:
+    """A table of the chapter's sweeps: how many runs each asks for, how many have a record, and the command."""
+    rows = []
+    for sweep in records.sweeps(chapter):
+        missing = sweep["runs"] - sweep["recorded"]
+        command = f"`{sweep['command']}`" if missing else ""
+        rows.append({**{name: sweep[name] for name in ("sweep", "runs", "recorded")}, "pending": missing or "none",
+                     "command for what is pending": command})  # fmt: skip
+    table(rows)
+
+
+def provenance(frame: pd.DataFrame) -> str:
+    """Where a figure's numbers come from, in one line."""
+    if frame.empty:
+        return "no records yet"
+    commits = {str(commit)[:10] + ("+" if str(commit).endswith("dirty") else "") for commit in frame["commit"]}
+    dates = sorted({str(date)[:10] for date in frame["date"]})
+    processors = frame["hardware.cpu"]
+    if "hardware.gpu" in frame:
+        processors = frame["hardware.gpu"].where(frame["hardware.gpu"].fillna("") != "", processors)
+    seeds = frame["seed"].nunique()
+    return "; ".join([
+        f"{len(frame)} records, {seeds} seed{'s' * (seeds != 1)}, sweep {_joined(frame['sweep'].dropna())}",
+        f"commit {_joined(commits)}", " to ".join(dict.fromkeys((dates[0], dates[-1]))), _joined(processors),
+        f"torch {_joined(frame['versions.torch'])}",
+    ])  # fmt: skip
+
+
+def machine(row: Mapping[str, Any]) -> str:
+    """Where one record comes from."""
+    processor = row.get("hardware.gpu") or row["hardware.cpu"]
+    return (
+        f"{str(row['date'])[:10]} on {processor} with torch {row['versions.torch']}, "
+        f"{row['threads']} thread(s), commit `{row['commit']}`"
+    )
+
+
+def _joined(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values}))
+
+
+def measured(frame: pd.DataFrame) -> None:
+    """The line under a figure or table."""
+    say(f"*Measured: {provenance(frame)}.*")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def accuracies(
+    frame: pd.DataFrame, metrics: Sequence[str], by: Sequence[str] = ("loss",), order: str | None = None
+) -> None:
+    """For every group the mean and half the 95 % t interval over seeds of each metric; largest `order` first."""
+    if frame.empty:
+        say(PENDING)
+        return
+    known = [metric for metric in metrics if metric in frame and frame[metric].notna().all()]
+    groups = list(frame.groupby(list(by), sort=False, dropna=False))
+    if order:
+        groups.sort(key=lambda item: -item[1][order].mean())
+    table([
+        dict(zip(by, values, strict=True)) | {"seeds": group["seed"].nunique()}
+        | {metric_name(metric): str(_over_seeds(group, metric)) for metric in known}
+        for values, group in groups
+    ])  # fmt: skip
+
+
+def _over_seeds(group: pd.DataFrame, metric: str) -> Interval:
+    return t_interval(group[metric].astype(float).to_numpy() * factor(metric))
+
+
+def means(frame: pd.DataFrame, metric: str, by: Sequence[str] = ("loss",)) -> pd.Series[float]:
+    """The metric's mean over seeds, accuracies in per cent, by loss (and more)."""
+    found: pd.Series[float] = frame.groupby(list(by), sort=False)[metric].mean() * factor(metric)
+    return found
+
+
+def training_and_test(frame: pd.DataFrame, setting: str, shown: Mapping[float, str], gap: bool = False) -> None:
+    """A row for every head and loss: training and test accuracy, or (`gap`) their difference, at some settings."""
+    rows = []
+    for head, loss, group in by_head(frame):
+        row: dict[str, Any] = {"head": head, "loss": loss}
+        for value, text in shown.items():
+            part = group[group[setting] == value]
+            if len(part):
+                train, test = ([100 * part[f"{prefix}top{k}"].mean() for k in (1, 5)] for prefix in ("train.", ""))
+                second = [a - b for a, b in zip(train, test, strict=True)] if gap else test
+                row[f"{text}: training top-1, top-5"] = ", ".join(f"{x:.1f}" for x in train)
+                row[f"{text}: {'gap in' if gap else 'test'} top-1, top-5"] = ", ".join(f"{x:.1f}" for x in second)
+        rows.append(row)
+    table(rows)
+    measured(frame)
+
+
+def by_head(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(head in words, loss, its runs), head after head."""
+    for name, words in _heads(frame).items():
+        for loss, group in frame[frame["model.name"] == name].groupby("loss", sort=False):
+            yield words, str(loss), group
+
+
+def _heads(frame: pd.DataFrame) -> dict[str, str]:
+    """The heads that have runs, {model.name: words}; a single model of another name is its own word."""
+    present = list(dict.fromkeys(frame["model.name"])) if len(frame) else []
+    known = [name for name in HEADS if name in present]
+    return {name: HEADS.get(name, name) for name in (known if len(known) == len(present) else present)}
+
+
+def averages(frame: pd.DataFrame, metrics: Sequence[str], by: Sequence[str] = ("loss",)) -> None:
+    """The means alone, for runs made on the page: an illustration."""
+    table([
+        dict(zip(by, values, strict=True))
+        | {metric_name(metric): f"{group[metric].mean() * factor(metric):.1f}" for metric in metrics}
+        for values, group in frame.groupby(list(by), sort=False)
+    ])  # fmt: skip
+
+
+def live(contenders: Mapping[str, Mapping[str, Any]], seeds: int, **common: Any) -> pd.DataFrame:
+    """Trains every contender on the sample of real data that comes with the package: rows as records have them.
+
+    Args:
+        contenders: {what `loss` says: sections of the configuration that are its own}.
+        seeds: 0 to seeds - 1.
+        common: sections that all share, `data`, `model` and `training`.
+    """
+    import pandas as pd
+
+    from topk_lab.train import train
+
+    rows = []
+    for name, own in contenders.items():
+        config = {"model": {"name": "linear"}, **common, **own}
+        config["training"] = {"optimizer": "adamw", "schedule": "one_cycle", "evaluate_every": 0, **config["training"]}
+        for seed in range(seeds):
+            config["data"] = {"name": "sample", **common.get("data", {}), **own.get("data", {}), "seed": seed}
+            rows.append({"loss": name, **train({**config, "seed": seed}, progress=False)})
+    return pd.DataFrame(rows)
+
+
+# --- differences to a baseline ---------------------------------------------------------------------------------------
+
+
+def differences(
+    frame: pd.DataFrame, metric: str, baseline: str = BASELINE, confidence: float = 0.95
+) -> dict[str, Interval]:
+    """{loss: the interval of its difference to the baseline over their common seeds}, accuracies in points."""
+    return paired(frame, metric, baseline, confidence, factor(metric))
+
+
+def apart(
+    frame: pd.DataFrame, metric: str, baseline: str = BASELINE, lists: int = 1
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The losses surely above the baseline and those surely below, {loss: mean difference}, largest first.
+
+    "Surely": the paired t interval excludes zero at a confidence of 1 - 0.05 / (number of comparisons), so that all
+    statements together are wrong with a probability of 5 % at most (Bonferroni). The comparisons are the other losses,
+    in each of `lists` such pairs of lists that are read together.
+    """
+    others = frame["loss"].nunique() - 1
+    if others < 1 or baseline not in set(frame["loss"]):
+        return {}, {}
+    found = differences(frame, metric, baseline, 1 - 0.05 / (others * lists))
+    ordered = sorted(found.items(), key=lambda item: -abs(item[1].mean))
+    above, below = ({loss: i.mean for loss, i in ordered if i.side == sign} for sign in (1, -1))
+    return above, below
+
+
+def compared(
+    frame: pd.DataFrame, metrics: Sequence[str], lists: int = 1, digits: int = 1, baseline: str = BASELINE
+) -> str:
+    """`top-5 surely above cross-entropy a (+0.3) and b (+0.2); surely below c (-1.0)`, a sentence a metric."""
+    sentences = []
+    for metric in metrics:
+        if metric in frame and frame[metric].notna().all():
+            above, below = (
+                listed(f"{loss} ({mean:+.{digits}f})" for loss, mean in found.items())
+                for found in apart(frame, metric, baseline, lists)
+            )
+            sentences.append(f"{metric_name(metric)} surely above {baseline} {above}; surely below {below}")
+    return ". ".join(sentences)
+
+
+def compared_by_head(frame: pd.DataFrame, setting: str, form: str, metric: str = "top5") -> None:
+    """`compared` for every head and setting, one list a pair, read together; `form` writes the setting's value."""
+    parts = list(_parts(frame, setting))
+    for head, value, part in parts:
+        say(f"- {head}, {form.format(value)}: {compared(part, [metric], lists=len(parts))}")
+    number = sum(part["loss"].nunique() - 1 for _, _, part in parts)
+    say("*Surely: the paired interval excludes zero after Bonferroni over the "
+        f"{number} comparisons of this list together.*")  # fmt: skip
+
+
+def ahead(
+    frame: pd.DataFrame, setting: str, loss: str, metric: str = "top5", comparisons: int = 1
+) -> dict[float, float]:
+    """{setting: mean difference in points} where a loss is surely above cross-entropy, after so many comparisons."""
+    found = {}
+    for value, part in frame.groupby(setting):
+        if {loss, BASELINE} <= set(part["loss"]):
+            interval = differences(part, metric, confidence=1 - 0.05 / comparisons)[loss]
+            found |= {float(value): interval.mean} if interval.side > 0 else {}
+    return found
+
+
+def at(found: Mapping[float, float], otherwise: str = "none") -> str:
+    """`0.2 (+1.3) and 0.4 (+2.0)`, from {setting: difference}."""
+    return listed((f"{value:g} ({mean:+.1f})" for value, mean in found.items()), otherwise)
+
+
+def leads(found: Mapping[float, float], setting: str) -> str:
+    """`+1.3 at noise 0.2 and +2.0 at noise 0.4`, from {setting: difference}."""
+    return listed(f"{mean:+.1f} at {setting} {value:g}" for value, mean in found.items())
+
+
+def best_by_head(frame: pd.DataFrame, setting: str, values: Sequence[float], form: str, metric: str = "top5") -> None:
+    """A line for every head and setting: which loss has the largest mean, and what cross-entropy has."""
+    for head, value, part in _parts(frame, setting):
+        if value in values:
+            say(f"- {head}, {form.format(value)}: {best(part, metric)}.")
+
+
+def best(frame: pd.DataFrame, metric: str = "top5", digits: int = 1) -> str:
+    """`best top-5 smooth (61.2 %), cross-entropy 60.9 %`."""
+    mean, unit = means(frame, metric), " %" if factor(metric) > 1 else ""
+    text = f"best {metric_name(metric)} {mean.idxmax()} ({mean.max():.{digits}f}{unit})"
+    return text + (f", {BASELINE} {mean[BASELINE]:.{digits}f}{unit}" if BASELINE in mean else "")
+
+
+def _parts(frame: pd.DataFrame, setting: str) -> Iterator[tuple[str, float, pd.DataFrame]]:
+    """(head in words, value, its runs) for every head and setting where losses can be compared."""
+    for name, words in _heads(frame).items():
+        for value, part in frame[frame["model.name"] == name].groupby(setting):
+            if part["loss"].nunique() > 1 and BASELINE in set(part["loss"]):
+                yield words, float(value), part
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def forest(frame: pd.DataFrame, metrics: Sequence[str], alt: str, baseline: str = BASELINE) -> None:
+    """One panel a metric, one line a loss: the difference to the baseline with its 95 % interval over paired seeds."""
+    if frame.empty:
+        say(PENDING)
+        return
+    found = {metric_name(metric): differences(frame, metric, baseline) for metric in metrics}
+    first = next(iter(found.values()))
+    order = sorted(first, key=lambda loss: -first[loss].mean)
+    figures.dots({title: {loss: by[loss] for loss in order} for title, by in found.items()}, alt)
+    measured(frame)
+
+
+def against(frame: pd.DataFrame, setting: str, metric: str, alt: str, *, x_label: str = "", **options: Any) -> None:
+    """A metric against a numeric setting, one panel a head and one line a loss, with its 95 % interval over seeds.
+
+    `options` are those of `Panel`.
+    """
+    if frame.empty:
+        say(PENDING)
+        return
+    panels = [
+        along(frame[frame["model.name"] == name], setting, metric, title=words, x_label=x_label or setting, **options)
+        for name, words in _heads(frame).items()
+    ]
+    figures.lines(*panels, alt=alt, size=(8.0, 3.9), share_y=True)
+    measured(frame)
+
+
+def along(frame: pd.DataFrame, setting: str, metric: str, **options: Any) -> Panel:
+    """The panel of `against` for one head; a loss without runs at a place has a gap there."""
+    places = sorted(frame[setting].astype(float).unique())
+    found = {}
+    for loss, group in frame.groupby("loss", sort=False):
+        at = [_over_seeds(group[group[setting].astype(float) == place], metric) for place in places]
+        found[str(loss)] = Band([i.mean for i in at], [i.low for i in at], [i.high for i in at])
+    unit = " (%)" if factor(metric) > 1 else ""
+    looks = {loss: figures.look(loss) for loss in found}
+    return Panel(places, found, y_label=metric_name(metric) + unit, looks=looks, markers=True, **options)
+
+
+def curves(frame: pd.DataFrame, longest: int = 100) -> dict[str, np.ndarray[Any, Any]]:
+    """{loss: accuracies for k = 1, 2, ... (seeds, k)}, seeds in order."""
+    return {
+        str(loss): np.array([list(curve)[:longest] for curve in group.sort_values("seed")["curve"]])
+        for loss, group in frame.groupby("loss", sort=False)
+    }
+
+
+def curve_differences(frame: pd.DataFrame, losses: Sequence[str], longest: int = 50) -> dict[str, list[Interval]]:
+    """{loss: for k = 1, 2, ... the interval of its accuracy minus that of cross-entropy over paired seeds, points}."""
+    seeds = {str(loss): sorted(group["seed"]) for loss, group in frame.groupby("loss")}
+    by_loss, found = curves(frame, longest), {}
+    for loss in (loss for loss in losses if loss in by_loss):
+        common = [seed for seed in seeds[loss] if seed in seeds[BASELINE]]
+        own, base = (by_loss[name][[seeds[name].index(seed) for seed in common]] for name in (loss, BASELINE))
+        found[loss] = [t_interval(column) for column in (100 * (own - base)).T]
+    return found
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def tuning(tried: pd.DataFrame, final: pd.DataFrame, metric: str = "top5") -> None:
+    """What was chosen for every loss, of how many candidates; rates at an edge; where the numbers come from."""
+    if final.empty:
+        say(PENDING)
+    else:
+        table(tuned(tried, final, metric))
+        say(f"{rates_at_an_edge(tried, final)} *{provenance(tried)}.*")
+
+
+def tuned(tried: pd.DataFrame, final: pd.DataFrame, metric: str = "top5") -> list[dict[str, Any]]:
+    """What was chosen for every loss of a sweep, of how many candidates, and how far the candidates lay apart."""
+    several, rows = final["model.name"].nunique() > 1, []
+    for head, loss, group in by_head(final):
+        candidates = _candidates(tried, group)
+        reached = sorted(candidates.get(f"validation.{metric}", []) * factor(metric))
+        names = [name for name in _TUNED if name in candidates and candidates[name].nunique() > 1]
+        rows.append({
+            **({"head": head} if several else {}),
+            "loss": loss,
+            "candidates": len(reached),
+            "chosen": ", ".join(f"{_words(name)} {_plain(group[name].iloc[0])}" for name in names),
+            f"validation {metric_name(metric)}, best": f"{reached[-1]:.2f}" if reached else "pending",
+            "worst": f"{reached[0]:.2f}" if reached else "pending",
+        })  # fmt: skip
+    return rows
+
+
+def rates_at_an_edge(tried: pd.DataFrame, final: pd.DataFrame) -> str:
+    """A sentence that names the losses whose chosen learning rate is the smallest or the largest that was tried."""
+    rate, found = "training.learning_rate", {"smallest": list[str](), "largest": list[str]()}
+    several = final["model.name"].nunique() > 1
+    for _, loss, group in by_head(final):
+        rates = _candidates(tried, group)[rate].astype(float)
+        name = f"{loss} ({group['model.name'].iloc[0]})" if several else loss
+        for end, value in (("smallest", rates.min()), ("largest", rates.max())):
+            found[end] += [name] * bool((group[rate].astype(float) == value).any())
+    if not any(found.values()):
+        return "Every chosen learning rate lies inside the range that was tried."
+    ends = " and ".join(f"the {end} that was tried for {listed(names)}" for end, names in found.items() if names)
+    return f"The chosen learning rate is {ends}: there a wider range might find a little more."
+
+
+def _candidates(tried: pd.DataFrame, group: pd.DataFrame) -> pd.DataFrame:
+    return tried[(tried["model.name"] == group["model.name"].iloc[0]) & (tried["loss"] == group["loss"].iloc[0])]
+
+
+def _words(column: str) -> str:
+    return column.split(".")[-1].replace("_", " ")
+
+
+def _plain(value: Any) -> str:
+    try:
+        return f"{float(value):g}"
+    except (TypeError, ValueError):
+        return str(value)

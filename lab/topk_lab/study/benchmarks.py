@@ -1,0 +1,188 @@
+"""The benchmark's table and its figures (chapter 13).
+
+`bench/` in the repository measures; `python -m bench ship` packs its records, with bandwidths and ratios worked out,
+into the table that `load` reads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from topk_lab import figures, records
+from topk_lab.figures import Band, Panel
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CHAPTER = "13_benchmarks"
+PROBLEM = ["family", "batch", "classes", "k", "spread", "epsilon", "samples", "method", "m", "dtype"]
+FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
+CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
+_AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"}
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def load() -> pd.DataFrame:
+    """All records of the benchmark, a row a problem and contender."""
+    return records.load(CHAPTER)
+
+
+def measured(frame: pd.DataFrame, device: str) -> pd.DataFrame:
+    """The rows of one kind of device that have a time; of a problem measured in two suites the last."""
+    chosen = frame[(frame["device"] == device) & frame["p50_ms"].notna()]
+    return chosen.drop_duplicates(["machine", *PROBLEM, "contender"], keep="last").reset_index(drop=True)
+
+
+def one_machine(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the machine that has most of them: ratios are taken within one machine."""
+    return frame if frame.empty else frame[frame["machine"] == frame["machine"].value_counts().idxmax()]
+
+
+def ours(frame: pd.DataFrame) -> pd.DataFrame:
+    """What a user gets who chooses nothing: the Triton kernel where there is one, else the torch path."""
+    mine = frame[frame["contender"].str.startswith("topk ") & ~frame["contender"].str.endswith(" compiled")]
+    mine = mine.sort_values("contender")  # "topk smooth" before "topk smooth triton"
+    return mine.drop_duplicates(["machine", *PROBLEM], keep="last").sort_index()
+
+
+def against_peers(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for every problem that a peer solves too: `faster`, its time over ours, and `less_memory` likewise.
+
+    `warm_faster` is the same from warm caches, where the record has these times.
+    """
+    peers = frame[frame["contender"].str.startswith(("difftopk ", "pytopk "))]
+    both = ours(frame).merge(peers, on=["machine", *PROBLEM], suffixes=("", "_peer"))
+    for clock in ("", "warm_"):
+        both[f"{clock}faster"] = both[f"{clock}p50_ms_peer"] / both[f"{clock}p50_ms"]
+    return both.assign(less_memory=both["peak_bytes_peer"] / both["peak_bytes"])
+
+
+def slower(frame: pd.DataFrame) -> pd.DataFrame:
+    """Where ours loses: a row for every problem and every other contender but the copies that is faster than ours."""
+    others = frame[~frame["contender"].str.startswith("topk ") & ~frame["contender"].str.endswith("copy")]
+    both = ours(frame).merge(others, on=["machine", *PROBLEM], suffixes=("", "_other"))
+    both["times"] = both["p50_ms"] / both["p50_ms_other"]
+    return both[both["times"] > 1].sort_values("times", ascending=False).reset_index(drop=True)
+
+
+def sweep(frame: pd.DataFrame, family: str, along: str, fixed_batch: bool = True) -> pd.DataFrame:
+    """The records in which only `along` changes: the family's longest such series, the larger problems where two tie.
+
+    Along the classes, `fixed_batch` False asks instead for problems of about the same number of elements.
+    """
+    mine = frame[frame["family"] == family]
+    constant = [name for name in (*PROBLEM, "machine") if name not in (along, "family")]
+    if along == "classes" and not fixed_batch:
+        mine = mine.assign(volume=np.log2(mine["batch"] * mine["classes"]).round())
+        constant = [name for name in constant if name != "batch"] + ["volume"]
+    groups = [group for _, group in mine.groupby(constant) if group[along].nunique() > 2] if len(mine) else []
+    if not groups:
+        return mine.iloc[:0]
+    chosen = max(groups, key=lambda group: (group[along].nunique(), group["score_bytes"].max()))
+    return chosen.sort_values([along, "contender"])
+
+
+def largest_problems(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of every family all contenders at its largest float32 problem, k = 5 where there is one."""
+    chosen = frame["dtype"] == "float32"
+    for family in FAMILIES:
+        mine = chosen & (frame["family"] == family)
+        mine &= (frame["k"] == 5) if (frame["k"][mine] == 5).any() else True
+        if mine.any():
+            largest = frame.loc[frame["score_bytes"][mine].idxmax(), [*PROBLEM, "machine"]]
+            chosen &= (frame["family"] != family) | (frame[[*PROBLEM, "machine"]] == largest).all(axis=1)
+    return frame[chosen].sort_values("family", key=lambda names: names.map(FAMILIES.index), kind="stable")
+
+
+def describe(row: Any) -> str:
+    """A problem in words."""
+    text = f"{row['family']} {row['batch']} x {row['classes']}, k = {row['k']}"
+    if row["family"] == "noised":
+        text += f", {row['samples']} samples" + (f", epsilon {row['epsilon']:g}" if row["epsilon"] != 1 else "")
+    if row["family"] == "differentiable":
+        text += f", {row['method'].replace('_', '-')}"
+    return text + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
+
+
+def provenance(frame: pd.DataFrame) -> str:
+    """Where these numbers come from: one line a machine."""
+    lines = []
+    for machine, rows in frame.groupby("machine"):
+        about = [", ".join(sorted({str(v) for v in rows[name] if str(v)})) for name in ("torch", "commit", "date")]
+        processor = next((name for name in rows["processor"] if name), str(machine))
+        threads = "" if rows["device"].iloc[0] == "cuda" else f", {rows['threads'].iloc[0]:.0f} threads"
+        lines.append(
+            f"{processor}{threads}: {len(rows)} rows, torch {about[0]}, commit {about[1]}, {about[2]}, "
+            f"load {rows['load'].min():g} to {rows['load'].max():g}"
+        )
+    return "\n\n".join(lines)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def look(contender: str) -> dict[str, Any]:
+    """A contender looks the same in every figure: colour and dash by who it is, the marker by its backend."""
+    who, _, family = contender.removesuffix(" compiled").removesuffix(" triton").partition(" ")
+    marker = "s" if contender.endswith(" triton") else "^" if contender.endswith(" compiled") else "o"
+    if contender in ("copy", PLAIN_COPY):
+        style: dict[str, Any] = {"color": "#AAAAAA" if family else figures.GREY, "linestyle": "dotted"}
+    elif who == "topk":
+        style = dict(figures.LOSSES.get(family, figures.LOSSES["calibrated hinge"]))
+    else:
+        peer = figures.ORANGE if family == "hinge" else figures.SKY
+        style = {"color": figures.BLACK if who == CROSS_ENTROPY else peer, "linestyle": (0, (9, 2))}
+    return {**style, "marker": marker, "markersize": 4}
+
+
+def time_and_memory(
+    frame: pd.DataFrame, family: str, along: str, alt: str, clock: str = "", fixed_batch: bool = True
+) -> None:
+    """Two panels against `along`: median time with its 20 to 80 % band, and peak memory in copies of the scores."""
+    wide = sweep(frame, family, along, fixed_batch).pivot(index=along, columns="contender")
+    names = list(wide["p50_ms"])
+    times = {
+        name: Band(*(wide[f"{clock}{column}"][name] for column in ("p50_ms", "p20_ms", "p80_ms"))) for name in names
+    }
+    memory = {name: wide["score_copies"][name] for name in names}
+    common = {"x_label": _AXIS[along], "scale": "log", "looks": {name: look(name) for name in names}}
+    panels = [Panel(wide.index, times, "time, ms", **common),
+              Panel(wide.index, memory, "peak memory, in copies of the scores", **common)]  # fmt: skip
+    figures.lines(*panels, alt=alt, size=(7.8, 3.9))
+
+
+def ratio_to_cross_entropy(
+    frame: pd.DataFrame, along: str, alt: str, clock: str = "", fixed_batch: bool = True
+) -> None:
+    """Every family's time over cross-entropy's against `along`."""
+    series = {family: ours(sweep(frame, family, along, fixed_batch)) for family in FAMILIES}
+    found = {family: rows.set_index(along)[f"{clock}times_ce"].dropna() for family, rows in series.items() if len(rows)}
+    places = sorted({place for ratios in found.values() for place in ratios.index})
+    lines = {family: [ratios.get(place, np.nan) for place in places] for family, ratios in found.items()}
+    looks = {family: look(f"topk {family}") for family in lines}
+    title = "time over that of cross-entropy"
+    figures.lines(Panel(places, lines, title, _AXIS[along], scale="log", looks=looks, levels={"": 1.0}), alt=alt)
+
+
+def ratio_to_peers(frame: pd.DataFrame, alt: str) -> None:
+    """Every peer's time over ours, a bar for every problem that both solve."""
+    both = against_peers(frame).sort_values("faster", ascending=False)
+    series: dict[str, dict[str, float]] = {family: {} for family in FAMILIES if family in set(both["family"])}
+    for _, row in both.iterrows():
+        series[row["family"]][f"{describe(row)} | {row['contender_peer'].split()[0]}"] = row["faster"]
+    figures.bars(series, alt, x_label="times faster than the peer", line=1.0, scale="log")
+
+
+def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
+    """GB/s of every contender at its family's largest problem (k = 5 if there is one)."""
+    rows = largest_problems(frame)
+    series: dict[str, dict[str, float]] = {}
+    for _, row in rows.iterrows():
+        who = row["contender"].split()[0]
+        kind = "topk" if who == "topk" else "copy" if "copy" in row["contender"] else "others"
+        series.setdefault(kind, {})[f"{row['family']}: {row['contender']}"] = row[f"{clock}gbps"]
+    figures.bars(series, alt, x_label="GB/s, least traffic over time", scale="log")

@@ -1,0 +1,76 @@
+"""What a few seeds allow to say: intervals for a mean, and differences to a baseline on the same seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.stats import t as student
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean, the ends of its confidence interval (NaN for fewer than two values) and the number of values."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+    @property
+    def side(self) -> int:
+        """1 or -1 where the interval lies above or below zero, else 0."""
+        return int(self.low > 0) - int(self.high < 0)
+
+    def __str__(self) -> str:
+        """61.20 ± 0.11."""
+        return f"{self.mean:.2f}" + ("" if math.isnan(self.low) else f" ± {self.high - self.mean:.2f}")
+
+
+def t_interval(values: Sequence[float] | np.ndarray[Any, Any], confidence: float = 0.95) -> Interval:
+    """mean -+ t s / sqrt(n), with Student's t for n - 1 degrees of freedom: exact for values that scatter normally.
+
+    Values that are NaN do not count.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence!r}")
+    known = np.asarray(values, dtype=np.float64)
+    known = known[np.isfinite(known)]
+    count = len(known)
+    mean = float(known.mean()) if count else math.nan
+    if count < 2:
+        return Interval(mean, math.nan, math.nan, count)
+    half = float(student.ppf(0.5 + confidence / 2, count - 1)) * float(known.std(ddof=1)) / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half, count)
+
+
+def paired(
+    frame: pd.DataFrame, metric: str, baseline: str, confidence: float = 0.95, scale: float = 1.0
+) -> dict[str, Interval]:
+    """{loss: the interval of scale times its difference to the baseline}, over the seeds that both have.
+
+    Runs with one seed share first weights and batches, so the difference scatters less than either. A loss that has a
+    seed twice is two groups of runs, and refused.
+    """
+    found = {}
+    by_loss = {str(loss): _by_seed(group, metric) for loss, group in frame.groupby("loss", sort=False)}
+    if baseline not in by_loss:
+        raise ValueError(f"baseline must be one of {', '.join(by_loss)}, got {baseline!r}")
+    for loss, values in by_loss.items():
+        if loss != baseline:
+            found[loss] = t_interval((scale * (values - by_loss[baseline])).dropna().to_numpy(), confidence)
+    return found
+
+
+def _by_seed(group: pd.DataFrame, metric: str) -> pd.Series[float]:
+    twice = group["seed"][group["seed"].duplicated()]
+    if len(twice):
+        differ = [str(name) for name in group if "." in str(name) and group[name].map(str).nunique() > 1]
+        raise ValueError(f"seed {twice.iloc[0]} occurs twice; the runs differ in {', '.join(differ) or 'nothing'}")
+    return group.set_index("seed")[metric].astype(float)
