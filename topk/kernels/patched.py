@@ -58,7 +58,7 @@ def patched_exponentials(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _patched(
     grad_ptr,
     scores_ptr,

@@ -45,14 +45,12 @@ from torch import Tensor
 from topk.kernels import common
 from topk.kernels.common import (
     aligned,
-    as_float,
     finite_or_zero,
     lane,
     load_tile,
     row_pointers,
     row_states,
     scan,
-    scores_of,
     softplus,
     store_tile,
     tile_of_program,
@@ -102,8 +100,8 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
         float(tau),
         float(margin),
         COUNT=len(ks),
-        KS=common.packed(ks),
-        WEIGHTS=common.packed(weights),
+        KS=tuple(ks),
+        WEIGHTS=tuple(weights),
         HEAD=max((k for k in ks if k <= _FEW.value), default=0),
         MANY=max(ks) > _FEW.value,
         KEEP=_kept(max(ks)) if _sifts(tiling, max(ks)) else 0,
@@ -145,7 +143,7 @@ def _sifts(tiling: common.Tiling, k: int) -> bool:
     return tiling.streams and 4 * _kept(k) <= tiling.block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     scores_ptr,
     target_ptr,
@@ -238,7 +236,7 @@ def _forward(
     pull = tl.zeros((ROWS,), tl.float32)
     record = table_ptr + row.to(tl.int64) * _width(COUNT, KS)
     for i in tl.static_range(COUNT):
-        if ((KS >> 32 * i) & 0xFFFFFFFF) <= _FEW:
+        if KS[i] <= _FEW:
             rest = None
             if KEEP > 0:
                 rest = _part(sums, i, LANES // 8, 8, ROWS)
@@ -256,15 +254,15 @@ def _forward(
                 bad,
                 inside,
                 record,
-                as_float((WEIGHTS >> 32 * i) & 0xFFFFFFFF),
+                WEIGHTS[i],
                 tau,
                 margin,
-                (KS >> 32 * i) & 0xFFFFFFFF,
+                KS[i],
                 ROWS,
                 BLOCK,
                 reads_again,
             )
-            record += 1 + 3 * ((KS >> 32 * i) & 0xFFFFFFFF)
+            record += 1 + 3 * KS[i]
         else:
             places = tl.arange(0, LANES // 8)[None, :]
             term, slope = _large_k(
@@ -280,10 +278,10 @@ def _forward(
                 bad,
                 inside,
                 record,
-                as_float((WEIGHTS >> 32 * i) & 0xFFFFFFFF),
+                WEIGHTS[i],
                 tau,
                 margin,
-                (KS >> 32 * i) & 0xFFFFFFFF,
+                KS[i],
                 ROWS,
             )
             record += 3 + 2 * _TERMS
@@ -299,8 +297,8 @@ def _width(COUNT: tl.constexpr, KS: tl.constexpr):
     """The numbers a row that are saved."""
     total = 1
     for i in tl.static_range(COUNT):
-        if ((KS >> 32 * i) & 0xFFFFFFFF) <= _FEW:
-            total += 1 + 3 * ((KS >> 32 * i) & 0xFFFFFFFF)
+        if KS[i] <= _FEW:
+            total += 1 + 3 * KS[i]
         else:
             total += 3 + 2 * _TERMS
     return total
@@ -345,7 +343,7 @@ def _sift(
     lanes = tl.arange(0, LANES)[None, :]
     rates = (lanes % 8).to(tl.float32) / tau
     for i in tl.static_range(COUNT):
-        rates = tl.where(lanes // 8 == i, rates / ((KS >> 32 * i) & 0xFFFFFFFF), rates)
+        rates = tl.where(lanes // 8 == i, rates / KS[i], rates)
     kept = tl.full((ROWS, BLOCK), float("-inf"), tl.float32)
     limit = tl.full((ROWS,), float("-inf"), tl.float32)
     sums = tl.zeros((ROWS, LANES), tl.float32)
@@ -368,7 +366,7 @@ def _sift(
             others += tl.sum((lost > float("-inf")).to(tl.int32), 1)
         lost -= finite_or_zero(limit)[:, None]
         for i in tl.static_range(COUNT):
-            sums += _powers_summed(lost, lanes - 8 * i, tau, (KS >> 32 * i) & 0xFFFFFFFF)
+            sums += _powers_summed(lost, lanes - 8 * i, tau, KS[i])
     return kept, limit, sums, others
 
 
@@ -458,10 +456,9 @@ def _head(
     """The HEAD largest scores, descending, -inf after them (ROWS, 8); the first is +inf or NaN if the row holds NaN."""
     lanes = tl.arange(0, 8)[None, :]
     if STREAMS:
-        best, _, _, _ = scan(
+        head, _, _, _, _ = scan(
             starts, class_stride, classes, used, target, None, ROWS, BLOCK, HEAD, 8, 1, BLOCK // 8, STREAMS, False
         )
-        head = tl.where(lanes < HEAD, scores_of(best), float("-inf"))
     else:
         last = tl.max(tl.where(x == x, x, float("inf")), 1)
         found = tl.maximum(tl.sum((x == last[:, None]).to(tl.int32), 1), 1)  # none equals NaN
@@ -640,9 +637,9 @@ def _tilts(
     shifts = tl.zeros((ROWS, LANES // 8), tl.float32)
     variances = tl.zeros((ROWS, LANES // 8), tl.float32) + 1.0
     for i in tl.static_range(COUNT):
-        if ((KS >> 32 * i) & 0xFFFFFFFF) > _FEW:
-            rate = 1.0 / (((KS >> 32 * i) & 0xFFFFFFFF) * tau)
-            live = used & (bad == 0) & (possible >= ((KS >> 32 * i) & 0xFFFFFFFF))
+        if KS[i] > _FEW:
+            rate = 1.0 / (KS[i] * tau)
+            live = used & (bad == 0) & (possible >= KS[i])
             low, high = tl.where(live, bottom, 0.0), tl.where(live, top, 0.0)
             center, spread = _near_kth(
                 x,
@@ -654,7 +651,7 @@ def _tilts(
                 low,
                 high,
                 rate,
-                (KS >> 32 * i) & 0xFFFFFFFF,
+                KS[i],
                 BLOCK,
                 STREAMS,
             )
@@ -675,7 +672,7 @@ def _tilts(
                 limit,
                 rest,
                 live,
-                (KS >> 32 * i) & 0xFFFFFFFF,
+                KS[i],
                 ROWS,
                 BLOCK,
                 STREAMS,
@@ -1016,15 +1013,15 @@ def _nodes(
     for start in range(0, classes if STREAMS else BLOCK, BLOCK):
         tile = _tile(x, starts, class_stride, classes, used, target, start, BLOCK, STREAMS)
         for i in tl.static_range(COUNT):
-            if ((KS >> 32 * i) & 0xFFFFFFFF) > _FEW:
+            if KS[i] > _FEW:
                 signed, head = _signed_odds(
                     tile,
                     lane(centers, places, i),
                     lane(shifts, places, i),
-                    1.0 / (((KS >> 32 * i) & 0xFFFFFFFF) * tau),
+                    1.0 / (KS[i] * tau),
                 )
                 heads += tl.where(places == i, tl.sum(head.to(tl.int32), 1)[:, None], 0)
-                circle, count = _circle(lane(variances, places, i), (KS >> 32 * i) & 0xFFFFFFFF)
+                circle, count = _circle(lane(variances, places, i), KS[i])
                 real, imag = _multiplied(real, imag, signed, circle, count, i * _NODES, ROWS, BLOCK)
     return real, imag, heads
 
@@ -1113,7 +1110,8 @@ def _store_chebyshev(record, here, real, imag, steps, circle, weight, up, down):
     real_less, imag_less = _turned(real, imag, m, steps + 1.0, size)
     # half the angle: its sine, and the tangent of half of that
     half_sine, half_rest = _sine_and_cosine(tl.minimum(m / size[:, None], 1.0) * 0.5)
-    tangent = half_sine / (2.0 - half_rest)
+    # Past the last node the divisor may round to 0: what has no weight must not become NaN.
+    tangent = tl.where(weight > 0.0, half_sine / (2.0 - half_rest), 0.0)
     factor = 2.0 * weight * half_sine
     part_real = factor * (real_k * up[:, None] - real_less * down[:, None])
     part_imag = factor * (imag_k * up[:, None] - imag_less * down[:, None])
@@ -1186,7 +1184,7 @@ def backward(
         ignore_index,
         float(tau),
         COUNT=len(ks),
-        KS=common.packed(ks),
+        KS=tuple(ks),
         ROWS=tiling.rows,
         BLOCK=tiling.block,
         ALIGN=common.alignment(scores),
@@ -1195,7 +1193,7 @@ def backward(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     grad_ptr,
     scores_ptr,
@@ -1227,11 +1225,11 @@ def _backward(
     slopes = tl.zeros((ROWS, BLOCK), tl.float32)
     record = table_ptr + row.to(tl.int64) * _width(COUNT, KS)
     for i in tl.static_range(COUNT):
-        if ((KS >> 32 * i) & 0xFFFFFFFF) <= _FEW:
-            slopes += _slopes_small_k(record, x, used, tau, (KS >> 32 * i) & 0xFFFFFFFF)
-            record += 1 + 3 * ((KS >> 32 * i) & 0xFFFFFFFF)
+        if KS[i] <= _FEW:
+            slopes += _slopes_small_k(record, x, used, tau, KS[i])
+            record += 1 + 3 * KS[i]
         else:
-            slopes += _slopes_large_k(record, x, used, tau, (KS >> 32 * i) & 0xFFFFFFFF, ROWS, BLOCK)
+            slopes += _slopes_large_k(record, x, used, tau, KS[i], ROWS, BLOCK)
             record += 3 + 2 * _TERMS
     pull = tl.load(record, mask=used, other=0.0)
     slopes = tl.where(columns[None, :] == target[:, None], pull[:, None], slopes) * grad[:, None]
