@@ -121,9 +121,7 @@ def _forward(
     slopes = tl.zeros((ROWS, LANES), tl.float32)
     lead = tl.where(scores == float("-inf"), float("-inf"), scores - mine[:, None])
     for i in tl.static_range(TERMS):
-        term, slope = _term(
-            scores, lanes, lead, found < target[:, None], mine, rest, t, margin, VARIANT, KS[i]
-        )
+        term, slope = _term(scores, lanes, lead, found < target[:, None], mine, rest, t, margin, VARIANT, KS[i])
         weight = WEIGHTS[i]
         loss += weight * term
         slopes += weight * slope
