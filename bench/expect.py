@@ -132,7 +132,7 @@ def report(chosen: Iterable[Setting], stream: TextIO) -> None:
 def expected(setting: Setting, capability: int = 90) -> list[Expected]:
     """Every launch of forward and backward."""
     rows = min(setting.batch, 16 if setting.classes <= 128 else 3 if setting.classes <= 8192 else 1)
-    return [_expected(launch, setting.batch / rows, capability) for launch in traced(setting, rows)]
+    return [_expected(launch, setting.batch, rows, capability) for launch in traced(setting, rows)]
 
 
 def traced(setting: Setting, rows: int) -> list[Traced]:
@@ -146,7 +146,7 @@ def traced(setting: Setting, rows: int) -> list[Traced]:
     return [Traced(**launch) for launch in json.loads(done.stdout.splitlines()[-1])]
 
 
-def _expected(launch: Traced, times: float, capability: int) -> Expected:
+def _expected(launch: Traced, batch: int, rows: int, capability: int) -> Expected:
     cubin, shared = compiled(launch, capability)
     registers, spilled = usage(cubin)
     lines = Lines(launch)
@@ -156,8 +156,9 @@ def _expected(launch: Traced, times: float, capability: int) -> Expected:
         pipe = _pipe(name)
         if pipe is not None:
             counts[pipe] += weight
-    moved = times * (launch.loaded + launch.stored)
-    programs = times * launch.programs
+    moved = batch / rows * (launch.loaded + launch.stored)
+    together = launch.constants.get("ROWS", 1)
+    programs = launch.programs // -(-rows // together) * -(-batch // together)
     return Expected(launch.kernel, programs, 32 * launch.warps, counts, registers, spilled, shared, moved)
 
 
@@ -288,18 +289,25 @@ def _at(chain: tuple[str, ...], line: int) -> tuple[str, ...]:
 
 def weighted(code: list[Instruction], lines: Lines) -> Iterator[tuple[str, float]]:
     """Every instruction's name and how often a warp issues it."""
-    loops = [
-        (one.back_to, place, trips)
-        for place, one in enumerate(code)
-        if one.back_to is not None and (trips := lines.trips(one.chain)) is not None
+    loops = [(one.back_to, place, one.chain) for place, one in enumerate(code) if one.back_to is not None]
+    trips = [
+        (first, last, _unrolled(last - first, [b - a for a, b, same in loops if same == chain], found))
+        for first, last, chain in loops
+        if (found := lines.trips(chain)) is not None
     ]
     share = functools.cache(lines.share)
     for place, one in enumerate(code):
         weight = share(one.chain)
-        for first, last, trips in loops:
+        for first, last, times in trips:
             if first <= place <= last:
-                weight *= trips
+                weight *= times
         yield one.name, weight
+
+
+def _unrolled(size: int, sizes: list[int], trips: float) -> float:
+    """Of a loop that the compiler has made two of, one of them with its body several times, the trips of one of them."""
+    copies = round(max(sizes) / min(sizes)) if len(sizes) == 2 else 1
+    return trips if copies == 1 else trips // copies if size == max(sizes) else trips % copies
 
 
 @dataclass(frozen=True)
