@@ -87,7 +87,7 @@ class Expected:
 
 def settings() -> list[Setting]:
     """What the goals are about, and longer rows."""
-    kinds: list[tuple[str, dict[str, int]]] = [
+    kinds: list[tuple[str, dict[str, Any]]] = [
         ("transition", {"k": 5}),
         ("hinge", {"k": 5}),
         ("smooth", {"k": 5}),
@@ -305,7 +305,7 @@ def weighted(code: list[Instruction], lines: Lines) -> Iterator[tuple[str, float
 
 
 def _unrolled(size: int, sizes: list[int], trips: float) -> float:
-    """Of a loop that the compiler has made two of, one of them with its body several times, the trips of one of them."""
+    """The trips of one of two loops that the compiler made of one, the larger with its body several times."""
     copies = round(max(sizes) / min(sizes)) if len(sizes) == 2 else 1
     return trips if copies == 1 else trips // copies if size == max(sizes) else trips % copies
 

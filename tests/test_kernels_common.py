@@ -14,7 +14,6 @@ from topk.kernels import common
 from topk.kernels.common import order_of, row_pointers, scan, score_of, softplus
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
-on_the_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 
 
 @triton.jit
@@ -102,7 +101,6 @@ def _kinds_of_scores(classes: int) -> Tensor:
     return torch.cat(rows)
 
 
-@on_the_cpu
 @pytest.mark.parametrize("widest", [64, 16], ids=["whole", "streamed"])
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_scan_finds_the_largest_and_sums_up_the_rest(count: int, widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +113,6 @@ def test_scan_finds_the_largest_and_sums_up_the_rest(count: int, widest: int, mo
     torch.testing.assert_close(sums.double(), expected, rtol=2e-6, atol=1e-4)
 
 
-@on_the_cpu
 @pytest.mark.parametrize("widest", [64, 16], ids=["whole", "streamed"])
 def test_scan_leaves_a_class_out(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither found nor summed up, however large it is; where only masked classes are left, they are found."""
@@ -132,7 +129,6 @@ def test_scan_leaves_a_class_out(widest: int, monkeypatch: pytest.MonkeyPatch) -
     torch.testing.assert_close(sums[:, :1].double(), expected[:, :1], rtol=2e-6, atol=1e-6)
 
 
-@on_the_cpu
 @pytest.mark.parametrize("widest", [64, 16], ids=["whole", "streamed"])
 def test_nan_and_infinity_come_first_and_stay_in_their_row(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "WIDEST", widest)
@@ -153,7 +149,6 @@ def _orders_of(scores_ptr, out_ptr, back_ptr, N: tl.constexpr):
     tl.store(back_ptr + places, score_of(orders))
 
 
-@on_the_cpu
 def test_orders_are_those_of_the_scores() -> None:
     scores = torch.tensor([0.0, -0.0, 1.5, -1.5, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 3e38, -3e38])
     scores = torch.cat((scores, torch.randn(21)))
@@ -171,7 +166,6 @@ def _softplus_of(z_ptr, out_ptr, N: tl.constexpr):
     tl.store(out_ptr + place, softplus(tl.load(z_ptr + place)))
 
 
-@on_the_cpu
 def test_softplus_keeps_its_digits() -> None:
     z = torch.tensor([-80.0, -30.0, -17.0, -5.0, -1.0, 0.0, 1.0, 5.0, 17.0, 30.0, 80.0, 1e4, -1e-6, 1e-6, -14.0, 14.0])
     out = torch.empty(16)
