@@ -1,4 +1,7 @@
-"""`python -m bench --suite smoke|headline|cpu|large|gpu` measures; `... show`, `... ship` read records."""
+"""`python -m bench --suite smoke|headline|cpu|large|gpu` measures; `... show`, `... ship` read records.
+
+`python -m bench expect [FAMILY ...] [CLASSES ...]` works out, without a GPU, what the kernels should take on one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="start no setting after so many minutes")
     parser.add_argument("--commit", help="the commit to record where this is not a checkout")
     parser.add_argument("--fresh", action="store_true", help="measure again what has a record")
-    chosen = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["expect"]:
+        from bench import expect
+
+        expect.main(words[1:])
+        return 0
+    chosen = parser.parse_args(words)
     return _run(chosen) if chosen.action == "run" else _read(chosen)
 
 

@@ -108,13 +108,13 @@ class Contender:
         scores, target = setting.problem(rows)
         scores, target = scores.to(device).requires_grad_(), target.to(device)
         call = self.build(setting, device)
-        values, slopes = [], []
+        values, slopes = _Mean(), _Mean()
         for _ in range(averages):
             value = call(scores, target)
-            slopes.append(torch.autograd.grad(value, scores)[0].double().cpu())
-            values.append(value.detach().double().cpu())
-        self._compare("loss", setting, torch.stack(values), loss, torch.finfo(value.dtype).eps)
-        self._compare("gradient", setting, torch.stack(slopes), gradient, torch.finfo(scores.dtype).eps)
+            slopes.add(torch.autograd.grad(value, scores)[0].double().cpu())
+            values.add(value.detach().double().cpu())
+        self._compare("loss", setting, values, loss, torch.finfo(value.dtype).eps)
+        self._compare("gradient", setting, slopes, gradient, torch.finfo(scores.dtype).eps)
 
     def _gated(self, setting: Setting, device: torch.device) -> tuple[Setting, int, int]:
         """The problem of the gate: the setting's own classes, so that a kernel's path for long rows is tried too.
@@ -126,18 +126,38 @@ class Contender:
             setting = dataclasses.replace(setting, classes=min(setting.classes, _BY_DEFINITION))
         return setting, rows, self.averages if setting.classes <= 10_000 else min(self.averages, 100)
 
-    def _compare(self, what: str, setting: Setting, found: Tensor, truth: Tensor, eps: float) -> None:
+    def _compare(self, what: str, setting: Setting, found: _Mean, truth: Tensor, eps: float) -> None:
         """The error's length against the truth's, and against the noise of the mean where there is one."""
-        error = torch.linalg.vector_norm(found.mean(0) - truth)
+        error = torch.linalg.vector_norm(found.mean - truth)
         size = torch.linalg.vector_norm(truth)
         allowed = (self.tolerance + 4 * eps) * (size.clamp(min=1) if what == "loss" else 3 * size + 1e-12)
-        if len(found) > 1:
-            allowed = allowed + 6 * (found.var(0).sum() / len(found)).sqrt()
+        if found.count > 1:
+            allowed = allowed + 6 * found.variance_of_mean.sum().sqrt()
         if not error <= allowed:
             raise AssertionError(
                 f"{self.name} is wrong at {setting.label()}: its {what} is off by {error:.3g}, where {allowed:.3g} is "
                 f"allowed; it gets no time"
             )
+
+
+class _Mean:
+    """Mean and variance of tensors that come one at a time (Welford): two of them are held, however many come."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean = self._squares = torch.zeros(())
+
+    def add(self, value: Tensor) -> None:
+        """One more."""
+        self.count += 1
+        before = value - self.mean
+        self.mean = self.mean + before / self.count
+        self._squares = self._squares + before * (value - self.mean)
+
+    @property
+    def variance_of_mean(self) -> Tensor:
+        """The variance of what came, over their number."""
+        return self._squares / ((self.count - 1) * self.count)
 
 
 def _gradient(call: LossCall, scores: Tensor, target: Tensor) -> Tensor:

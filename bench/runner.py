@@ -101,7 +101,11 @@ def run_suite(
     path.parent.mkdir(parents=True, exist_ok=True)
     if fresh:
         path.unlink(missing_ok=True)
-    done = {_cell(row) for row in read(path)}
+    rows = read(path)
+    done = {_cell(row) for row in rows if not row["note"]} - {
+        _cell(row) for row in rows if _is_ours(row) and row["note"]
+    }
+    tried = {_cell(row) for row in rows} - done  # a broken context may have spoilt these: again, after all others
     common = {
         "suite": name,
         "threads": torch.get_num_threads(),
@@ -116,12 +120,11 @@ def run_suite(
     if (busy := _load()) > 0.5 and clock.device.type == "cpu":
         tqdm.write(f"The machine is busy (load {busy:.1f} before the first measurement): expect inflated times.")
     end = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
-    bar = tqdm(suite.settings(), unit="setting")
-    for setting in bar:
+    cells = [(setting, {"suite": name, **asdict(setting)}) for setting in suite.settings()]
+    cells = [(setting, cell) for setting, cell in cells if _cell(cell) not in done]
+    bar = tqdm(sorted(cells, key=lambda pair: _cell(pair[1]) in tried), unit="setting")
+    for setting, cell in bar:
         bar.set_description(setting.label())
-        cell = {"suite": name, **asdict(setting)}
-        if _cell(cell) in done:
-            continue
         if time.monotonic() > end:
             tqdm.write(f"{minutes:g} minutes are over; the same command goes on from here.")
             break
@@ -152,12 +155,17 @@ def timed(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
 
 def wrong(path: Path) -> list[dict[str, str]]:
     """The rows of our own contenders that have no time."""
-    return [row for row in read(path) if row["note"] and row["contender"].startswith("topk ")]
+    return [row for row in read(path) if row["note"] and _is_ours(row)]
+
+
+def _is_ours(row: dict[str, str]) -> bool:
+    return row["contender"].startswith("topk ")
 
 
 def _append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Writes the whole file anew beside the old one and swaps: a kill leaves the old file."""
-    together = [*read(path), *rows]
+    """Writes the whole file anew beside the old one, rows of other settings kept, and swaps: a kill leaves the old."""
+    anew = {_cell(row) for row in rows}
+    together = [*(row for row in read(path) if _cell(row) not in anew), *rows]
     beside = path.with_suffix(f".{os.getpid()}.tmp")
     with beside.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, COLUMNS, restval="")

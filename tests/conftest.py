@@ -1,16 +1,36 @@
-"""Every test starts from the same random numbers, and memory that was never written holds NaN."""
+"""Every test starts from the same random numbers, and memory that was never written holds NaN.
+
+Only a run that asks for them (`-m gpu`) sees CUDA devices: everywhere else kernels are interpreted, also on a machine
+that has a GPU.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: the kernels run on the CPU
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="0/1", help="the tests i, i + n, i + 2 n, ... of a run, written i/n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before any test module is imported, and with it triton, or CUDA is asked for its devices."""
+    if re.search(r"(?<!not )\bgpu\b", config.option.markexpr) is None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("part").split("/"))
+    items[:] = items[part::parts]
+
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)

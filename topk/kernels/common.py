@@ -1,14 +1,14 @@
 """What several kernels share: tiles and launches on the host, and selection on the device.
 
-A score and its class are packed into one int64 key, the ordered bits of the score above the class counted down, so
-that a larger key is a larger score or, of equal scores, the lower class. All keys of a row differ. NaN is larger than
-everything, so that the largest key tells whether a row holds NaN or +inf. A column beyond the row is a score of -inf
-with a class that no row has: it comes last by itself and needs no mask.
+What is kept of a row is pairs of 32 bits: a score as an integer of the same order, and its class. The larger score
+comes first, or of equal ones the lower class; no two pairs of a row are equal. NaN counts as +inf, so that the first
+score tells whether a row holds either. A column beyond the row is a score of -inf with a class that no row has: it
+comes last by itself and needs no mask.
 
-Keys are made of few scores. A tile is cut into groups, a thread's scores each, and `take` offers the best of every
-group to `insert`, which takes what beats the smallest key kept, then the next best of every group, until none is good
-enough: two or three passes over the tile, in 32 bits, however many are kept. A longer row streams through in tiles,
-most of which hold nothing that is large enough. The exponentials of all the other scores are added up on the way,
+Pairs are made of few scores. A tile is cut into groups, a thread's scores each, and `take` offers the best of every
+group to `insert`, which takes what comes before the last one kept, then the next best of every group, until none is
+good enough: two or three passes over the tile, however many are kept. A longer row streams through in tiles, most of
+which hold nothing that is large enough. The exponentials of all the other scores are added up on the way,
 relative to the smallest score kept: positive terms that cannot overflow, and the log-sum-exp of the whole row is one
 step from there.
 """
@@ -16,8 +16,6 @@ step from there.
 from __future__ import annotations
 
 import contextlib
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +96,8 @@ def launch(kernel: Any, programs: int, *arguments: Any, warps: int, **constants:
 def whole_row_constants(tiling: Tiling, scores: Tensor, count: int) -> dict[str, Any]:
     """The keywords that a launch over whole rows needs to keep `count` numbers a row."""
     constants = tile_constants(tiling, scores, count)
+    if tiling.rows == 1:  # a lane a thread: what goes over all 32 threads of a warp in 32 bits is one instruction
+        constants["LANES"] = max(32, constants["LANES"])
     groups = min(32 * tiling.warps, tiling.block // constants["ALIGN"])
     return {**constants, "STREAMS": tiling.streams, "GROUPS": groups}
 
@@ -111,19 +111,6 @@ def tile_constants(tiling: Tiling, scores: Tensor, count: int) -> dict[str, Any]
         "ALIGN": alignment(scores),
         "warps": tiling.warps,
     }
-
-
-def packed(numbers: Sequence[float]) -> int:
-    """Numbers as one constant of a kernel, 32 bits each: ints as they are, floats as float32.
-
-    The i-th is `(NUMBERS >> 32 * i) & 0xFFFFFFFF` there, and `as_float` of it; a tuple would be the natural constant,
-    but Triton 3.2 cannot index one.
-    """
-    total = 0
-    for place, number in enumerate(numbers):
-        bits = number if isinstance(number, int) else int.from_bytes(struct.pack("<f", number), "little")
-        total |= bits << 32 * place
-    return total
 
 
 def allocate(scores: Tensor, shapes: tuple[SavedShape, ...]) -> list[Tensor]:
@@ -207,21 +194,25 @@ def patch_tile(starts, start, places, values, inside, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def as_float(BITS: tl.constexpr):
-    """A float of `packed`, as a scalar."""
-    return tl.full((), BITS, tl.uint32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def lane(tile, lanes, j: tl.constexpr):
-    """Column j of a tile (ROWS, LANES)."""
-    return tl.sum(tl.where(lanes == j, tile, 0), 1)
+    """Column j of a tile (ROWS, LANES). Bits are added up, since for integers that is one instruction a warp."""
+    if tile.dtype == tl.float32:
+        column = tl.sum(tl.where(lanes == j, tile.to(tl.int32, bitcast=True), 0), 1).to(tl.float32, bitcast=True)
+    else:
+        column = tl.sum(tl.where(lanes == j, tile, 0), 1)
+    return column
 
 
 @triton.jit
 def finite_or_zero(values):
     """0 in the place of -inf, so that what is taken relative to it stays a number."""
     return tl.where(values == float("-inf"), 0.0, values)
+
+
+@triton.jit
+def exponential(values):
+    """exp of every number of a tile, 0 for what would be denormal: two instructions where tl.exp takes five."""
+    return tl.exp2(values * 1.4426950408889634)
 
 
 @triton.jit
@@ -241,126 +232,123 @@ def tile_of_program(classes, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     return row, tl.program_id(0) % tiles * BLOCK
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
+# --- selection -------------------------------------------------------------------------------------------------------
 
 NO_CLASS = tl.constexpr(0x7FFFFFFF)
 """A class beyond every row; those just below it mark lanes that nothing has filled yet."""
 
-_TAKEN = tl.constexpr(-(2**31))  # below the order of every score
-_BELOW_ALL = tl.constexpr(-(2**63))
-_ABOVE_ALL = tl.constexpr(2**63 - 1)
+_LOWEST = tl.constexpr(-(2**31))  # below the order of every score
+_OF_MINUS_INFINITY = tl.constexpr(-2139095041)
+_OF_INFINITY = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def pack(scores, classes):
-    """Keys: int64, ordered by score, then by the lower class; NaN above all. classes are int32."""
-    return _key(_order_of(scores), classes)
-
-
-@triton.jit
-def _order_of(scores):
-    """Integers in the order of the scores; NaN above all, and -0.0 and 0.0 tied."""
+def order_of(scores):
+    """Integers in the order of the scores, -0.0 and 0.0 tied; of NaN, which stands for a score taken, the lowest."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return tl.where(scores == scores, bits ^ ((bits >> 31) & 0x7FFFFFFF), _LOWEST)
 
 
 @triton.jit
-def _key(orders, classes):
-    return (orders.to(tl.int64) << 32) | (0x7FFFFFFF - classes).to(tl.int64)
+def score_of(orders):
+    """The scores that `order_of` made integers of."""
+    return (orders ^ ((orders >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def scores_of(keys):
-    """The scores in keys, float32."""
-    order = (keys >> 32).to(tl.int32)
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+def best_of(orders, classes):
+    """Of every row (ROWS, n) the largest order, and of those that have it the lowest class."""
+    best = tl.max(orders, 1)
+    return best, tl.min(tl.where(orders == best[:, None], classes, NO_CLASS), 1)
 
 
 @triton.jit
-def classes_of(keys):
-    """The classes in keys, int32."""
-    return 0x7FFFFFFF - (keys & 0x7FFFFFFF).to(tl.int32)
-
-
-# --- selection -------------------------------------------------------------------------------------------------------
+def _worst_of(orders, classes):
+    worst = tl.min(orders, 1)
+    return worst, tl.max(tl.where(orders == worst[:, None], classes, _LOWEST), 1)
 
 
 @triton.jit
-def largest(keys, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """The COUNT largest keys of a tile (ROWS, LANES), descending, and the last of them (ROWS,).
-
-    A tile of at least COUNT columns. Lanes from COUNT on hold what a row does not have: -inf, no class.
-    """
-    lanes = tl.arange(0, LANES)[None, :]
-    best = tl.broadcast_to(_empty(lanes), (keys.shape[0], LANES))
-    last = tl.max(keys, 1)
-    best = tl.where(lanes == 0, last[:, None], best)
-    for j in range(1, COUNT):
-        last = tl.max(tl.where(keys < last[:, None], keys, _BELOW_ALL), 1)
-        best = tl.where(lanes == j, last[:, None], best)
-    return best, last
-
-
-@triton.jit
-def _empty(lanes):
-    """Keys of lanes that nothing has filled: below all that a row can hold, and all different."""
-    return pack(tl.full(lanes.shape, float("-inf"), tl.float32), 0x7FFFFFFE - lanes)
+def beats(order, found, other_order, other_found):
+    """Whether a score comes before another: the larger one, or of two equal ones that of the lower class."""
+    return (order > other_order) | ((order == other_order) & (found < other_found))
 
 
 @triton.jit
 def nothing_kept(ROWS: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """The state that `insert` starts from: kept keys (ROWS, LANES) in no order, and the smallest (ROWS,)."""
+    """The state that `insert` starts from: orders and classes (ROWS, LANES) in no order, and those of the last."""
+    lanes = tl.broadcast_to(tl.arange(0, LANES)[None, :], (ROWS, LANES))
+    orders = tl.where(lanes < COUNT, _OF_MINUS_INFINITY, _OF_INFINITY)  # lanes not in use are never the last
+    classes = tl.where(lanes < COUNT, NO_CLASS - 1 - lanes, -1 - lanes)
+    last, last_class = _worst_of(orders, classes)
+    return orders, classes, last, last_class
+
+
+@triton.jit
+def insert(kept, kept_classes, last, last_class, orders, classes):
+    """Takes over of a tile (ROWS, n) what comes before the last one kept, which it pushes out."""
+    order, found = best_of(orders, classes)
+    better = beats(order, found, last, last_class)
+    while tl.max(better.to(tl.int32), 0) > 0:
+        there = (kept == last[:, None]) & (kept_classes == last_class[:, None]) & better[:, None]
+        kept = tl.where(there, order[:, None], kept)
+        kept_classes = tl.where(there, found[:, None], kept_classes)
+        last, last_class = _worst_of(kept, kept_classes)
+        orders = tl.where((orders == order[:, None]) & (classes == found[:, None]), _LOWEST, orders)
+        order, found = best_of(orders, classes)
+        better = beats(order, found, last, last_class)
+    return kept, kept_classes, last, last_class
+
+
+@triton.jit
+def in_order(kept, kept_classes, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """Scores and classes of what is kept, descending; from lane COUNT on -inf and what no row has."""
     lanes = tl.arange(0, LANES)[None, :]
-    keys = tl.where(
-        lanes < COUNT, _empty(lanes), _ABOVE_ALL - lanes.to(tl.int64)
-    )  # lanes not in use are never the smallest
-    kept = tl.broadcast_to(keys, (ROWS, LANES))
-    return kept, tl.min(kept, 1)
+    orders = tl.where(lanes < COUNT, kept, _LOWEST)
+    scores = tl.full(kept.shape, _OF_MINUS_INFINITY, tl.int32)
+    classes = tl.full(kept.shape, NO_CLASS, tl.int32)
+    for j in range(COUNT):
+        order, found = best_of(orders, kept_classes)
+        scores = tl.where(lanes == j, order[:, None], scores)
+        classes = tl.where(lanes == j, found[:, None], classes)
+        orders = tl.where((orders == order[:, None]) & (kept_classes == found[:, None]), _LOWEST, orders)
+    return score_of(scores), classes
 
 
 @triton.jit
-def insert(kept, lowest, keys):
-    """Takes over the keys of a tile that are above the smallest one kept, which they push out."""
-    candidate = tl.max(keys, 1)
-    while tl.max((candidate > lowest).to(tl.int32), 0) > 0:
-        replaced = (kept == lowest[:, None]) & (candidate > lowest)[:, None]
-        kept = tl.where(replaced, candidate[:, None], kept)
-        lowest = tl.min(kept, 1)
-        candidate = tl.max(tl.where(keys < candidate[:, None], keys, _BELOW_ALL), 1)
-    return kept, lowest
-
-
-@triton.jit
-def _by_group(tile, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
+def by_group(tile, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
     """(ROWS, BLOCK) as (ROWS, _, GROUPS, ALIGN): a group is what a thread holds, runs of ALIGN neighbours."""
     return tl.reshape(tile, (tile.shape[0], tile.shape[1] // (GROUPS * ALIGN), GROUPS, ALIGN))
 
 
 @triton.jit
 def _sum_by_group(tile, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
-    return tl.sum(tl.sum(_by_group(tile, ALIGN, GROUPS), 3), 1)
+    return tl.sum(tl.sum(by_group(tile, ALIGN, GROUPS), 3), 1)
 
 
 @triton.jit
-def take(kept, lowest, scores, classes, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
-    """`insert` for a tile of scores and their classes (ROWS, BLOCK): the best of every group, then the next of each."""
-    orders = _by_group(_order_of(scores), ALIGN, GROUPS)
-    classes = _by_group(classes, ALIGN, GROUPS)
-    tops = tl.max(tl.max(orders, 3), 1)
-    while tl.max(tl.max((tops >= (lowest >> 32).to(tl.int32)[:, None]).to(tl.int32), 1), 0) > 0:
-        best = orders == tops[:, None, :, None]
+def take(kept, kept_classes, last, last_class, scores, classes, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
+    """`insert` for a tile of scores and their classes (ROWS, BLOCK): the best of every group, then the next of each.
+
+    A score that has been offered becomes NaN, which a maximum passes over.
+    """
+    scores = by_group(scores, ALIGN, GROUPS)
+    classes = by_group(classes, ALIGN, GROUPS)
+    tops = tl.max(tl.max(scores, 3), 1)
+    orders = order_of(tops)
+    open = tl.max(tl.max((orders >= last[:, None]).to(tl.int32), 1), 0) > 0
+    while open:
+        best = scores == tops[:, None, :, None]
         found = tl.min(tl.min(tl.where(best, classes, NO_CLASS), 3), 1)
-        kept, lowest = insert(kept, lowest, _key(tops, found))
-        orders = tl.where(best & (classes == found[:, None, :, None]), _TAKEN, orders)
-        tops = tl.max(tl.max(orders, 3), 1)
-    return kept, lowest
-
-
-@triton.jit
-def in_order(kept, COUNT: tl.constexpr, LANES: tl.constexpr):
-    """The kept keys, descending, as `largest` gives them."""
-    lanes = tl.arange(0, LANES)[None, :]
-    return largest(tl.where(lanes < COUNT, kept, _BELOW_ALL), COUNT, LANES)
+        better = beats(orders, found, last[:, None], last_class[:, None])
+        open = tl.max(tl.max(better.to(tl.int32), 1), 0) > 0
+        if open:
+            kept, kept_classes, last, last_class = insert(kept, kept_classes, last, last_class, orders, found)
+            scores = tl.where(best & (classes == found[:, None, :, None]), float("nan"), scores)
+            tops = tl.max(tl.max(scores, 3), 1)
+            orders = order_of(tops)
+            open = tl.max(tl.max((orders >= last[:, None]).to(tl.int32), 1), 0) > 0
+    return kept, kept_classes, last, last_class
 
 
 @triton.jit
@@ -380,16 +368,17 @@ def scan(
     STREAMS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """One read of the rows that start at `starts`. Returns four things:
+    """One read of the rows that start at `starts`, whose NaNs count as +inf. Returns five things:
 
-    best (ROWS, LANES): the keys of the COUNT largest scores, descending, without the class `left_out` (None: with all);
+    best, found (ROWS, LANES): the COUNT largest scores, descending, without the class `left_out` (None: with all), and
+        their classes; after them -inf and no class;
     rest (ROWS,): with REST, the sum of exp(x - t) over all others but `left_out`, t the COUNT-th score (0 for -inf);
     total, possible (ROWS,): the sum of x - origin over the scores above -inf, and their number; 0 where origin is None.
     """
     rest = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     possible = tl.zeros((ROWS,), tl.float32)
-    kept, lowest = nothing_kept(ROWS, COUNT, LANES)
+    kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
     if STREAMS:
         shift = tl.zeros((ROWS,), tl.float32)
         outside = tl.zeros((ROWS, GROUPS), tl.float32)
@@ -402,23 +391,24 @@ def scan(
                 there = x > float("-inf")
                 totals += _sum_by_group(tl.where(there, x - origin[:, None], 0.0), ALIGN, GROUPS)
                 counts += _sum_by_group(there.to(tl.float32), ALIGN, GROUPS)
-            x, found = _without(x, columns, left_out)
-            t = scores_of(lowest)
+            x, tile_classes = without(x, columns, left_out)
+            t = score_of(last)
             enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
             if tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0:
                 before = kept
-                kept, lowest = take(kept, lowest, x, found, ALIGN, GROUPS)
+                kept, kept_classes, last, last_class = take(
+                    kept, kept_classes, last, last_class, x, tile_classes, ALIGN, GROUPS
+                )
                 if REST:
                     # The smallest only grows, except from the stand-in for -inf, while both sums are still 0.
-                    t = scores_of(lowest)
+                    t = score_of(last)
                     fade = tl.exp(tl.minimum(shift - finite_or_zero(t), 0.0))
                     shift = finite_or_zero(t)
                     outside *= fade[:, None]
-                    rest = rest * fade + _exponentials_up_to(scores_of(before), t) - _ties(kept, t)
+                    rest = rest * fade + _exponentials_up_to(score_of(before), t) - _ties(score_of(kept), t)
             if REST:
                 below = tl.where(x <= t[:, None], x - shift[:, None], float("-inf"))
-                outside += _sum_by_group(tl.exp(below), ALIGN, GROUPS)
-        best, _ = in_order(kept, COUNT, LANES)
+                outside += _sum_by_group(exponential(below), ALIGN, GROUPS)
         if REST:
             rest += tl.sum(outside, 1)
         if origin is not None:
@@ -431,17 +421,22 @@ def scan(
             there = x > float("-inf")
             total = tl.sum(tl.where(there, x - origin[:, None], 0.0), 1)
             possible = tl.sum(there.to(tl.float32), 1)
-        x, found = _without(x, columns, left_out)
-        kept, lowest = take(kept, lowest, x, found, ALIGN, GROUPS)
-        best, last = in_order(kept, COUNT, LANES)
+        x, tile_classes = without(x, columns, left_out)
+        kept, kept_classes, last, last_class = take(
+            kept, kept_classes, last, last_class, x, tile_classes, ALIGN, GROUPS
+        )
         if REST:
-            rest = _exponentials_up_to(x, scores_of(last)) - _ties(best, scores_of(last))
-    return best, rest, total, possible
+            t = score_of(last)
+            rest = tl.sum(exponential(tl.minimum(x - finite_or_zero(t)[:, None], 0.0)), 1) - COUNT
+            rest = tl.where(t > float("-inf"), rest, 0.0)
+    best, found = in_order(kept, kept_classes, COUNT, LANES)
+    return best, found, rest, total, possible
 
 
 @triton.jit
-def _without(scores, columns, left_out):
+def without(scores, columns, left_out):
     """The scores and the classes of a tile, the class `left_out` (ROWS,), if any, made one that no row has."""
+    scores = tl.where(scores == scores, scores, float("inf"))
     classes = tl.broadcast_to(columns[None, :], scores.shape)
     if left_out is not None:
         skip = classes == left_out[:, None]
@@ -457,6 +452,6 @@ def _exponentials_up_to(scores, t):
 
 
 @triton.jit
-def _ties(keys, t):
-    """How many keys have the score t, above -inf: their share of `_exponentials_up_to`."""
-    return tl.sum(((scores_of(keys) == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)
+def _ties(scores, t):
+    """How many of the scores kept are t, above -inf: their share of `_exponentials_up_to`."""
+    return tl.sum(((scores == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)

@@ -27,14 +27,14 @@ from torch import Tensor
 from topk.kernels import common
 from topk.kernels.common import (
     aligned,
-    classes_of,
+    best_of,
     finite_or_zero,
     lane,
-    pack,
+    order_of,
     row_pointers,
     row_states,
     scan,
-    scores_of,
+    score_of,
 )
 from topk.kernels.patched import patched_exponentials
 from topk.losses import differentiable as room
@@ -44,7 +44,6 @@ from topk.losses.room import Options, Saved, SavedShape, wide_type
 _WIDEST_NETWORK = 32  # wires, and layers: the compiler takes its time for more
 _TILE = 128  # numbers in a program of the second kernel
 _LOWEST = tl.constexpr(-1e20)  # what -inf plays as
-_GATHERS = tl.constexpr(hasattr(tl, "gather"))
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -106,7 +105,7 @@ def _select(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _selected(
     scores_ptr,
     target_ptr,
@@ -134,15 +133,14 @@ def _selected(
     target, used, _ = row_states(target_ptr, row, rows, classes, ignore_index)
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=float("-inf")).to(tl.float32)
-    best, rest, _, _ = scan(
+    found, places, rest, _, _ = scan(
         starts, class_stride, classes, used, target, None, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, OVER_ALL
     )
     lanes = tl.arange(0, LANES)[None, :]
-    found = scores_of(best)
     at = row.to(tl.int64)[:, None] * KEPT + lanes + 1
     others = inside[:, None] & (lanes < KEPT - 1)
     tl.store(values_ptr + at, found, mask=others)
-    tl.store(places_ptr + at, classes_of(best), mask=others)
+    tl.store(places_ptr + at, places, mask=others)
     tl.store(values_ptr + row.to(tl.int64) * KEPT, mine, mask=inside)
     tl.store(places_ptr + row.to(tl.int64) * KEPT, target, mask=inside)
     if OVER_ALL:
@@ -255,7 +253,7 @@ def _hit_of_torch(
     return result, result if slopes is None else slopes.T.to(torch.float32, memory_format=torch.contiguous_format)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sorted(
     values_ptr,
     target_ptr,
@@ -398,10 +396,10 @@ def _network(
             values_of = tl.where(layers == layer, values.to(tl.int32, bitcast=True)[None], values_of)
             chances_of = tl.where(layers == layer, chances.to(tl.int32, bitcast=True)[None], chances_of)
         partner, ahead = _partner_of(table_ptr, layer, wires, x.shape[0], WIRES)
-        others = _at(values, partner, wires)
+        others = tl.gather(values, partner, 1)
         apart = tl.where(ahead, others - values, values - others)
         stay, change = _swap(apart, beta, art_lambda, DISTRIBUTION)
-        chances = stay * chances + change * _at(chances, partner, wires)
+        chances = stay * chances + change * tl.gather(chances, partner, 1)
         values = stay * values + change * others
     share = tl.zeros((1, WIRES), tl.float32)
     for rank in tl.static_range(len(SHARES)):
@@ -415,12 +413,12 @@ def _network(
             values = _recalled(values_of, layers, LAYERS - 1 - back)
             chances = _recalled(chances_of, layers, LAYERS - 1 - back)
             partner, ahead = _partner_of(table_ptr, LAYERS - 1 - back, wires, x.shape[0], WIRES)
-            lead = _at(values, partner, wires) - values
+            lead = tl.gather(values, partner, 1) - values
             apart = tl.where(ahead, lead, -lead)
             stay, change = _swap(apart, beta, art_lambda, DISTRIBUTION)
-            others_values, others_chances = _at(of_values, partner, wires), _at(of_chances, partner, wires)
+            others_values, others_chances = tl.gather(of_values, partner, 1), tl.gather(of_chances, partner, 1)
             exchanged = (others_values - of_values) * lead
-            exchanged += (others_chances - of_chances) * (_at(chances, partner, wires) - chances)
+            exchanged += (others_chances - of_chances) * (tl.gather(chances, partner, 1) - chances)
             moved = exchanged * _density(apart, stay, change, beta, art_lambda, DISTRIBUTION)
             of_values = stay * of_values + change * others_values - tl.where(ahead, moved, -moved)
             of_chances = stay * of_chances + change * others_chances
@@ -432,16 +430,6 @@ def _partner_of(table_ptr, layer: tl.constexpr, wires, ROWS: tl.constexpr, WIRES
     """The wire that each is compared with in this layer (ROWS, WIRES), and whether that is the one for the larger."""
     partner = tl.load(table_ptr + layer * WIRES + wires)
     return tl.broadcast_to(partner, (ROWS, WIRES)), tl.broadcast_to(partner > wires, (ROWS, WIRES))
-
-
-@triton.jit
-def _at(tile, partner, wires):
-    """tile[row, partner[row, wire]]."""
-    if _GATHERS:
-        found = tl.gather(tile, partner, 1)
-    else:
-        found = tl.sum(tl.where(partner[:, :, None] == wires[:, None, :], tile[:, None, :], 0.0), 2)
-    return found
 
 
 @triton.jit
@@ -570,20 +558,19 @@ def _softsort(x, own, wires, beta, KEPT: tl.constexpr, SHARES: tl.constexpr):
     possible = x > float("-inf")
     v = tl.where(possible, x, 0.0)
     count = tl.sum(possible.to(tl.int32), 1)
-    keys = pack(x, tl.broadcast_to(tl.where(wires < KEPT, wires, 0x7FFFFFFF), x.shape))
-    last = tl.max(keys, 1)
+    orders = order_of(x)
     hit = tl.zeros((x.shape[0],), tl.float32)
     slopes = tl.zeros(x.shape, tl.float32)
     for r in tl.static_range(len(SHARES)):
-        if r > 0:
-            last = tl.max(tl.where(keys < last[:, None], keys, -(2**63)), 1)
-        gap = v - finite_or_zero(scores_of(last))[:, None]
+        order, found = best_of(orders, tl.broadcast_to(wires, x.shape))
+        orders = tl.where(wires == found[:, None], -(2**31), orders)
+        gap = v - finite_or_zero(score_of(order))[:, None]
         softmax, reached = _softmax(tl.where(possible, -beta * tl.abs(gap), float("-inf")), own)
         reached = tl.where(r < count, SHARES[r] * reached, 0.0)
         hit += reached
         sign = tl.where(gap > 0.0, 1.0, tl.where(gap < 0.0, -1.0, 0.0))
         step = reached[:, None] * (tl.where(own, 1.0, 0.0) - softmax) * sign
-        slopes += tl.where(wires == classes_of(last)[:, None], tl.sum(step, 1)[:, None], 0.0) - step
+        slopes += tl.where(wires == found[:, None], tl.sum(step, 1)[:, None], 0.0) - step
     return hit, slopes * beta
 
 

@@ -18,14 +18,11 @@ from torch import Tensor
 from topk.kernels import common
 from topk.kernels.common import (
     aligned,
-    as_float,
-    classes_of,
     finite_or_zero,
     lane,
     row_pointers,
     row_states,
     scan,
-    scores_of,
     softplus,
 )
 from topk.kernels.patched import patched_exponentials
@@ -71,8 +68,8 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
         ignore_index,
         float(margin),
         TERMS=len(ks),
-        KS=common.packed(ks),
-        WEIGHTS=common.packed(weights),
+        KS=tuple(ks),
+        WEIGHTS=tuple(weights),
         VARIANT=variant,
         COUNT=depth,
         **common.whole_row_constants(tiling, scores, depth + 1),
@@ -80,7 +77,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     return loss, places, slopes, field
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     scores_ptr,
     target_ptr,
@@ -114,22 +111,18 @@ def _forward(
     impossible = mine == float("-inf")
     entropy: tl.constexpr = VARIANT == "entropy"
     left_out = None if VARIANT == "calibrated" else target
-    best, rest, _, _ = scan(
+    scores, found, rest, _, _ = scan(
         starts, class_stride, classes, used, left_out, None, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, entropy
     )
     lanes = tl.arange(0, LANES)[None, :]
-    scores = tl.where(lanes < COUNT, scores_of(best), float("-inf"))
-    found = classes_of(best)
     t = finite_or_zero(lane(scores, lanes, COUNT - 1))
 
     loss = tl.zeros((ROWS,), tl.float32)
     slopes = tl.zeros((ROWS, LANES), tl.float32)
     lead = tl.where(scores == float("-inf"), float("-inf"), scores - mine[:, None])
     for i in tl.static_range(TERMS):
-        term, slope = _term(
-            scores, lanes, lead, found < target[:, None], mine, rest, t, margin, VARIANT, (KS >> 32 * i) & 0xFFFFFFFF
-        )
-        weight = as_float((WEIGHTS >> 32 * i) & 0xFFFFFFFF)
+        term, slope = _term(scores, lanes, lead, found < target[:, None], mine, rest, t, margin, VARIANT, KS[i])
+        weight = WEIGHTS[i]
         loss += weight * term
         slopes += weight * slope
     scale = tl.zeros((ROWS,), tl.float32)

@@ -25,15 +25,14 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    classes_of,
     finite_or_zero,
     in_order,
-    insert,
     lane,
     nothing_kept,
-    pack,
+    order_of,
     row_states,
-    scores_of,
+    score_of,
+    take,
 )
 from topk.kernels.patched import patched_exponentials
 from topk.losses.room import Options, Saved, SavedShape
@@ -128,9 +127,9 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     return loss, slopes, kept
 
 
-# The stride is kept from the compiler: knowing it to be 1 it would give a thread neighbouring columns, four or eight
-# at a time, and spread a group over several threads.
-@triton.jit(do_not_specialize=["class_stride"])
+# The rows' stride is kept from the compiler: knowing that rows start at multiples of 16 bytes it would give a thread
+# neighbouring columns, four or eight at a time, and spread a group over several threads.
+@triton.jit(do_not_specialize=["row_stride"])
 def _forward(
     scores_ptr,
     target_ptr,
@@ -244,7 +243,7 @@ def _samples(
     """Stores the classes that are (k + 1)-th in up to four samples; the sums of their noised scores, and `bad`."""
     bad = tl.zeros((), tl.int32)
     if STREAMS:
-        best, bad = _streamed(
+        best, places, bad = _streamed(
             start, classes, class_stride, centre, seed, counter, four, epsilon,
             COUNT, LANES, WIDTH, NOISY, SIZE, GROUPS,
         )  # fmt: skip
@@ -256,8 +255,8 @@ def _samples(
     total = tl.zeros((PLACES,), tl.float32)
     for i in tl.static_range(len(KS)):
         if STREAMS:
-            key = lane(best, tl.arange(0, LANES)[None, :], KS[i])
-            level, found = scores_of(key), classes_of(key)
+            lanes = tl.arange(0, LANES)[None, :]
+            level, found = lane(best, lanes, KS[i]), lane(places, lanes, KS[i])
         else:
             level, found = _ranked(noised, tops, columns, KS[i], GROUPS)
         tl.store(kept + sample * len(KS) + i, tl.where(level > float("-inf"), found, 0), mask=drawn)
@@ -347,24 +346,13 @@ def _least(tile):
 @triton.jit
 def _bisected(noised, tops, K: tl.constexpr):
     """The smallest level that at most K lie above, by bisection of the 32 bits in the order of the numbers."""
-    high = _order_of(tl.max(tops, 1))
+    high = order_of(tl.max(tops, 1))
     low = tl.full(high.shape, _BELOW_MINUS_INFINITY, tl.int32)
     while tl.max((low + 1 < high).to(tl.int32), 0) > 0:
         middle = (low >> 1) + (high >> 1) + (low & high & 1)
-        many = _count_above(noised, _number_at(middle)) > K
+        many = _count_above(noised, score_of(middle)) > K
         low, high = tl.where(many, middle, low), tl.where(many, high, tl.where(low + 1 < high, middle, high))
-    return _number_at(high)
-
-
-@triton.jit
-def _order_of(numbers):
-    bits = numbers.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _number_at(order):
-    return (order ^ ((order >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+    return score_of(high)
 
 
 @triton.jit
@@ -400,8 +388,8 @@ def _streamed(
     SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Keys of the COUNT largest noised scores of every sample (WIDTH, LANES), and 1 if a score is NaN or +inf."""
-    kept, lowest = nothing_kept(WIDTH, COUNT, LANES)
+    """The COUNT largest noised scores of every sample (WIDTH, LANES), their classes, and 1 for NaN or +inf."""
+    kept, kept_classes, last, last_class = nothing_kept(WIDTH, COUNT, LANES)
     bad = tl.zeros((), tl.int32)
     for first in range(0, classes, SIZE * GROUPS):
         x, columns, worse = _tile(start, first, classes, class_stride, centre, SIZE, GROUPS)
@@ -409,27 +397,19 @@ def _streamed(
         reach = tl.max(tl.max(tl.max(x, 1), 1), 0)
         if NOISY:
             reach += epsilon * _LARGEST_NORMAL
-        if reach > tl.min(scores_of(lowest), 0):
+        if reach > tl.min(score_of(last), 0):
             noised = _noised(x, columns, seed, counter, four, epsilon, WIDTH, NOISY)
-            kept, lowest = _insert(kept, lowest, noised, columns)
-    best, _ = in_order(kept, COUNT, LANES)
-    return best, bad
+            kept, kept_classes, last, last_class = take(
+                kept, kept_classes, last, last_class, _flat(noised), _flat(columns), 1, GROUPS
+            )
+    best, places = in_order(kept, kept_classes, COUNT, LANES)
+    return best, places, bad
 
 
 @triton.jit
-def _insert(kept, lowest, noised, columns):
-    """Takes over from a tile (WIDTH, SIZE, GROUPS) what is above the smallest key kept of its sample.
-
-    The best of every group first, then the next of every group: seldom more than three rounds.
-    """
-    tops = tl.max(noised, 1)
-    while tl.max(tl.max(((tops >= scores_of(lowest)[:, None]) & (tops > float("-inf"))).to(tl.int32), 1), 0) > 0:
-        best = noised == tops[:, None, :]
-        found = tl.min(tl.where(best, columns, 0x7FFFFFFF), 1)
-        kept, lowest = insert(kept, lowest, pack(tops, found))
-        noised = tl.where(best & (columns == found[:, None, :]), float("-inf"), noised)
-        tops = tl.max(noised, 1)
-    return kept, lowest
+def _flat(tile):
+    """(n, SIZE, GROUPS) as (n, SIZE GROUPS)."""
+    return tl.reshape(tile, (tile.shape[0], tile.shape[1] * tile.shape[2]))
 
 
 # --- backward --------------------------------------------------------------------------------------------------------
@@ -473,7 +453,7 @@ def backward(
     return patched_exponentials(grad, scores, target, places, pushes, field, ignore_index, reads=False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _added_up(
     scores_ptr,
     target_ptr,

@@ -14,7 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from topk.kernels import common
-from topk.kernels.common import aligned, load_tile, patch_tile, row_pointers, row_states, store_tile, tile_of_program
+from topk.kernels.common import (
+    aligned,
+    exponential,
+    load_tile,
+    patch_tile,
+    row_pointers,
+    row_states,
+    store_tile,
+    tile_of_program,
+)
 
 
 def patched_exponentials(
@@ -58,7 +67,7 @@ def patched_exponentials(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _patched(
     grad_ptr,
     scores_ptr,
@@ -94,7 +103,7 @@ def _patched(
         floor = grad * tl.load(at + 2, mask=used, other=0.0)
         starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
         x = load_tile(starts, columns, class_stride, classes, used)
-        slopes = scale[:, None] * tl.exp(x - m[:, None]) - tl.where(x > float("-inf"), floor[:, None], 0.0)
+        slopes = scale[:, None] * exponential(x - m[:, None]) - tl.where(x > float("-inf"), floor[:, None], 0.0)
     else:
         slopes = tl.broadcast_to(scale[:, None], (ROWS, BLOCK))
     results = row_pointers(result_ptr, row, classes)

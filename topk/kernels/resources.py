@@ -54,6 +54,14 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Described:
+    """What the compiler asks of a tensor: its type, and whether it starts at a multiple of 16 bytes."""
+
+    dtype: torch.dtype
+    aligned: bool
+
+
+@dataclass(frozen=True)
 class Resources:
     """Per thread: registers, and bytes spilled to local memory; per program: bytes of shared memory, and threads."""
 
@@ -85,13 +93,13 @@ def launches_of(room: str, classes: int, kind: torch.dtype, rows: int = 64) -> l
         for extras, options in kernels.examples(rows, classes, device):
             _, *saved = kernels.forward(scores, target, extras, -100, options)
             kernels.backward(grad, scores, target, extras, tuple(saved), -100, options)
-    different = {(launch.kernel, str(_specialised(launch)), launch.warps): launch for launch in launches}
+    different = {(launch.kernel, str(specialised(launch)), launch.warps): launch for launch in launches}
     return list(different.values())
 
 
 def compiled(launch: Launch, capability: int) -> Resources:
     """Compiles the launch for a device of that capability (90 for 9.0), as far as machine code."""
-    signature, constants, attributes = _specialised(launch)
+    signature, constants, attributes = specialised(launch)
     source = ASTSource(launch.function, signature, constants, attributes)
     options = {"num_warps": launch.warps}
     machine_code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -99,7 +107,7 @@ def compiled(launch: Launch, capability: int) -> Resources:
     return Resources(registers, spilled, int(machine_code.metadata.shared), 32 * launch.warps)
 
 
-def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
     """Signature, constants and attributes as at a launch: ones and None are constants, multiples of 16 known."""
     signature: dict[str, str] = {}
     constants = dict(launch.constants)
@@ -108,9 +116,9 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
         unknown = launch.function.params[place].do_not_specialize
         if value is None or (isinstance(value, int) and value == 1 and not unknown):
             constants[name] = value
-        elif isinstance(value, Tensor):
+        elif isinstance(value, (Tensor, Described)):
             signature[name] = _POINTERS[value.dtype]
-            if value.data_ptr() % 16 == 0:
+            if value.aligned if isinstance(value, Described) else value.data_ptr() % 16 == 0:
                 attributes[(place,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"

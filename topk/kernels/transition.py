@@ -18,14 +18,11 @@ from torch import Tensor
 from topk.kernels import common
 from topk.kernels.common import (
     aligned,
-    as_float,
-    classes_of,
     finite_or_zero,
     lane,
     row_pointers,
     row_states,
     scan,
-    scores_of,
 )
 from topk.kernels.patched import patched_exponentials
 from topk.losses.room import Options, Saved, SavedShape
@@ -67,8 +64,8 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
         float(width),
         float(smoothing),
         TERMS=len(ks),
-        KS=common.packed(ks),
-        WEIGHTS=common.packed(weights),
+        KS=tuple(ks),
+        WEIGHTS=tuple(weights),
         GIVEN=len(extras) > 0,
         SMOOTHED=smoothing > 0.0,
         COUNT=ks[-1] + 1,
@@ -77,7 +74,7 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
     return loss, places, slopes, field
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     scores_ptr,
     target_ptr,
@@ -112,14 +109,12 @@ def _forward(
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=float("-inf")).to(tl.float32)
     origin = finite_or_zero(mine) if SMOOTHED else None
-    best, rest, total, possible = scan(
+    scores, found, rest, total, possible = scan(
         starts, class_stride, classes, used, None, origin, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, True
     )
 
     # softmax of the best: exp(x - m) / s, with m the largest score and t the last one kept
     lanes = tl.arange(0, LANES)[None, :]
-    scores = tl.where(lanes < COUNT, scores_of(best), float("-inf"))
-    found = classes_of(best)
     top = lane(scores, lanes, 0)
     m = finite_or_zero(top)
     t = finite_or_zero(lane(scores, lanes, COUNT - 1))
@@ -137,12 +132,12 @@ def _forward(
     on_top = tl.zeros((ROWS, LANES), tl.float32)
     is_mine = found == target[:, None]
     for i in tl.static_range(TERMS):
-        weight = as_float((WEIGHTS >> 32 * i) & 0xFFFFFFFF)
+        weight = WEIGHTS[i]
         if GIVEN:
             a = tl.load(mix_ptr + row.to(tl.int64) * TERMS + i, mask=used, other=0.0)
         else:
-            a = _weight_of_lead(mine, scores, lanes, width, (KS >> 32 * i) & 0xFFFFFFFF)
-        grouped, log_group, pull = _group(p, lanes, is_mine, weight * a, (KS >> 32 * i) & 0xFFFFFFFF)
+            a = _weight_of_lead(mine, scores, lanes, width, KS[i])
+        grouped, log_group, pull = _group(p, lanes, is_mine, weight * a, KS[i])
         loss -= grouped * log_group
         on_top -= pull
         on_mine += grouped - weight
