@@ -1,0 +1,1 @@
+from topk.operators.threshold import threshold_mask
