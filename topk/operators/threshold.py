@@ -31,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from topk.losses.room import buffers, chunks
 from topk.operators.rows import LOWEST, Context, RowFunction, compiled, float_type, order_statistics
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
@@ -50,7 +51,7 @@ class Family(NamedTuple):
         if self.cdf is torch.sigmoid:
             mass = z.sigmoid_()
             total = mass.sum(1)
-            return total, total - torch.linalg.vecdot(mass, mass)
+            return total, total - torch.linalg.vector_norm(mass, dim=1).square()
         mass = self.cdf(z)
         return mass.sum(1), self.density(z, mass).sum(1)
 
@@ -106,12 +107,17 @@ class _Mask(RowFunction):
     def forward(
         scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        family, u, z = FAMILIES[method], *(torch.empty_like(scores, memory_format=torch.contiguous_format) for _ in "uz")
-        anchor, level, found = _by_moments(scores, k, temperature, family, u, z)
-        if not found:
-            anchor, level = _by_order(scores, k, temperature, fixed, family, u, z)
-        torch.sub(u, level[:, None], out=z)
-        return z.sigmoid_() if method == "logistic" else family.cdf(z), level * temperature, anchor
+        mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        anchor, offset = torch.empty_like(temperature), torch.empty_like(temperature)
+        for part in [slice(None)] if compiled() else chunks(scores):
+            z = mask[part]
+            u = torch.empty_like(z) if compiled() else buffers(scores, 1)[0][: z.shape[0]]
+            rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u, z)
+            anchor[part], level = _by_moments(rows) or _by_order(rows)
+            offset[part] = level * rows.temperature
+            torch.sub(u, level[:, None], out=z)
+            z.sigmoid_() if method == "logistic" else z.copy_(rows.family.cdf(z))
+        return mask, offset, anchor
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -158,31 +164,66 @@ class _ForwardMask(_Mask):
         return density * (push - level) / scale, level[:, 0], None
 
 
-def _by_moments(
-    scores: Tensor, k: Tensor, temperature: Tensor, family: Family, u: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor, bool]:
-    """anchor, (b - anchor) / T, and whether it was found: from where b would be if the scores were normally distributed.
+class Rows(NamedTuple):
+    """What the solver knows of some rows, and its work space: u is to become (x - anchor) / T."""
+
+    scores: Tensor
+    k: Tensor
+    temperature: Tensor
+    fixed: float | None  # k, if it is the same number for all rows
+    family: Family
+    u: Tensor
+    z: Tensor
+
+    def standardize(self, anchor: Tensor) -> None:
+        """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
+        torch.sub(self.scores, anchor[:, None], out=self.u)
+        if compiled() or not self.u.is_cpu or bool((self.temperature != 1).any()):
+            self.u.div_(self.temperature[:, None])
+
+    def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next level, the sum S at this one, and |S - k| / k; a few numbers a row, so in float64 if there is any."""
+        n = self.u.shape[1]
+        torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.z)
+        total, slope = (each.to(level.dtype) for each in self.family.sums(self.z))
+        share = total / n
+        link = self.family.quantile(share)
+        gain = n * self.family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
+        return level + (link - aim) * gain, total, (total - k).abs() / k
+
+    def enough(self) -> float:
+        """An excess after which one more step is exact; F that is linear in pieces has no such thing."""
+        eps = torch.finfo(self.u.dtype).eps
+        return 4.0 * eps if self.family.variance is None else 2.0 * math.sqrt(eps)
+
+
+def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
+    """anchor and (b - anchor) / T, from where b would be if the scores were normally distributed; None if not found.
 
     Where the temperature is not far below the scores' spread that is close, and saves the selection.
     """
-    if not scores.is_cpu or compiled() or family.variance is None or not scores.numel():
-        return k, k, False
+    scores, temperature, family, u = rows.scores, rows.temperature, rows.family, rows.u
+    if not scores.is_cpu or compiled() or family.variance is None:
+        return None
     first, n = scores[:, 0], scores.shape[1]
     torch.sub(scores, first[:, None], out=u)
     mean = u.mean(1)
-    spread = (torch.linalg.vecdot(u, u) / n - mean * mean) / family.variance
-    anchor = first + mean - family.quantile(k / n) * (temperature * temperature + spread).sqrt()
-    beyond = torch.full_like(k, torch.inf, dtype=torch.float64)
-    torch.sub(scores, anchor[:, None], out=u)
-    if not bool((temperature == 1).all()):
-        u.div_(temperature[:, None])
-    return anchor, *_newton(u, k, (-beyond, torch.zeros_like(beyond), beyond), family, z, 4)
+    spread = (torch.linalg.vector_norm(u, dim=1).square() / n - mean * mean) / family.variance
+    k = rows.k.to(torch.float64)
+    aim = family.quantile(k / n)
+    anchor = (first + mean - aim * (temperature * temperature + spread).sqrt()).to(scores.dtype)
+    rows.standardize(anchor)
+    level = torch.zeros_like(k)
+    for _ in range(4):
+        level, _, excess = rows.newton(level, k, aim)
+        if bool((excess <= rows.enough()).all()):
+            return anchor, level.to(u.dtype)
+    return None
 
 
-def _by_order(
-    scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, family: Family, u: Tensor, z: Tensor
-) -> tuple[Tensor, Tensor]:
+def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
     """anchor and (b - anchor) / T, from the bracket; what is settled without an equation comes out of it as such."""
+    scores, k, temperature, fixed, family, u, _ = rows
     n, wide = scores.shape[1], float_type(scores)
     upper, lower, largest = order_statistics(scores, k if fixed is None else fixed).unbind(1)
     anchor = torch.where(upper.isfinite(), upper, 0.0)
@@ -193,39 +234,17 @@ def _by_order(
     drop = torch.where(settled, 0.0, (lower - upper) / temperature).to(wide)
     low = drop - family.quantile(goal / (goal.floor() + 1.0))
     high = -family.quantile((goal - goal.ceil() + 1.0) / (n + 1.0 - goal.ceil()))
-    start = (low + high) / 2.0 if family.variance is None else drop / 2.0
-    torch.sub(scores, anchor[:, None], out=u).div_(temperature[:, None])
-    level, _ = _newton(u, goal, (low, start, high), family, z, family.steps)
-    # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
-    far = LOWEST / temperature
-    level = torch.where(full, far / 10.0, torch.where(empty, -10.0 * far, level))
-    return anchor, torch.where(broken, torch.nan, level)
-
-
-def _newton(
-    u: Tensor,  # (rows, n)
-    k: Tensor,  # (rows,)
-    bracket: tuple[Tensor, Tensor, Tensor],  # least, first and greatest level (rows,)
-    family: Family,
-    z: Tensor,  # work space, like u
-    steps: int,
-) -> tuple[Tensor, bool]:
-    """The level (rows,) with sum F(u - level) = k, and whether it is known to be right; in float64 on the way."""
-    n, goal, (low, level, high) = u.shape[1], k.to(bracket[0].dtype), bracket
-    aim, tiny = family.quantile(goal / n), torch.finfo(level.dtype).tiny
-    linear = family.variance is None  # in pieces: then an error does not shrink quadratically
-    enough = 4.0 * torch.finfo(u.dtype).eps if linear else 1e-7 if u.dtype == torch.float64 else 1e-3
-    found = False
-    for _ in range(steps):
-        torch.sub(u, level.to(u.dtype)[:, None], out=z)
-        total, slope = (each.to(level.dtype) for each in family.sums(z))
-        excess = (total - goal).abs() / goal
+    level = (low + high) / 2.0 if family.variance is None else drop / 2.0
+    aim = family.quantile(goal / n)
+    rows.standardize(anchor)
+    for _ in range(family.steps):
+        step, total, excess = rows.newton(level, goal, aim)
         low, high = torch.where(total > goal, level, low), torch.where(total < goal, level, high)
-        link = family.quantile(total / n)
-        step = level + (link - aim) * n * family.density(link, total / n) / slope.clamp(min=tiny)
         inside = (step > low) & (step < high)
         level = torch.where(inside, step, torch.where(excess <= 1e-5, level, (low + high) / 2.0))
-        if u.is_cpu and not compiled() and not bool((~(excess <= enough)).any()):
-            found = True
+        if u.is_cpu and not compiled() and not bool(((excess > rows.enough()) & ~settled).any()):
             break
-    return level.to(u.dtype), found
+    # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
+    far = LOWEST / temperature
+    level = torch.where(full, far / 10.0, torch.where(empty, -10.0 * far, level.to(u.dtype)))
+    return anchor, torch.where(broken, torch.nan, level)
