@@ -111,28 +111,31 @@ def order_statistics(scores: Tensor, k: float | Tensor) -> Tensor:
     return torch.stack((ordered[:, math.ceil(k) - 1], ordered[:, depth - 1], ordered[:, 0]), 1)
 
 
-class _Constant(RowFunction):
-    """A function of scores (rows, n) and k, a number or (rows,), without a derivative."""
+class Constant(RowFunction):
+    """A function without a derivative."""
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.outputs = None if isinstance(output, Tensor) else len(output)
+        ctx.inputs = len(inputs)
+        ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
 
     @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[None, None]:
-        return None, None
+    def backward(ctx: Context, *grads: Tensor) -> tuple[None, ...]:
+        return (None,) * int(ctx.inputs)
 
     @staticmethod
-    def jvp(ctx: Context, *tangents: Any) -> None:
-        return None
+    def jvp(ctx: Context, *tangents: Any) -> Any:
+        return None if ctx.outputs is None else (None,) * ctx.outputs
 
     @classmethod
-    def of(cls, scores: Tensor, k: float | Tensor) -> Tensor:
-        result: Tensor = cls.forward(scores.detach(), k) if compiled() else cls.apply(scores, k)
-        return result
+    def of(cls, *arguments: Any) -> Any:
+        if compiled():
+            return cls.forward(*(each.detach() if isinstance(each, Tensor) else each for each in arguments))
+        return cls.apply(*arguments)
 
 
-class _HardMask(_Constant):
+class _HardMask(Constant):
     """1 on the round(k) largest scores (rows, n), of equal ones those that come first, but never on -inf."""
 
     @staticmethod
@@ -154,7 +157,8 @@ class _HardMask(_Constant):
 
 def hard_mask(scores: Tensor, k: float | Tensor) -> Tensor:
     """1 on the round(k) largest scores (rows, n), of equal ones those that come first; NaN rows where `scores` has any."""
-    return _HardMask.of(scores, k)
+    mask: Tensor = _HardMask.of(scores, k)
+    return mask
 
 
 def float_type(scores: Tensor) -> torch.dtype:

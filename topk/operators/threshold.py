@@ -100,6 +100,13 @@ def threshold_mask(
     return mask
 
 
+def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """anchor and (b - anchor) / T (rows,), without a derivative: +-inf, or nearly so, where it is settled."""
+    u, z = torch.empty_like(scores), torch.empty_like(scores)
+    rows = Rows(scores, k, temperature, None, FAMILIES[method], u, z)
+    return _by_moments(rows) or _by_order(rows)
+
+
 class _Mask(RowFunction):
     """m (rows, n) and b - anchor (rows,), differentiable, and the anchor (rows,), a constant near b."""
 
