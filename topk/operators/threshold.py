@@ -95,9 +95,16 @@ def threshold_mask(
         possible = scores > -torch.inf
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
         return torch.sigmoid((scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None])
+    return threshold(scores, k, temperature, method)[0]
+
+
+def threshold(
+    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask (rows, n), b - anchor and the anchor (rows,)."""
     fixed, goal = (None, k) if isinstance(k, Tensor) else (k, torch.full_like(temperature, k))
-    mask: Tensor = (_Mask if compiled() else _ForwardMask).apply(scores, goal, temperature, fixed, method)[0]
-    return mask
+    mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(scores, goal, temperature, fixed, method)
+    return mask, offset, anchor
 
 
 def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
