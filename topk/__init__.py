@@ -1,6 +1,6 @@
 """Losses that let a classifier guess k times: exact, fast, on any device."""
 
-from topk import metrics
+from topk import metrics, operators
 from topk.functional import (
     class_margins,
     differentiable_topk_loss,
@@ -20,6 +20,7 @@ from topk.modules import (
     TopKHingeLoss,
     TransitionTopKLoss,
 )
+from topk.operators import soft_topk, subset_loss
 from topk.version import __version__
 
 __all__ = [
@@ -37,7 +38,10 @@ __all__ = [
     "ldam_loss",
     "metrics",
     "noised_topk_loss",
+    "operators",
     "smooth_topk_loss",
+    "soft_topk",
+    "subset_loss",
     "topk_hinge_loss",
     "transition_topk_loss",
 ]

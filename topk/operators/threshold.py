@@ -1,0 +1,264 @@
+r"""Soft top-k as a threshold and a distribution function (book, chapter "Soft top-k").
+
+For a distribution function F, scores x and a temperature T, the mask is
+
+    m_i = F((x_i - b) / T),        b such that m_1 + ... + m_n = k,        0 < k <= n, a whole number or not.
+
+* "logistic": entropic optimal transport of the scores to the anchors 0 and 1 with regularisation 2 T (SOFT, Xie et al.
+  2020), whose Sinkhorn iterations are the root of one increasing function;
+* "sparse": F(z) = z on [0, 1], the Euclidean projection of x / T onto {0 <= m <= 1, sum m = k};
+* "laplace": LapSum (Struski et al. 2025); "gaussian": the mean field of Gaussian noise;
+* "fixed": logistic with b = (x_[k] + x_[k+1]) / 2 (DFTopK), whose masks do not sum to k.
+
+The solver. Let Q be the inverse of F and S(b) the sum of the mask. Q(S(b) / n) - Q(k / n) is linear in b where all
+scores are equal, and nearly so elsewhere: Newton's steps on it, from half-way between x_[k] and x_[k+1], need about
+four steps. They are guarded by a bracket that does not depend on the scale of the scores: k + 1 scores are at least
+x_[k+1], hence b >= x_[k+1] - T Q(k / (k+1)), and n - k + 1 are at most x_[k], hence b <= x_[k] - T Q(1 / (n-k+1)).
+
+The derivative. With f_i = F'(z_i), z = (x - b) / T, and <f, 1> their sum, the implicit function theorem gives
+
+    T db = (<f, dx> - <f, z> dT - T dk) / <f, 1>,
+
+so that the Jacobian of the mask in x, (diag(f) - f f^T / <f, 1>) / T, is symmetric, and dm / dk = f / <f, 1>.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from topk.losses.room import buffers, chunks
+from topk.operators.rows import LOWEST, Context, RowFunction, compiled, float_type, order_statistics
+
+_SQRT_2PI = math.sqrt(2.0 * math.pi)
+
+
+class Family(NamedTuple):
+    """F, its density at z given m = F(z), its inverse, how many Newton steps are always enough, and both sums at once."""
+
+    cdf: Callable[[Tensor], Tensor]
+    density: Callable[[Tensor, Tensor], Tensor]
+    quantile: Callable[[Tensor], Tensor]
+    variance: float | None  # of the distribution; None where F is piecewise linear
+    steps: int = 6
+
+    def sums(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """sum F and sum F' (rows,); z may be overwritten."""
+        if self.cdf is torch.sigmoid:
+            mass = z.sigmoid_()
+            total = mass.sum(1)
+            return total, total - torch.linalg.vector_norm(mass, dim=1).square()
+        mass = self.cdf(z)
+        return mass.sum(1), self.density(z, mass).sum(1)
+
+
+def _laplace_tail(z: Tensor) -> Tensor:
+    return 0.5 * torch.where(z < 0, z, -z).exp()
+
+
+def _laplace_cdf(z: Tensor) -> Tensor:
+    tail = _laplace_tail(z)
+    return torch.where(z < 0, tail, 1.0 - tail)
+
+
+def _laplace_quantile(p: Tensor) -> Tensor:
+    return torch.where(p < 0.5, (2.0 * p).log(), -(2.0 - 2.0 * p).log())
+
+
+FAMILIES = {
+    "logistic": Family(
+        torch.sigmoid, lambda z, m: torch.addcmul(m, m, m, value=-1.0), torch.logit, math.pi**2 / 3.0
+    ),
+    "laplace": Family(_laplace_cdf, lambda z, m: _laplace_tail(z), _laplace_quantile, 2.0),
+    "gaussian": Family(torch.special.ndtr, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
+    "sparse": Family(
+        lambda z: z.clamp(0.0, 1.0), lambda z, m: ((z >= 0) & (z <= 1)).to(z.dtype), lambda p: p, None, steps=16
+    ),
+}
+METHODS = (*FAMILIES, "fixed")
+
+
+def threshold_mask(
+    scores: Tensor,  # (rows, n)
+    k: float | Tensor,  # a number, or (rows,)
+    temperature: Tensor,  # (rows,)
+    method: str,
+) -> Tensor:
+    """The mask (rows, n)."""
+    if method == "fixed":
+        count, n = int(k), scores.shape[1]
+        level = scores.topk(min(count + 1, n), dim=1).values[:, count - 1 :].mean(1)
+        possible = scores > -torch.inf
+        level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
+        return torch.sigmoid((scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None])
+    return threshold(scores, k, temperature, method)[0]
+
+
+def threshold(
+    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask (rows, n), b - anchor and the anchor (rows,)."""
+    fixed, goal = (None, k) if isinstance(k, Tensor) else (k, torch.full_like(temperature, k))
+    mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(scores, goal, temperature, fixed, method)
+    return mask, offset, anchor
+
+
+def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """anchor and (b - anchor) / T (rows,), without a derivative: +-inf, or nearly so, where it is settled."""
+    u, z = torch.empty_like(scores), torch.empty_like(scores)
+    rows = Rows(scores, k, temperature, None, FAMILIES[method], u, z)
+    return _by_moments(rows) or _by_order(rows)
+
+
+class _Mask(RowFunction):
+    """m (rows, n) and b - anchor (rows,), differentiable, and the anchor (rows,), a constant near b."""
+
+    @staticmethod
+    def forward(
+        scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
+        anchor, offset = torch.empty_like(temperature), torch.empty_like(temperature)
+        for part in [slice(None)] if compiled() else chunks(scores):
+            z = mask[part]
+            u = torch.empty_like(z) if compiled() else buffers(scores, 1)[0][: z.shape[0]]
+            rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u, z)
+            anchor[part], level = _by_moments(rows) or _by_order(rows)
+            offset[part] = level * rows.temperature
+            torch.sub(u, level[:, None], out=z)
+            z.sigmoid_() if method == "logistic" else z.copy_(rows.family.cdf(z))
+        return mask, offset, anchor
+
+    @staticmethod
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(inputs[0], inputs[2], *output)
+        ctx.save_for_forward(inputs[0], inputs[2], *output)
+        ctx.method = inputs[4]
+
+    @staticmethod
+    def slopes(ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """f and z (rows, n), the temperature and 1 / <f, 1> (rows, 1), the latter 0 where nothing moves."""
+        scores, temperature, mask, offset, anchor = ctx.saved_tensors
+        z = ((scores - anchor[:, None]).clamp(min=LOWEST) - offset[:, None]) / temperature[:, None]
+        density = FAMILIES[ctx.method].density(z, mask)
+        total = density.sum(1, keepdim=True)
+        inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
+        return density, z, temperature[:, None], inverse
+
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor, grad_offset: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        density, z, temperature, inverse = _Mask.slopes(ctx)
+        direct = density * grad / temperature
+        share = (grad_offset[:, None] - direct.sum(1, keepdim=True)) * inverse
+        gradient = direct + share * density
+        for_temperature = -(gradient * z).sum(1) if ctx.needs_input_grad[2] else None
+        return gradient, -(share * temperature)[:, 0], for_temperature, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return (_Mask if compiled() else _ForwardMask).fold(info, in_dims, *arguments)
+
+
+class _ForwardMask(_Mask):
+    @staticmethod
+    def jvp(ctx: Context, scores: Tensor | None, k: Tensor | None, temperature: Tensor | None, *_: Any) -> Any:
+        density, z, scale, inverse = _Mask.slopes(ctx)
+        push = torch.zeros_like(z) if scores is None else scores
+        if temperature is not None:
+            push = push - z * temperature[:, None]
+        level = (density * push).sum(1, keepdim=True)
+        if k is not None:
+            level = level - scale * k[:, None]
+        level = level * inverse
+        return density * (push - level) / scale, level[:, 0], None
+
+
+class Rows(NamedTuple):
+    """What the solver knows of some rows, and its work space: u is to become (x - anchor) / T."""
+
+    scores: Tensor
+    k: Tensor
+    temperature: Tensor
+    fixed: float | None  # k, if it is the same number for all rows
+    family: Family
+    u: Tensor
+    z: Tensor
+
+    def standardize(self, anchor: Tensor) -> None:
+        """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
+        torch.sub(self.scores, anchor[:, None], out=self.u)
+        if compiled() or not self.u.is_cpu or bool((self.temperature != 1).any()):
+            self.u.div_(self.temperature[:, None])
+
+    def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The next level, the sum S at this one, and |S - k| / k; a few numbers a row, so in float64 if there is any."""
+        n = self.u.shape[1]
+        torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.z)
+        total, slope = (each.to(level.dtype) for each in self.family.sums(self.z))
+        share = total / n
+        link = self.family.quantile(share)
+        gain = n * self.family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
+        return level + (link - aim) * gain, total, (total - k).abs() / k
+
+    def enough(self) -> float:
+        """An excess after which one more step is exact; F that is linear in pieces has no such thing."""
+        eps = torch.finfo(self.u.dtype).eps
+        return 4.0 * eps if self.family.variance is None else 2.0 * math.sqrt(eps)
+
+
+def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
+    """anchor and (b - anchor) / T, from where b would be if the scores were normally distributed; None if not found.
+
+    Where the temperature is not far below the scores' spread that is close, and saves the selection.
+    """
+    scores, temperature, family, u = rows.scores, rows.temperature, rows.family, rows.u
+    if not scores.is_cpu or compiled() or family.variance is None:
+        return None
+    first, n = scores[:, 0], scores.shape[1]
+    torch.sub(scores, first[:, None], out=u)
+    mean = u.mean(1)
+    spread = (torch.linalg.vector_norm(u, dim=1).square() / n - mean * mean) / family.variance
+    k = rows.k.to(torch.float64)
+    aim = family.quantile(k / n)
+    anchor = (first + mean - aim * (temperature * temperature + spread).sqrt()).to(scores.dtype)
+    rows.standardize(anchor)
+    level = torch.zeros_like(k)
+    for _ in range(4):
+        level, _, excess = rows.newton(level, k, aim)
+        if bool((excess <= rows.enough()).all()):
+            return anchor, level.to(u.dtype)
+    return None
+
+
+def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
+    """anchor and (b - anchor) / T, from the bracket; what is settled without an equation comes out of it as such."""
+    scores, k, temperature, fixed, family, u, _ = rows
+    n, wide = scores.shape[1], float_type(scores)
+    upper, lower, largest = order_statistics(scores, k if fixed is None else fixed).unbind(1)
+    anchor = torch.where(upper.isfinite(), upper, 0.0)
+    full, empty = (lower == -torch.inf) | (k >= n), k <= 0
+    broken = ~((k >= 0) & (k <= n) & (largest < torch.inf) & (temperature > 0))
+    settled = full | empty | broken
+    goal = torch.where(settled, 0.5, k).to(wide)
+    drop = torch.where(settled, 0.0, (lower - upper) / temperature).to(wide)
+    low = drop - family.quantile(goal / (goal.floor() + 1.0))
+    high = -family.quantile((goal - goal.ceil() + 1.0) / (n + 1.0 - goal.ceil()))
+    level = (low + high) / 2.0 if family.variance is None else drop / 2.0
+    aim = family.quantile(goal / n)
+    rows.standardize(anchor)
+    for _ in range(family.steps):
+        step, total, excess = rows.newton(level, goal, aim)
+        low, high = torch.where(total > goal, level, low), torch.where(total < goal, level, high)
+        inside = (step > low) & (step < high)
+        level = torch.where(inside, step, torch.where(excess <= 1e-5, level, (low + high) / 2.0))
+        if u.is_cpu and not compiled() and not bool(((excess > rows.enough()) & ~settled).any()):
+            break
+    # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
+    far = LOWEST / temperature
+    level = torch.where(full, far / 10.0, torch.where(empty, -10.0 * far, level.to(u.dtype)))
+    return anchor, torch.where(broken, torch.nan, level)
