@@ -53,14 +53,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _sweep(chosen: argparse.Namespace) -> int:
     found, chapter = sweep.read(chosen.file), chosen.file.name.split(".")[0]
-    for item in sweep.pending(
-        chapter, {name: it.at(chosen.profile) for name, it in found.items()}, sweep.known(chapter)
-    ):
+    sized = {name: it.at(chosen.profile) for name, it in found.items()}
+    for item in sweep.pending(sized, sweep.known(chapter)):
         print(f"{item['sweep']}: {item['runs']} runs, {item['recorded']} have a record")
     if not chosen.dry_run:
-        frame = sweep.records_of(
-            chapter, found, profile=chosen.profile, records="run", engine=chosen.engine, jobs=chosen.jobs
-        )
+        how = {"profile": chosen.profile, "engine": chosen.engine, "jobs": chosen.jobs}
+        frame = sweep.records_of(chapter, found, records="run", **how)
         print(f"{len(frame)} runs have their records; python -m topk_lab gather {chapter} puts new ones into the table")
     return 0
 
@@ -84,15 +82,9 @@ def _check(chosen: argparse.Namespace) -> int:
 
 def _reproduce(chosen: argparse.Namespace) -> int:
     compared = sweep.reproduce(chosen.chapter, chosen.key, chosen.tolerance)
-    for item in compared:
-        print(
-            f"{item.metric:28} then {item.then:<10.6g} now {item.now:<10.6g} allowed {item.low:.6g} to {item.high:.6g}",
-            end="",
-        )
-        print("" if item.holds else "  DIFFERS")
-    held = sum(item.holds for item in compared)
-    print(f"{held} of {len(compared)} metrics reproduced")
-    return 0 if held == len(compared) else 1
+    print(compared.to_string(index=False))
+    print(f"{compared['holds'].sum()} of {len(compared)} metrics reproduced")
+    return 0 if compared["holds"].all() else 1
 
 
 def _data(chosen: argparse.Namespace) -> int:

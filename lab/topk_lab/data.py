@@ -1,4 +1,4 @@
-"""Data sets by their settings (chapter 14): CIFAR-100, 64 x 64 ImageNet, image trees, frozen features, words.
+"""Data sets by their settings (chapter 14): CIFAR-100, 64 x 64 ImageNet, frozen features, words.
 
 `load(settings)` gives arrays, class names, counts and a fingerprint. What the settings change is done in this order,
 and each step draws from a stream of its own, so that none depends on whether another was asked for:
@@ -30,8 +30,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,7 +43,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
+
+from topk_lab.records import plain, save_array
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -87,14 +89,6 @@ class ImageNet64(_Common):
     name: Literal["imagenet64"]
 
 
-class ImageTree(_Common):
-    """A tree train/<class>/... and val/<class>/... whose images stay in their files."""
-
-    name: Literal["tree"]
-    path: str
-    size: Annotated[int, Field(ge=1, le=4096)] = 224
-
-
 class Features(_Common):
     """What `topk_lab.features` extracted, by the name it is stored under."""
 
@@ -109,7 +103,7 @@ class Sample(_Common):
 
 
 class Words(_Common):
-    """Next words of the King James Version: `context` tokens before, one of the `vocabulary` commonest next."""
+    """Next words of the King James Version: `context` tokens before, one of the `vocabulary` commonest comes next."""
 
     name: Literal["words"]
     vocabulary: Annotated[int, Field(ge=2)] = 3000
@@ -117,10 +111,7 @@ class Words(_Common):
     rows: int | None = 400_000  # of the training split, from its beginning; None: all
 
 
-Data = Annotated[
-    Cifar100 | ImageNet64 | ImageTree | Features | Sample | Words,
-    Field(discriminator="name"),
-]
+Data = Annotated[Cifar100 | ImageNet64 | Features | Sample | Words, Field(discriminator="name")]
 
 
 # --- what is loaded ---
@@ -128,11 +119,11 @@ Data = Annotated[
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs: uint8 images (rows, height, width, channels), float features (rows, ...), token numbers (rows, context),
-    or a data set of image files; int64 labels; `clean` the true ones where `labels` carry noise.
+    """Inputs are uint8 images (rows, height, width, channels), features (rows, ...) or token numbers (rows, context);
+    labels int64; `clean` the true ones where `labels` carry noise.
     """
 
-    inputs: Array | Dataset[Any]
+    inputs: Array
     labels: Array
     clean: Array | None = None
 
@@ -165,8 +156,13 @@ class Parts:
     superclasses: Mapping[str, list[str]] | None = None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    about: Mapping[str, Any] = None  # type: ignore[assignment]
-    held_out: Array | None = None  # rows of the training split that a share of `validation` takes first to last
+    about: Mapping[str, Any] = field(default_factory=dict)  # the origin of features, the vocabulary of words
+    verse: Array | None = None  # of every training row of the words
+
+    @cached_property
+    def digests(self) -> dict[str, str]:
+        """Every part's `digest`."""
+        return {name: digest(split) for name, split in self.parts.items()}
 
 
 def cache() -> Path:
@@ -179,10 +175,10 @@ def load(settings: Mapping[str, Any] | _Common) -> DataSet:
     full = settings if isinstance(settings, _Common) else TypeAdapter[Any](Data).validate_python(settings)
     found = parts_of(full)
     training = [split for name, split in found.parts.items() if name.startswith("train")]
-    whole = training[0] if len(training) == 1 else _joined(training)
+    whole = Split(*(np.concatenate(arrays) for arrays in zip(*((x.inputs, x.labels) for x in training), strict=True)))
     (test,) = (split for name, split in found.parts.items() if not name.startswith("train"))
     superclass = _superclass(found)
-    out, rows = _hold_out(whole.labels, found.held_out, full)
+    out, rows = _hold_out(whole.labels, found.verse, full)
     labels = _noisy(whole.labels, superclass, len(found.classes), full)
     rows = _fraction(whole.labels, rows, full)
     rows = _long_tail(whole.labels, rows, full)
@@ -197,35 +193,21 @@ def load(settings: Mapping[str, Any] | _Common) -> DataSet:
         mean=found.mean,
         std=found.std,
         fingerprint=fingerprint(full.model_dump(), found),
-        about=found.about or {},
+        about=found.about,
     )
 
 
 def fingerprint(settings: Mapping[str, Any], found: Parts) -> str:
     """Identifies settings and content."""
-    from topk_lab.records import plain
-
-    digests = {name: digest(split) for name, split in found.parts.items()}
-    return hashlib.sha256(json.dumps([VERSION, plain(settings), digests], sort_keys=True).encode()).hexdigest()
-
-
-_digests: dict[int, tuple[Split, str]] = {}
+    return hashlib.sha256(json.dumps([VERSION, plain(settings), found.digests], sort_keys=True).encode()).hexdigest()
 
 
 def digest(split: Split) -> str:
-    """The SHA-256 of labels, type, shape and elements; of a tree its files' names and sizes stand for the elements."""
-    if id(split) not in _digests:
-        found = hashlib.sha256(split.labels.astype("<i8").tobytes())
-        if isinstance(split.inputs, np.ndarray):
-            found.update(f"{split.inputs.dtype.str}{split.inputs.shape}".encode())
-            found.update(np.ascontiguousarray(split.inputs).data)
-        else:
-            files: Any = split.inputs
-            found.update(
-                "".join(f"{Path(path).name} {Path(path).stat().st_size}\n" for path, _ in files.samples).encode()
-            )
-        _digests[id(split)] = split, found.hexdigest()  # the split is kept, so that its id stays its own
-    return _digests[id(split)][1]
+    """The SHA-256 of labels, type, shape and elements."""
+    found = hashlib.sha256(split.labels.astype("<i8").tobytes())
+    found.update(f"{split.inputs.dtype.str}{split.inputs.shape}".encode())
+    found.update(np.ascontiguousarray(split.inputs).data)
+    return found.hexdigest()
 
 
 def parts_of(settings: _Common) -> Parts:
@@ -237,8 +219,6 @@ def parts_of(settings: _Common) -> Parts:
             return _sample()
         case Words():
             return _words(settings.vocabulary, settings.context, settings.rows)
-        case ImageTree():
-            return _tree(Path(settings.path).expanduser(), settings.size)
         case _:
             return images(settings.name)  # type: ignore[attr-defined]
 
@@ -315,7 +295,7 @@ def _jpegs(folder: Path) -> Parts:
 
 def _torchvision_cifar100(folder: Path, *, download: bool) -> Parts:
     """Rows ordered by class and, within a class, as published; 250 training images of each class in either half."""
-    from torchvision.datasets import CIFAR100  # type: ignore[import-untyped]
+    from torchvision.datasets import CIFAR100
 
     if download and not (folder / CIFAR100.base_folder).is_dir():
         pooch.retrieve(
@@ -333,72 +313,29 @@ def _torchvision_cifar100(folder: Path, *, download: bool) -> Parts:
         **{f"train-{half}": Split(train.data[rows[:, half].ravel()], labels[rows[:, half].ravel()]) for half in (0, 1)},
         "test": Split(test.data[order], np.asarray(test.targets)[order]),
     }
-    superclasses: dict[str, list[str]] = {name: list(names) for name, names in _sample().superclasses.items()}  # type: ignore[union-attr]
-    return Parts(parts, tuple(train.classes), superclasses)
-
-
-def _image_folder(root: Path, part: str, transform: Any) -> Any:
-    """torchvision's ImageFolder; Tiny-ImageNet's validation images lie in one folder, their classes in a text file."""
-    from torchvision.datasets import ImageFolder
-
-    listed = root / part / "val_annotations.txt"
-    if not listed.is_file():
-        return ImageFolder(root / part, transform)
-
-    class Tiny(ImageFolder):  # type: ignore[misc]
-        def find_classes(self, directory: Any) -> tuple[list[str], dict[str, int]]:
-            names = sorted(item.name for item in (root / "train").iterdir() if item.is_dir())
-            return names, {name: label for label, name in enumerate(names)}
-
-        def make_dataset(self, directory: Any, class_to_idx: dict[str, int], *_: Any, **__: Any) -> list[Any]:  # type: ignore[override]
-            pairs = (line.split("\t")[:2] for line in listed.read_text().splitlines())
-            return sorted((str(root / part / "images" / file), class_to_idx[wnid]) for file, wnid in pairs)
-
-    return Tiny(root / part, transform)
+    return Parts(parts, tuple(train.classes), _sample().superclasses)
 
 
 def _small_tree(folder: Path, size: int) -> Parts:
-    """A tree of images whose middle squares, scaled to `size`, are kept in the cache as one array."""
+    """A tree train/<class>/, val/<class>/ of images whose middle squares, scaled to `size`, are kept as one array."""
+    from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2
 
     square = v2.Compose([v2.PILToTensor(), v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-    parts, classes = {}, tuple[str, ...]()
-    for part in ("train", "val"):
-        files = _image_folder(folder, part, square)
-        classes = tuple(files.classes)
-        labels = np.array([label for _, label in files.samples])
+    trees = {part: ImageFolder(folder / part, square) for part in ("train", "val")}
+    if trees["train"].classes != trees["val"].classes:
+        raise ValueError(
+            f"{folder}/val must have the folders of train, one a class, got {trees['val'].classes[:3]}, ..."
+        )
+    parts = {}
+    for part, files in trees.items():
         key = hashlib.sha256("".join(f"{path}\n" for path, _ in files.samples).encode()).hexdigest()[:16]
         path = cache() / "images" / f"{folder.name}-{part}-{size}px-{key}.npy"
         if not path.is_file():
-            batches = DataLoader(files, 256, num_workers=min(8, os.cpu_count() or 1))
-            rows = torch.cat([pixels for pixels, _ in batches]).permute(0, 2, 3, 1).contiguous().numpy()
-            save_array(path, rows)
-        parts[part] = Split(np.load(path, mmap_mode="r"), labels)
-    return Parts(parts, classes)
-
-
-def _tree(root: Path, size: int) -> Parts:
-    """Images that stay in their files: random crops for training, the middle for testing."""
-    from torchvision.transforms import v2
-
-    last = [v2.PILToTensor()]
-    crop = v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip(), *last])
-    middle = v2.Compose([v2.Resize(round(size * 256 / 224), antialias=True), v2.CenterCrop(size), *last])
-    train, test = _image_folder(root, "train", crop), _image_folder(root, "val", middle)
-    parts = {"train": train, "val": test}
-    splits = {name: Split(files, np.array([label for _, label in files.samples])) for name, files in parts.items()}
-    return Parts(splits, tuple(train.classes), mean=IMAGENET_MEAN, std=IMAGENET_STD)
-
-
-def save_array(path: Path, array: Array) -> None:
-    """A .npy file, complete or absent."""
-    from topk_lab.records import write_whole
-
-    def write(new: Path) -> None:
-        with new.open("wb") as file:
-            np.save(file, array)
-
-    write_whole(path, write)
+            rows = [pixels for pixels, _ in DataLoader(files, 256, num_workers=min(8, os.cpu_count() or 1))]
+            save_array(path, torch.cat(rows).permute(0, 2, 3, 1).contiguous().numpy())
+        parts[part] = Split(np.load(path, mmap_mode="r"), np.array(files.targets))
+    return Parts(parts, tuple(trees["train"].classes))
 
 
 # --- features, the sample, words ---
@@ -470,7 +407,7 @@ def _words(vocabulary: int, context: int, rows: int | None) -> Parts:
 
     train, verse = split(training, rows)
     test, _ = split(text[::10], None)
-    return Parts({"train": train, "test": test}, tuple(names), about={"vocabulary": vocabulary}, held_out=verse)
+    return Parts({"train": train, "test": test}, tuple(names), about={"vocabulary": vocabulary}, verse=verse)
 
 
 # --- what the settings change ---
@@ -480,11 +417,6 @@ def bits(seed: int, name: str, count: int) -> Array:
     """`count` raw 64-bit numbers of the stream with this name: the same for ever, whatever else was drawn."""
     stream = np.random.SeedSequence([seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")])
     return np.asarray(np.random.PCG64(stream).random_raw(count), dtype=np.uint64)
-
-
-def _joined(splits: list[Split]) -> Split:
-    inputs: list[Any] = [split.inputs for split in splits]
-    return Split(np.concatenate(inputs), np.concatenate([split.labels for split in splits]))
 
 
 def _superclass(found: Parts) -> Array | None:
@@ -526,9 +458,7 @@ def _noisy(labels: Array, superclass: Array | None, classes: int, settings: _Com
         return labels
     group = np.arange(classes) // _BLOCK if settings.noise_layout == "block" else superclass
     if group is None:
-        raise ValueError(
-            "data.noise is noise within superclasses, and this set has none; noise_layout: block needs none"
-        )
+        raise ValueError("data.noise is within superclasses, and this set has none; noise_layout: block needs none")
     sizes = np.bincount(group)
     table = np.zeros((len(sizes), sizes.max()), dtype=np.int64)
     for number in range(len(sizes)):
@@ -560,10 +490,7 @@ def _first_of_each_class(labels: Array, rows: Array, sizes: Array, seed: int, na
 
 
 def _chosen(split: Split, labels: Array, rows: Array) -> Split:
-    inputs: Any = split.inputs
-    if len(rows) < len(split):
-        inputs = inputs[rows] if isinstance(inputs, np.ndarray) else torch.utils.data.Subset(inputs, rows.tolist())
-    return Split(inputs, labels[rows], split.labels[rows] if labels is not split.labels else None)
+    return Split(split.inputs[rows], labels[rows], split.labels[rows] if labels is not split.labels else None)
 
 
 # --- batches ---
@@ -572,16 +499,7 @@ def _chosen(split: Split, labels: Array, rows: Array) -> Split:
 class Batches:
     """A split in batches, in an order that only depends on the seed and the number of the epoch.
 
-    Arrays lie on the device as a whole and small images are augmented there; image files come through a DataLoader.
-
-    Args:
-        split: what to go through.
-        batch: rows a batch.
-        data: whose mean and std images are normalised by.
-        device: where batches are made.
-        shuffle: the seed of the order, which changes every epoch; None: the stored order, all rows.
-        crop: pixels by which training images are moved at most; the border is mirrored.
-        flip: whether half of the training images are mirrored.
+    The arrays lie on the device as a whole; images are normalised there, and augmented where rows are shuffled.
     """
 
     def __init__(
@@ -591,22 +509,20 @@ class Batches:
         data: DataSet,
         device: torch.device,
         *,
-        shuffle: int | None = None,
-        crop: int = 0,
-        flip: bool = False,
+        shuffle: int | None = None,  # the seed of the order; None: as stored
+        crop: int = 0,  # pixels by which images are moved at most; the border is mirrored
+        flip: bool = False,  # whether half of the images are mirrored
     ) -> None:
         self.split, self.batch, self.data, self.device = split, batch, data, device
         self.shuffle, self.crop, self.flip = shuffle, crop, flip
-        self.drop_last = shuffle is not None and len(split) >= batch
+        whole = shuffle is not None and len(split) >= batch  # no incomplete last batch
+        self.rows = len(split) // batch * batch if whole else len(split)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.inputs = None
-        if isinstance(split.inputs, np.ndarray):
-            self.inputs = torch.from_numpy(np.array(split.inputs)).to(device)
-            self.inputs = self.inputs.float() if self.inputs.is_floating_point() else self.inputs
-        self.images = self.inputs is None or self.inputs.dtype == torch.uint8
+        self.inputs = torch.from_numpy(np.array(split.inputs)).to(device)
+        self.images = self.inputs.dtype == torch.uint8
 
     def __len__(self) -> int:
-        return len(self.split) // self.batch if self.drop_last else -(-len(self.split) // self.batch)
+        return -(-self.rows // self.batch)
 
     def epoch(self, number: int = 0, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of an epoch from its batch `first` on."""
@@ -615,34 +531,16 @@ class Batches:
             generator = torch.Generator().manual_seed(self.shuffle)
             for _ in range(number + 1):
                 order = torch.randperm(len(self.split), generator=generator)
-        order = order[first * self.batch : len(self) * self.batch]
-        if self.inputs is None:
-            yield from self._from_files(order, number)
-            return
-        order = order.to(self.device)
+        order = order[first * self.batch : self.rows].to(self.device)
         for place, rows in enumerate(order.split(self.batch)):
             inputs = self.inputs.index_select(0, rows)
             if self.images:
                 inputs = self._normalised(inputs.permute(0, 3, 1, 2))
-            if self.images and self.shuffle is not None:
-                seed = (self.shuffle + 7919 * (number * len(self) + first + place + 1)) % 2**63
-                draw = torch.Generator(self.device).manual_seed(seed)
-                inputs = augmented(inputs, self.crop, self.flip, draw)
-            yield inputs, self.labels[rows]
-
-    def _from_files(self, order: Tensor, number: int) -> Iterator[tuple[Tensor, Tensor]]:
-        files: Any = self.split.inputs
-        workers = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-        generator = torch.Generator().manual_seed(((self.shuffle or 0) + number) % 2**63)
-        loader = DataLoader(
-            files, self.batch, sampler=order.tolist(), num_workers=workers, generator=generator,
-            pin_memory=self.device.type == "cuda",
-        )  # fmt: skip
-        start = 0
-        for pixels, _ in loader:  # the labels are the split's: files do not know of noise
-            rows = order[start : start + len(pixels)].to(self.device)
-            start += len(pixels)
-            yield self._normalised(pixels.to(self.device, non_blocking=True)), self.labels[rows]
+                if self.shuffle is not None:
+                    place_of_run = number * len(self) + first + place
+                    draw = torch.Generator(self.device).manual_seed((self.shuffle + 7919 * (place_of_run + 1)) % 2**63)
+                    inputs = augmented(inputs, self.crop, self.flip, draw)
+            yield inputs.float() if inputs.is_floating_point() else inputs, self.labels[rows]
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """uint8 (rows, channels, height, width) to float32, channels last in memory."""

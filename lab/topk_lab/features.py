@@ -2,27 +2,27 @@
 
     python -m topk_lab features cifar100 --weights FILE --size 96 --components 256
 
-Three kinds of set, each named after what made it, so that every record of a run on it tells the images, the network,
-the size and the weights (the first digits of their hash):
+Three kinds of set, each named after what made it, so that every record of a run on it tells images, network, size and
+weights (the first digits of their hash):
 
     cifar100-mobilenet_v2-96px-bd2900e0f611            what enters the network's last linear layer
     cifar100-mobilenet_v2-96px-bd2900e0f611-pca256     its 256 principal components
-    cifar100-mobilenet_v2-96px-bd2900e0f611-cut14      the activations before block 14 of `features`, for training the rest
+    cifar100-mobilenet_v2-96px-bd2900e0f611-cut14      activations before block 14, for training the rest
 
 A set carries its origin in full (about.json); a name whose origin is another is refused. An interrupted extraction
 goes on with the next part.
 
 With m the mean and C the covariance of the *training* rows, and v_1, v_2, ... the eigenvectors of C by falling
-eigenvalue, the components of a row x are (v_j . (x - m)) / s. One number s for all keeps the geometry: it makes the mean
-square of a training row's components 1. Test rows have no say. Of v_j and -v_j the one whose largest entry is positive
-is taken.
+eigenvalue, the components of a row x are (v_j . (x - m)) / s. One number s for all keeps the geometry: it makes the
+mean square of a training row's components 1. Of v_j and -v_j the one whose largest entry is positive is taken.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from topk_lab import data
 from topk_lab.data import Array, Parts, Split
-from topk_lab.records import write_whole
+from topk_lab.records import save_array, write_whole
 
 VERSION = 1
 """Part of every set's origin: a change of what is computed needs another."""
@@ -63,7 +63,7 @@ def extract(
         components: how many principal components to keep; None: the features themselves.
         cut: stop before this block of the network's `features`; None: before its last linear layer.
         batch: images at a time.
-        device: "cpu", "cuda", ...; None: a GPU if there is one.
+        device: None: a GPU if there is one.
         progress: whether to show a bar with the time left.
     """
     if components is not None and cut is not None:
@@ -71,8 +71,8 @@ def extract(
     state, found = state_of(network, weights), data.images(images)
     print_of_weights = digest(state)
     name = f"{images}-{network}-{size}px-{print_of_weights[:12]}" + ("" if cut is None else f"-cut{cut}")
-    origin: dict[str, Any] = {
-        "images": {part: data.digest(split) for part, split in found.parts.items()},
+    origin = {
+        "images": found.digests,
         "network": network,
         "weights": print_of_weights,
         "size": size,
@@ -93,20 +93,15 @@ def extract(
 def reduce(name: str, count: int) -> str:
     """The principal components of a set, stored as a set of their own."""
     found = data.feature_set(name)
-    origin = {
-        "features": {part: data.digest(split) for part, split in found.parts.items()},
-        "weights": found.about["weights"],
-        "components": count,
-        "version": VERSION,
-    }
-    fit: list[tuple[Array, Array]] = []
+    weights = found.about["weights"]
+    origin = {"features": found.digests, "weights": weights, "components": count, "version": VERSION}
+
+    @cache
+    def fit() -> tuple[Array, Array]:
+        return fitted(np.concatenate([x.inputs for part, x in found.parts.items() if part.startswith("train")]), count)
 
     def rows(part: str) -> Array:
-        if not fit:
-            training = [split.inputs for key, split in found.parts.items() if key.startswith("train")]
-            fit.append(fitted(np.concatenate(training), count))  # type: ignore[arg-type]
-        mean, directions = fit[0]
-        inputs: Any = found.parts[part].inputs
+        (mean, directions), inputs = fit(), found.parts[part].inputs
         blocks = [(inputs[start : start + _ROWS] - mean) @ directions for start in range(0, len(inputs), _ROWS)]
         return np.concatenate(blocks).astype(np.float32)
 
@@ -133,23 +128,17 @@ def fitted(inputs: Array, count: int) -> tuple[Array, Array]:
 def _store(name: str, found: Parts, origin: Mapping[str, Any], rows: Callable[[str], Array]) -> None:
     """Writes the parts that are not there, then about.json, without which there is no set."""
     folder = data.feature_folder(name)
-    about = {
-        "origin": origin,
-        "classes": found.classes,
-        "superclasses": found.superclasses,
-        "parts": list(found.parts),
-    }
+    about = {"origin": origin, "classes": found.classes, "superclasses": found.superclasses, "parts": list(found.parts)}
     text = json.dumps(about, sort_keys=True, indent=1)
-    started = folder / "started.json"
-    for stated in (folder / "about.json", started):
-        if stated.is_file() and json.loads(stated.read_text(encoding="utf-8")) != json.loads(text):
+    for stated in (folder / "about.json", folder / "started.json"):
+        if stated.is_file() and stated.read_text(encoding="utf-8") != text:
             raise ValueError(f"{folder} holds another set under this name: move it away")
-    write_whole(started, lambda new: new.write_text(text, encoding="utf-8"))
+    write_whole(folder / "started.json", lambda file: file.write(text.encode()))
     for part, split in found.parts.items():
         if not (folder / f"{part}.inputs.npy").is_file():
-            data.save_array(folder / f"{part}.labels.npy", split.labels)
-            data.save_array(folder / f"{part}.inputs.npy", rows(part))
-    write_whole(folder / "about.json", lambda new: new.write_text(text, encoding="utf-8"))
+            save_array(folder / f"{part}.labels.npy", split.labels)
+            save_array(folder / f"{part}.inputs.npy", rows(part))
+    write_whole(folder / "about.json", lambda file: file.write(text.encode()))
 
 
 # --- the network ---
@@ -157,7 +146,7 @@ def _store(name: str, found: Parts, origin: Mapping[str, Any], rows: Callable[[s
 
 def state_of(network: str, weights: str) -> dict[str, Tensor]:
     """The weights of a torchvision model: a local file's, or the published ones of that name, downloaded once."""
-    import torchvision  # type: ignore[import-untyped]
+    import torchvision
 
     if Path(weights).is_file():
         found: dict[str, Tensor] = torch.load(weights, map_location="cpu", weights_only=True)
@@ -180,14 +169,14 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 def backbone(network: str, state: Mapping[str, Tensor], cut: int | None = None) -> nn.Module:
     """The network with these weights, in evaluation mode, up to its last linear layer or before block `cut`."""
-    net = loaded(network, state)
+    net: Any = loaded(network, state)
     if cut is not None:
-        net = net.features[:cut]  # type: ignore[index]
+        net = net.features[:cut]
     else:
-        name = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
-        parent, _, last = name.rpartition(".")
+        parent, _, last = _last_linear(net).rpartition(".")
         setattr(net.get_submodule(parent), last, nn.Identity())
-    return net.eval().requires_grad_(False)
+    found: nn.Module = net.eval().requires_grad_(False)
+    return found
 
 
 def loaded(network: str, state: Mapping[str, Tensor]) -> nn.Module:
@@ -197,36 +186,29 @@ def loaded(network: str, state: Mapping[str, Tensor]) -> nn.Module:
     net: nn.Module = torchvision.models.get_model(network, weights=None)
     if not any(name.startswith("features.") for name in state) and hasattr(net, "features"):
         state = {f"features.{name}": value for name, value in state.items()}
-    last = [name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
     missing, unknown = net.load_state_dict(dict(state), strict=False)
-    missing = [name for name in missing if not name.startswith(last) and not name.endswith("num_batches_tracked")]
+    missing = [x for x in missing if not x.startswith(_last_linear(net)) and not x.endswith("num_batches_tracked")]
     if missing or unknown:
         raise ValueError(f"weights do not fit {network}: missing {missing[:3]}, unknown {unknown[:3]}")
     return net
+
+
+def _last_linear(net: nn.Module) -> str:
+    return str([name for name, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1])
 
 
 @torch.inference_mode()
 def _activations(
     net: nn.Module, split: Split, size: int, batch: int, device: torch.device, title: str | None, *, half: bool
 ) -> Array:
-    found: list[Array] = []
-    with tqdm(total=len(split), desc=title, unit="image", disable=title is None) as bar:
-        for planes in _scaled(split, size, batch, device):
-            rows = net(planes)
-            rows = rows.half() if half else rows.flatten(1).float()
-            found.append(rows.cpu().contiguous().numpy())
-            bar.update(len(planes))
-    return np.concatenate(found)
-
-
-def _scaled(split: Split, size: int, batch: int, device: torch.device) -> Iterator[Tensor]:
-    mean = torch.tensor(data.IMAGENET_MEAN, dtype=torch.float64)
-    std = torch.tensor(data.IMAGENET_STD, dtype=torch.float64)
+    mean, std = (torch.tensor(x, dtype=torch.float64) for x in (data.IMAGENET_MEAN, data.IMAGENET_STD))
     scale, shift = (x.float().to(device)[:, None, None] for x in (1 / (255 * std), -mean / std))
-    inputs: Any = split.inputs
-    for start in range(0, len(split), batch):
-        planes = torch.from_numpy(np.array(inputs[start : start + batch])).to(device).permute(0, 3, 1, 2)
+    found = []
+    for start in tqdm(range(0, len(split), batch), desc=title, unit="batch", disable=title is None):
+        planes = torch.from_numpy(np.array(split.inputs[start : start + batch])).to(device).permute(0, 3, 1, 2)
         planes = planes.to(torch.float32, memory_format=torch.channels_last).mul_(scale).add_(shift)
         if planes.shape[-2:] != (size, size):
             planes = F.interpolate(planes, (size, size), mode="bilinear", antialias=True)
-        yield planes.contiguous(memory_format=torch.channels_last)
+        rows = net(planes.contiguous(memory_format=torch.channels_last))
+        found.append((rows.half() if half else rows.flatten(1).float()).cpu().contiguous().numpy())
+    return np.concatenate(found)

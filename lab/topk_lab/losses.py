@@ -23,26 +23,25 @@ from torch.nn import functional as F
 
 import topk
 from topk_lab.data import Array
+from topk_lab.records import rows_of
 
 TOLERANCE = 1e-5
 """By how much, relative to 1 or above, today's loss or gradient may differ from a record's probe."""
 # What the loop decides, or what changes no number.
 _NOT_SETTINGS = ("self", "size_average", "reduce", "reduction", "ignore_index", "generator", "backend", "log_prior")
-_PROBE_ROWS, _DIGITS = 4, 9
 
 
 class BalancedSoftmax(nn.Module):
-    """Cross-entropy of x + log(rows of each class) (Ren et al. 2020): training prefers frequent classes, so that the
-    scores alone need not (chapter 17).
-    """
+    """Cross-entropy of x + log(share of each class) (Ren et al. 2020): what training prefers, x need not (ch. 17)."""
 
+    log_prior: Tensor  # (classes,)
     weight: Tensor | None
 
     def __init__(self, log_prior: Tensor, weight: Tensor | None = None, reduction: str = "mean") -> None:
         super().__init__()
-        self.reduction = reduction
-        self.register_buffer("log_prior", log_prior)  # (classes,)
+        self.register_buffer("log_prior", log_prior)
         self.register_buffer("weight", weight)
+        self.reduction = reduction
 
     def forward(self, scores: Tensor, target: Tensor) -> Tensor:
         """Scores (rows, classes)."""
@@ -63,7 +62,7 @@ LOSSES: dict[str, type[nn.Module]] = {
 
 
 def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All keywords of a loss with their defaults, as JSON has them; unknown names and keywords are refused."""
+    """All keywords of a loss with their defaults; unknown names and keywords are refused."""
     name = settings.get("name")
     if name not in LOSSES:
         raise ValueError(f"loss.name must be one of {', '.join(LOSSES)}, got {name!r}")
@@ -85,11 +84,7 @@ def complete(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(
-    settings: Mapping[str, Any],
-    counts: Array,
-    *,
-    generator: torch.Generator | None = None,
-    reduction: str = "sum",
+    settings: Mapping[str, Any], counts: Array, *, generator: torch.Generator | None = None, reduction: str = "sum"
 ) -> nn.Module:
     """The loss as a module.
 
@@ -101,22 +96,21 @@ def build(
     """
     full = complete(settings)
     name, rows = full.pop("name"), torch.as_tensor(counts).double().clamp(min=1)
-    if isinstance(full.get("margins"), str):
-        if full["margins"] != "class":
-            raise ValueError(f"loss.margins must be 'class', a number or a list, got {full['margins']!r}")
-        full["margins"] = topk.class_margins(rows.float(), full.pop("max_margin"))
-    for key in ("weight", "margins"):
+    known = {"margins": "class", "weight": "balanced"}
+    for key, word in known.items():
+        if isinstance(full.get(key), str) and full[key] != word:
+            raise ValueError(f"loss.{key} must be {word!r}, a list or null, got {full[key]!r}")
         if isinstance(full.get(key), list | tuple):
             full[key] = torch.tensor(full[key], dtype=torch.float32)
+    if isinstance(full.get("margins"), str):
+        full["margins"] = topk.class_margins(rows.float(), full.pop("max_margin"))
     if isinstance(full["weight"], str):
-        if full["weight"] != "balanced":
-            raise ValueError(f"loss.weight must be 'balanced', a list or null, got {full['weight']!r}")
         full["weight"] = (rows.sum() / (len(rows) * rows)).float()
-    if name == "noised":
-        full["generator"] = generator
-    if name == "balanced_softmax":
-        full["log_prior"] = (rows / rows.sum()).log().float()
-    return LOSSES[name](**full, reduction=reduction)
+    own: dict[str, dict[str, Any]] = {
+        "noised": {"generator": generator},
+        "balanced_softmax": {"log_prior": (rows / rows.sum()).log().float()},
+    }
+    return LOSSES[name](**full, **own.get(name, {}), reduction=reduction)
 
 
 # --- the probe ---
@@ -126,59 +120,40 @@ def probe(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Loss and gradient on four rows of float64 scores whose right classes rank first, second, sixth and among the
     last, with class counts of a long tail, and a generator that starts from 0.
     """
-    classes = _classes(settings)
-    scores, target = _rows(classes)
+    k = settings.get("k") or 1
+    listed = [len(settings[x]) for x in ("weight", "margins") if isinstance(settings.get(x), list | tuple)]
+    classes = listed[0] if listed else max(24, (max(map(int, k)) if isinstance(k, Mapping) else int(k)) + 4)
+    position = torch.arange(4 * classes, dtype=torch.float64).reshape(4, classes)
+    scores = 3 * torch.sin(1.7 * position + 0.01 * position**2)  # no ties, and the same in every version of torch
+    ranks = torch.tensor([0, 1, 5, classes - 3]).clamp(0, classes - 1)
+    target = scores.argsort(1, descending=True).gather(1, ranks[:, None])[:, 0]
     counts = np.ceil(500 * 0.01 ** (np.arange(classes) / (classes - 1))).astype(np.int64)
     module = build(settings, counts, generator=torch.Generator().manual_seed(0), reduction="mean").double()
     scores.requires_grad_()
     value = module(scores, target)
     (gradient,) = torch.autograd.grad(value, scores)
-    return {"loss": round(value.item(), _DIGITS), "gradient": [round(x, _DIGITS) for x in gradient.flatten().tolist()]}
-
-
-def _classes(settings: Mapping[str, Any]) -> int:
-    """Room for every k of the loss; exactly as many as it has weights or margins where it lists them."""
-    for name in ("weight", "margins"):
-        if isinstance(settings.get(name), list | tuple):
-            return len(settings[name])
-    k = settings.get("k") or 1
-    return max(24, (max(map(int, k)) if isinstance(k, Mapping) else int(k)) + 4)
-
-
-def _rows(classes: int) -> tuple[Tensor, Tensor]:
-    """Scores without ties or random numbers, so that every version of torch has the same."""
-    position = torch.arange(_PROBE_ROWS * classes, dtype=torch.float64).reshape(_PROBE_ROWS, classes)
-    scores = 3 * torch.sin(1.7 * position + 0.01 * position**2)
-    order = scores.argsort(1, descending=True)
-    ranks = torch.tensor([0, 1, 5, classes - 3]).clamp(0, classes - 1)
-    return scores, order.gather(1, ranks[:, None])[:, 0]
+    return {"loss": round(value.item(), 9), "gradient": [round(x, 9) for x in gradient.flatten().tolist()]}
 
 
 def stale(frame: pd.DataFrame) -> dict[str, str]:
     """{key: why} of the records whose loss is no longer computed as it was when they were made."""
-    found = {}
-    for row in frame[frame["probe.loss"].notna()].itertuples() if "probe.loss" in frame else ():
-        record = row._asdict() if False else frame.loc[row.Index]
-        loss = json.loads(record["config"])["loss"]
-        reason = _difference(loss, record["probe.loss"], record["probe.gradient"])
-        if reason:
-            found[str(record["key"])] = reason
+    found: dict[str, str] = {}
+    for row in rows_of(frame):
+        if "probe.loss" not in row:  # a chapter that is its own experiment
+            continue
+        then = np.array([row["probe.loss"], *row["probe.gradient"]])
+        try:
+            today = _probe_of(json.dumps(json.loads(row["config"])["loss"], sort_keys=True))
+        except (TypeError, ValueError) as error:
+            found[row["key"]] = f"today's loss refuses its settings: {error}"
+            continue
+        apart = float((np.abs(today - then) / np.maximum(1, np.abs(then))).max()) if len(today) == len(then) else np.inf
+        if apart > TOLERANCE:
+            found[row["key"]] = f"on the probe its loss or gradient differs by {apart:.2g}"
     return found
 
 
-def _difference(loss: Mapping[str, Any], value: float, gradient: Array) -> str | None:
-    try:
-        today = _probe_of(json.dumps(loss, sort_keys=True))
-    except (TypeError, ValueError) as error:
-        return f"today's loss refuses its settings: {error}"
-    now = np.array([today["loss"], *today["gradient"]])
-    then = np.array([value, *gradient])
-    if now.shape != then.shape:
-        return f"its probe has {len(then)} numbers, today's {len(now)}"
-    apart = float((np.abs(now - then) / np.maximum(1, np.abs(then))).max())
-    return f"on the probe its loss or gradient differs by {apart:.2g}" if apart > TOLERANCE else None
-
-
 @cache
-def _probe_of(loss: str) -> dict[str, Any]:
-    return probe(json.loads(loss))
+def _probe_of(loss: str) -> Array:
+    found = probe(json.loads(loss))
+    return np.array([found["loss"], *found["gradient"]])

@@ -8,6 +8,7 @@ head's at 1 for them, and give it (say 30) for cross-entropy.
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 import torch
@@ -35,12 +36,14 @@ class Cosine(Strict):
     scale: Positive = 1.0
 
 
-class _WithHead(Strict):
+class WithHead(Strict):
+    """What ends in a layer of scores."""
+
     head: Literal["linear", "cosine"] = "linear"
     scale: Positive = 1.0  # of cosines
 
 
-class Mlp(_WithHead):
+class Mlp(WithHead):
     """`layers` hidden layers of `hidden` rectified units."""
 
     name: Literal["mlp"]
@@ -49,20 +52,20 @@ class Mlp(_WithHead):
     dropout: Share = 0.0
 
 
-class ResNet18(_WithHead):
+class ResNet18(WithHead):
     """torchvision's, its first layer one 3 x 3 convolution without pooling, as is usual for small images."""
 
     name: Literal["resnet18"]
 
 
-class Fast(_WithHead):
+class Fast(WithHead):
     """A net that learns fast (`FastNet`), of three widths."""
 
     name: Literal["fast"]
     width: Literal["quarter", "half", "full"] = "quarter"
 
 
-class LastBlocks(_WithHead):
+class LastBlocks(WithHead):
     """What comes after the cut of a set of cached activations (`topk_lab.features`), pretrained, and a new head."""
 
     name: Literal["last_blocks"]
@@ -70,7 +73,7 @@ class LastBlocks(_WithHead):
     dropout: Share = 0.0
 
 
-class NextWord(_WithHead):
+class NextWord(WithHead):
     """Embedded tokens, joined, then one layer of `hidden` units, then a score for every word."""
 
     name: Literal["next_word"]
@@ -78,10 +81,7 @@ class NextWord(_WithHead):
     hidden: Count = 16
 
 
-Model = Annotated[
-    Linear | Cosine | Mlp | ResNet18 | Fast | LastBlocks | NextWord,
-    Field(discriminator="name"),
-]
+Model = Annotated[Linear | Cosine | Mlp | ResNet18 | Fast | LastBlocks | NextWord, Field(discriminator="name")]
 _WIDTHS = {"quarter": (24, 64, 96), "half": (48, 128, 192), "full": (64, 256, 256)}
 
 
@@ -94,14 +94,11 @@ def build(settings: Any, classes: int, inputs: Tensor, about: Any = None) -> nn.
         inputs: some rows of the training split as the model will see them, (rows, ...).
         about: the origin of a set of features, and the `vocabulary` of words.
     """
-    features = inputs[0].numel()
     match settings:
-        case Linear():
-            return nn.Sequential(nn.Flatten(), LinearHead(features, classes))
-        case Cosine():
-            return nn.Sequential(nn.Flatten(), CosineHead(features, classes, settings.scale))
+        case Linear() | Cosine():
+            return nn.Sequential(nn.Flatten(), _head(inputs[0].numel(), classes, settings))
         case Mlp():
-            return _perceptron(features, classes, settings)
+            return _perceptron(inputs[0].numel(), classes, settings)
         case ResNet18():
             return _resnet18(inputs.shape[1], classes, settings)
         case Fast():
@@ -141,8 +138,8 @@ class CosineHead(nn.Module):
             return self.scale * F.linear(F.normalize(inputs.float()), F.normalize(self.weight))
 
 
-def _head(features: int, classes: int, settings: _WithHead) -> nn.Module:
-    if settings.head == "cosine":
+def _head(features: int, classes: int, settings: Any) -> nn.Module:
+    if "cosine" in (settings.name, getattr(settings, "head", None)):
         return CosineHead(features, classes, settings.scale)
     return LinearHead(features, classes)
 
@@ -158,7 +155,7 @@ def _perceptron(features: int, classes: int, settings: Mlp) -> nn.Module:
 
 
 def _resnet18(channels: int, classes: int, settings: ResNet18) -> nn.Module:
-    from torchvision.models import resnet18  # type: ignore[import-untyped]
+    from torchvision.models import resnet18
 
     net: nn.Module = resnet18(weights=None)
     net.conv1 = nn.Conv2d(channels, 64, 3, 1, 1, bias=False)
@@ -172,27 +169,25 @@ def _resnet18(channels: int, classes: int, settings: ResNet18) -> nn.Module:
 
 
 class FastNet(nn.Module):
-    """After the speed-run recipes for CIFAR-10 (Page 2018, Jordan 2024): the first filters are the eigenvectors of 2 x 2
-    patches, scaled so that every output has variance 1, with both signs, and stay as they are; then three stages of two
-    convolutions, each stage pooled early; the largest value of every channel goes to the head.
+    """After the speed-run recipes for CIFAR-10 (Page 2018, Jordan 2024): the first filters whiten 2 x 2 patches, with
+    both signs, and stay as they are; then three stages of two convolutions, each pooled early; the largest value of
+    every channel goes to the head.
     """
 
     def __init__(self, inputs: Tensor, widths: tuple[int, ...], head: Any) -> None:
         super().__init__()
         filters = whitening(inputs)
-        self.whiten = nn.Conv2d(inputs.shape[1], 2 * len(filters), 2)
-        with torch.no_grad():
-            self.whiten.weight.copy_(torch.cat([filters, -filters]))
-            nn.init.zeros_(self.whiten.bias)
-        self.whiten.weight.requires_grad_(False)
-        channels = (2 * len(filters), *widths)
-        pairs = zip(channels[:-1], channels[1:], strict=True)
+        self.register_buffer("filters", torch.cat([filters, -filters]))
+        self.shift = nn.Parameter(torch.zeros(2 * len(filters)))
+        pairs = itertools.pairwise((2 * len(filters), *widths))
         self.stages = nn.Sequential(*(_stage(before, after) for before, after in pairs))
         self.head = head(widths[-1])
 
+    filters: Tensor
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Images (rows, channels, height, width) to scores."""
-        planes = self.stages(F.gelu(self.whiten(inputs)))
+        planes = self.stages(F.gelu(F.conv2d(inputs, self.filters, self.shift)))
         scores: Tensor = self.head(planes.amax((2, 3)))
         return scores
 
@@ -203,7 +198,7 @@ def whitening(inputs: Tensor) -> Tensor:
     patches = inputs.float().unfold(2, 2, 1).unfold(3, 2, 1)  # (rows, channels, h - 1, w - 1, 2, 2)
     flat = patches.permute(0, 2, 3, 1, 4, 5).reshape(-1, channels * 4)
     values, vectors = torch.linalg.eigh(torch.cov(flat.T))
-    scaled = vectors / torch.sqrt(values + 5e-4)  # tiny eigenvalues are noise: not blown up
+    scaled: Tensor = vectors / torch.sqrt(values + 5e-4)  # tiny eigenvalues are noise: not blown up
     return scaled.T.reshape(-1, channels, 2, 2)
 
 

@@ -10,18 +10,18 @@ A row holds, by column:
     data.* model.* loss.*       every setting again in a column of its own; `loss.k` and what else may be a mapping or a
       training.* seed           list is JSON text: `5` or `{"1": 0.5, "5": 0.5}`, see `k_of`
     top1 ... candidates_99 ...  what was measured on the test split; `curve` lists the accuracies of 1, 2, ... guesses
-    validation.*                the same on the validation split, where there is one; `validation_clean.*` on its true
-                                labels where they carry noise
+    validation.*                the same on the validation split; `validation_clean.*` on true labels where it has noise
     train.loss train.top1 ...   of the last epoch's batches, as they were trained on
     ranks                       uint8 a test image: how many classes score above the right one, 255 and above as 255
     epochs                      JSON: every epoch's numbers
-    seconds parameters pretrained data_fingerprint precision
-    probe.loss probe.gradient   its loss on fixed scores (`topk_lab.losses.probe`); see `stale`
-    notebook notebook_parameters   the chapter that ran it through papermill, and its parameters as JSON
-    result code                 of a run that is a notebook: what it gave as JSON, the hash of its cells
+    seconds parameters pretrained data_fingerprint precision failure
+    probe.loss probe.gradient   its loss on fixed scores (`topk_lab.losses`)
+    contender candidate         which of the sweep's contenders, which candidate of its tuning
+    notebook notebook_parameters   the chapter that ran it, and its papermill parameters as JSON
+    result                      of a chapter that is its own experiment: what it gave, as JSON
     commit date profile threads hardware.* versions.*
 
-A run that is under way or not yet gathered is a JSON file of such a row in a scratch folder (`topk_lab.sweep`).
+A finished run that is not yet gathered is a JSON file of its row in a scratch folder (`topk_lab.sweep`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pandas as pd
@@ -41,67 +41,61 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 SCHEMA = 2
-FOLDER_VARIABLE = "TOPK_RESULTS"
-_METADATA = b"topk_lab"
+_ABOUT = b"topk_lab"  # the table's own key in the file's metadata
 _SECTIONS = ("data", "model", "loss", "training")
 
 Row = dict[str, Any]
 
 
-# --- tables ---
-
-
 def folder() -> Path:
     """Where the tables are: `$TOPK_RESULTS`, else book/results of the checkout, else those in the installed package."""
-    if chosen := os.environ.get(FOLDER_VARIABLE):
-        return Path(chosen)
     here = Path(__file__).resolve().parent
     checkout = here.parents[1] / "book" / "results"
-    return checkout if checkout.is_dir() else here / "results"
+    return Path(os.environ.get("TOPK_RESULTS") or (checkout if checkout.is_dir() else here / "results"))
 
 
-def chapters(place: Path | None = None) -> list[str]:
+def chapters() -> list[str]:
     """The chapters that have a table."""
-    return sorted(path.stem for path in (place or folder()).glob("*.parquet"))
+    return sorted(path.stem for path in folder().glob("*.parquet"))
 
 
-def load(
-    chapter: str, sweep: str | None = None, where: Mapping[str, Any] | None = None, place: Path | None = None
-) -> pd.DataFrame:
+def load(chapter: str, sweep: str | None = None, where: Mapping[str, Any] | None = None) -> pd.DataFrame:
     """A chapter's runs; empty where it has no table yet.
 
     Args:
         chapter: such as "14_cifar100".
         sweep: only the runs of this sweep.
         where: {column: value} that the runs must have; a list means any of its values.
-        place: the folder of the tables; None: see `folder`.
     """
-    path = (place or folder()) / f"{chapter}.parquet"
+    path = folder() / f"{chapter}.parquet"
     frame = pq.read_table(path).to_pandas() if path.exists() else pd.DataFrame(columns=["key", "sweep", "config"])
     for column, value in {**({} if sweep is None else {"sweep": sweep}), **(where or {})}.items():
         frame = frame[frame[column].isin(value if isinstance(value, list) else [value])]
     return frame.dropna(axis="columns", how="all").reset_index(drop=True) if where or sweep else frame
 
 
-def sweeps(chapter: str, place: Path | None = None) -> list[dict[str, Any]]:
+def sweeps(chapter: str) -> list[dict[str, Any]]:
     """What the chapter's table says of its sweeps: `sweep`, `runs` asked for, `recorded` ones, `command`."""
-    path = (place or folder()) / f"{chapter}.parquet"
+    path = folder() / f"{chapter}.parquet"
     metadata = (pq.read_schema(path).metadata or {}) if path.exists() else {}
-    found: list[dict[str, Any]] = json.loads(metadata.get(_METADATA, b"[]"))
+    found: list[dict[str, Any]] = json.loads(metadata.get(_ABOUT, b"[]"))
     return found
 
 
-def write(
-    chapter: str, rows: Sequence[Mapping[str, Any]], about: Sequence[Mapping[str, Any]], place: Path | None = None
-) -> Path:
+def write(chapter: str, rows: Sequence[Row], about: Sequence[Mapping[str, Any]]) -> Path:
     """Replaces the chapter's table in one step; `about` is what `sweeps` will tell."""
     rows = sorted(rows, key=lambda row: (row.get("sweep") or "", row["key"]))
     names = dict.fromkeys(name for row in rows for name in row)
     table = pa.table({name: _column([row.get(name) for row in rows]) for name in names})
-    table = table.replace_schema_metadata({_METADATA: json.dumps(list(about), sort_keys=True)})
-    path = (place or folder()) / f"{chapter}.parquet"
-    write_whole(path, lambda new: pq.write_table(table, new, compression="zstd", compression_level=19))
+    table = table.replace_schema_metadata({_ABOUT: json.dumps(list(about), sort_keys=True)})
+    path = folder() / f"{chapter}.parquet"
+    write_whole(path, lambda file: pq.write_table(table, file, compression="zstd", compression_level=19))
     return path
+
+
+def save_array(path: Path, array: np.ndarray[Any, Any]) -> None:
+    """A .npy file, complete or absent."""
+    write_whole(path, lambda file: np.save(file, array))
 
 
 def _column(values: list[Any]) -> pa.Array:
@@ -111,14 +105,14 @@ def _column(values: list[Any]) -> pa.Array:
         return pa.array([None if value is None else text_of(value) for value in values])
 
 
-def write_whole(path: Path, write_to: Any) -> None:
-    """Calls `write_to(path beside it)` and renames: the file is complete or as it was, and on the disk afterwards."""
+def write_whole(path: Path, write_to: Callable[[BinaryIO], Any]) -> None:
+    """Calls `write_to(file)`, flushes and renames: at any moment the file is complete or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=path.parent)
-    os.close(handle)
     try:
-        write_to(Path(name))
-        with open(name, "rb") as file:
+        with os.fdopen(handle, "wb") as file:
+            write_to(file)
+            file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
@@ -127,12 +121,6 @@ def write_whole(path: Path, write_to: Any) -> None:
 
 
 # --- rows ---
-
-
-def rows_of(frame: pd.DataFrame) -> list[Row]:
-    """The frame's rows as mappings, without what is missing."""
-    rows = frame.to_dict("records")
-    return [{str(name): value for name, value in row.items() if not _missing(value)} for row in rows]
 
 
 def row(
@@ -145,27 +133,25 @@ def row(
     """One run as a row.
 
     Args:
-        config: the whole configuration; of a notebook's run {notebook, parameters}.
+        config: the whole configuration; of a chapter that is its own experiment {notebook, parameters}.
         result: `final` metrics, `epochs`, and single values (`seconds`, `parameters`, ...).
         probe: `topk_lab.losses.probe` of the run's loss.
         provenance: see `topk_lab.train.provenance`.
         about: further columns, such as sweep and notebook.
     """
-    config = plain(config)
-    final, epochs = dict(result["final"]), result["epochs"]
+    config, final, epochs = plain(config), result["final"], result["epochs"]
     found: Row = {"key": key_of(config), "schema": SCHEMA, "config": text_of(config), **about}
     if "notebook" in config:
         found |= {"notebook": config["notebook"], "notebook_parameters": text_of(config["parameters"])}
         found |= {"result": text_of(final)}
     else:
-        found |= {name: value for part in _SECTIONS for name, value in _settings(part, config[part])}
-        found |= {"seed": config["seed"]}
-        found |= _joined(final)
-        found |= {f"train.{name}": value for name, value in (epochs[-1]["training"] if epochs else {}).items()}
-    found |= {"epochs": text_of(epochs)}
-    found |= {name: value for name, value in result.items() if name not in ("final", "epochs")}
-    found |= {f"probe.{name}": value for name, value in (probe or {}).items()}
-    return found | _joined(provenance)
+        for name, value in _joined({part: config[part] for part in _SECTIONS}).items():
+            found[name] = text_of(value) if isinstance(value, list | dict) or name == "loss.k" else value
+        found |= (
+            {"seed": config["seed"]} | _joined(final) | _joined({"train": epochs[-1]["training"] if epochs else {}})
+        )
+    found |= {"epochs": text_of(epochs)} | {x: value for x, value in result.items() if x not in ("final", "epochs")}
+    return found | _joined({"probe": probe or {}}) | _joined(provenance)
 
 
 def _joined(values: Mapping[str, Any]) -> Row:
@@ -177,10 +163,13 @@ def _joined(values: Mapping[str, Any]) -> Row:
     return found
 
 
-def _settings(section: str, settings: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    for name, value in settings.items():
-        as_text = isinstance(value, list | dict) or name == "k"
-        yield f"{section}.{name}", text_of(value) if as_text else value
+def rows_of(frame: pd.DataFrame) -> list[Row]:
+    """The frame's rows as mappings, without what is missing."""
+    rows = frame.to_dict("records")
+    return [
+        {str(name): x for name, x in row.items() if not (x is None or (isinstance(x, float) and x != x))}
+        for row in rows
+    ]
 
 
 def key_of(config: Mapping[str, Any]) -> str:
@@ -218,17 +207,10 @@ def ranks_of(frame: pd.DataFrame) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.stack([np.frombuffer(value, dtype=np.uint8) for value in frame["ranks"]])
 
 
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and np.isnan(value))
-
-
-# --- scratch: a run that just ended ---
-
-
 def save(row: Row, path: Path) -> None:
     """One row as a JSON file, complete or absent."""
     ready = {**row, "ranks": base64.b64encode(row["ranks"]).decode()} if "ranks" in row else row
-    write_whole(path, lambda new: new.write_text(json.dumps(ready, allow_nan=False), encoding="utf-8"))
+    write_whole(path, lambda file: file.write(json.dumps(ready, allow_nan=False).encode()))
 
 
 def restore(path: Path) -> Row:

@@ -33,6 +33,7 @@ that come to the same configuration are one run. Rows say `sweep` (NAME, or NAME
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import json
@@ -40,9 +41,10 @@ import math
 import os
 import re
 import shutil
+import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,15 +57,19 @@ from pydantic import ValidationError, model_validator
 from scipy import stats
 from tqdm import tqdm
 
-from topk_lab import data, losses, records, train
+from topk_lab import data, losses, train
+from topk_lab import records as tables
 from topk_lab.data import Strict
 from topk_lab.train import Config
 
-Profile = Literal["smoke", "laptop", "full"]
 PROFILES = ("smoke", "laptop", "full")
 CONFIDENCE = 0.99
-_FEWEST = 3  # runs that differ in the seed only, for an interval
-_Section = dict[str, Any]
+FEWEST = 3
+"""Runs that differ in the seed only, for an interval."""
+_METRIC = re.compile(r"((validation|train)\.)?(\w+_)?(top\d+|\d+|nll|ece|loss)")
+
+Section = dict[str, Any]
+Search = dict[str, "Range | list[Any]"]
 
 
 # --- what a sweep asks for ---
@@ -85,28 +91,29 @@ class Range(Strict):
     def at(self, share: float) -> float:
         """The value at this share of the range, to three digits."""
         low, high = self.log or self.uniform or (0.0, 1.0)
-        value = low * (high / low) ** share if self.log else low + (high - low) * share
-        return float(f"{value:.3g}")
-
-
-Search = dict[str, Range | list[Any]]
+        return float(f"{low * (high / low) ** share if self.log else low + (high - low) * share:.3g}")
 
 
 class Contender(Strict):
     """One loss, and what goes with it."""
 
     name: str = ""
-    loss: _Section
-    model: _Section = {}
-    training: _Section = {}
+    loss: Section
+    model: Section = {}
+    training: Section = {}
     search: Search = {}
+
+    def title(self) -> str:
+        """Its name, or its loss in one line."""
+        settings = (f"{name}={tables.text_of(value)}" for name, value in self.loss.items() if name != "name")
+        return self.name or " ".join([str(self.loss["name"]), *settings])
 
 
 class Tuning(Strict):
     """How every contender's settings are chosen."""
 
-    data: _Section = {}
-    training: _Section = {}
+    data: Section = {}
+    training: Section = {}
     seeds: list[int] = [1000]
     metric: str = "validation.top5"
     candidates: int | None = None
@@ -117,29 +124,30 @@ class Sweep(Strict):
     """See this module's description."""
 
     description: str = ""
-    data: _Section
-    model: _Section
-    training: _Section = {}
+    data: Section
+    model: Section
+    training: Section = {}
     seeds: list[int] = [0]
     data_seed_follows: bool = False  # whether data.seed is the run's seed in the runs that count
     conditions: dict[str, list[Any]] = {}
     contenders: list[Contender]
     tuning: Tuning | None = None
     threads: int | None = 1
-    profiles: dict[Profile, _Section] = {}
+    profiles: dict[Literal["smoke", "laptop", "full"], Section] = {}
 
     def at(self, profile: str) -> Sweep:
         """The sweep in another size."""
-        over = self.profiles.get(profile, {})  # type: ignore[call-overload]
+        over = {str(name): value for name, value in self.profiles.items()}.get(profile, {})
         return Sweep.model_validate(_merged(self.model_dump(exclude_unset=True), over))
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run that a sweep asks for."""
+    """A run that a sweep asks for; `about` are columns of its row."""
 
     config: Config
-    about: Mapping[str, Any] = field(default_factory=dict)  # columns of its row
+    threads: int | None
+    about: Mapping[str, Any]
 
 
 def read(path: Path) -> dict[str, Sweep]:
@@ -160,17 +168,14 @@ _Loader.add_implicit_resolver(
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings over mappings; a section that names something else (`name`) replaces the one below."""
+    """Mappings over mappings; a section with another `name` replaces the one below, and so does a `k`."""
     found = copy.deepcopy(dict(below))
     for name, value in above.items():
         old = found.get(name)
-        other = (
-            isinstance(old, dict)
-            and isinstance(value, Mapping)
-            and value.get("name", old.get("name")) != old.get("name")
-        )
-        both = isinstance(old, dict) and isinstance(value, Mapping) and not other and name != "k"
-        found[name] = _merged(old, value) if both else value
+        if isinstance(old, dict) and isinstance(value, Mapping) and name != "k":
+            alike = value.get("name", old.get("name")) == old.get("name")
+            value = _merged(old, value) if alike else value
+        found[name] = value
     return found
 
 
@@ -183,93 +188,82 @@ def _with(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, A
     return dict(settings)
 
 
-def _settings(sweep: Sweep, contender: Contender, condition: Mapping[str, Any]) -> dict[str, Any]:
+def _cases(sweep: Sweep) -> Iterator[tuple[Contender, dict[str, Any]]]:
+    """Every contender under every condition, and its settings there."""
     shared = {"data": sweep.data, "model": sweep.model, "training": sweep.training}
-    own = {"loss": contender.loss, "model": contender.model, "training": contender.training}
-    return _with(_merged(shared, own), condition)
-
-
-def _conditions(sweep: Sweep) -> list[dict[str, Any]]:
-    return [
-        dict(zip(sweep.conditions, values, strict=True)) for values in itertools.product(*sweep.conditions.values())
-    ]
+    for values in itertools.product(*sweep.conditions.values()):
+        for contender in sweep.contenders:
+            own = {"loss": contender.loss, "model": contender.model, "training": contender.training}
+            yield contender, _with(_merged(shared, own), dict(zip(sweep.conditions, values, strict=True)))
 
 
 def candidates(tuning: Tuning, contender: Contender) -> list[dict[str, Any]]:
     """The values of the searched axes, candidate after candidate."""
-    axes = contender.search | {name: axis for name, axis in tuning.search.items() if name not in contender.search}
+    axes = {**contender.search, **{name: axis for name, axis in tuning.search.items() if name not in contender.search}}
     if tuning.candidates is None:
-        if any(isinstance(axis, Range) for axis in axes.values()):
+        lists = [axis for axis in axes.values() if isinstance(axis, list)]
+        if len(lists) < len(axes):
             raise ValueError("tuning.candidates must say how many to draw where an axis is a range")
-        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]  # type: ignore[arg-type]
-    shares = {name: (data.bits(0, f"search/{name}", tuning.candidates) >> np.uint64(11)) * 2.0**-53 for name in axes}
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
+    found: list[dict[str, Any]] = [{} for _ in range(tuning.candidates)]
+    for name, axis in axes.items():
+        shares = (data.bits(0, f"search/{name}", tuning.candidates) >> np.uint64(11)) * 2.0**-53
+        for values, share in zip(found, shares.tolist(), strict=True):
+            values[name] = axis.at(share) if isinstance(axis, Range) else axis[int(share * len(axis))]
+    return found
+
+
+def _tried(
+    sweep: Sweep, contender: Contender, settings: Mapping[str, Any]
+) -> list[tuple[dict[str, Any], list[Config]]]:
+    """For every candidate its values, and its configurations, one a tuning seed."""
+    if sweep.tuning is None:
+        return []
+    over = _merged(settings, {"data": sweep.tuning.data, "training": sweep.tuning.training})
     return [
-        {name: axis.at(shares[name][i]) if isinstance(axis, Range) else axis[int(shares[name][i] * len(axis))] for name, axis in axes.items()}
-        for i in range(tuning.candidates)
-    ]  # fmt: skip
+        (values, [Config.model_validate({**_with(over, values), "seed": seed}) for seed in sweep.tuning.seeds])
+        for values in candidates(sweep.tuning, contender)
+    ]
 
 
 def tuning_runs(name: str, sweep: Sweep) -> dict[str, Run]:
     """The candidates' runs by key."""
     found: dict[str, Run] = {}
-    for condition, contender, number, values, seed in _tried(sweep):
-        config = _tuning_config(sweep, contender, condition, values, seed)
-        about = {"sweep": f"{name}.tuning", "contender": contender.name or _short(contender.loss), "candidate": number}
-        found.setdefault(config.key, Run(config, about))
+    for contender, settings in _cases(sweep):
+        for number, (_, configs) in enumerate(_tried(sweep, contender, settings)):
+            about = {"sweep": f"{name}.tuning", "contender": contender.title(), "candidate": number}
+            for config in configs:
+                found.setdefault(config.key, Run(config, sweep.threads, about))
     return found
 
 
-def _tried(sweep: Sweep) -> Iterator[tuple[dict[str, Any], Contender, int, dict[str, Any], int]]:
-    if sweep.tuning is None:
-        return
-    for condition, contender in itertools.product(_conditions(sweep), sweep.contenders):
-        for number, values in enumerate(candidates(sweep.tuning, contender)):
-            for seed in sweep.tuning.seeds:
-                yield condition, contender, number, values, seed
-
-
-def _tuning_config(sweep: Sweep, contender: Contender, condition: Mapping[str, Any], values: Any, seed: int) -> Config:
-    assert sweep.tuning is not None
-    settings = _merged(
-        _settings(sweep, contender, condition), {"data": sweep.tuning.data, "training": sweep.tuning.training}
-    )
-    return Config.model_validate({**_with(settings, values), "seed": seed})
-
-
 def final_runs(name: str, sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Run]:
-    """The runs that count, by key; `rows` are those of `tuning_runs`, by key."""
+    """The runs that count, by key; `rows` holds those of `tuning_runs`."""
     found: dict[str, Run] = {}
-    for condition, contender in itertools.product(_conditions(sweep), sweep.contenders):
-        settings = _with(_settings(sweep, contender, condition), choose(sweep, contender, condition, rows))
+    seed_axis = "seed + data.seed" if sweep.data_seed_follows else "seed"
+    for contender, settings in _cases(sweep):
+        chosen = choose(sweep, _tried(sweep, contender, settings), rows)
         for seed in sweep.seeds:
-            seeds = {"seed + data.seed" if sweep.data_seed_follows else "seed": seed}
-            config = Config.model_validate(_with(settings, seeds))
-            about = {"sweep": name, "contender": contender.name or _short(contender.loss)}
-            found.setdefault(config.key, Run(config, about))
+            config = Config.model_validate(_with(settings, {**chosen, seed_axis: seed}))
+            about = {"sweep": name, "contender": contender.title()}
+            found.setdefault(config.key, Run(config, sweep.threads, about))
     return found
 
 
 def choose(
-    sweep: Sweep, contender: Contender, condition: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]
+    sweep: Sweep, tried: Sequence[tuple[dict[str, Any], Sequence[Config]]], rows: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """The candidate with the largest mean of the metric over the tuning seeds, the first of equals; {} without tuning."""
+    """The candidate with the largest mean of the metric over the tuning seeds, the first of equals; {} without tuning.
+
+    A run that diverged has no metrics, and its candidate is not chosen.
+    """
     if sweep.tuning is None:
         return {}
-    best, chosen = -math.inf, dict[str, Any]()
-    for values in candidates(sweep.tuning, contender):
-        keys = [_tuning_config(sweep, contender, condition, values, seed).key for seed in sweep.tuning.seeds]
-        reached = [rows[key].get(sweep.tuning.metric, -math.inf) for key in keys]  # a run that diverged has no metrics
-        if sum(reached) / len(reached) > best:
-            best, chosen = sum(reached) / len(reached), values
-    if not chosen and any(candidates(sweep.tuning, contender)):
-        raise ValueError(f"no candidate of {_short(contender.loss)} has {sweep.tuning.metric}: did all diverge?")
-    return chosen
-
-
-def _short(loss: Mapping[str, Any]) -> str:
-    return " ".join(
-        [str(loss["name"]), *(f"{name}={records.text_of(x)}" for name, x in loss.items() if name != "name")]
-    )
+    reached = [np.mean([rows[it.key].get(sweep.tuning.metric, -math.inf) for it in configs]) for _, configs in tried]
+    best = int(np.argmax(reached))
+    if reached[best] == -math.inf:
+        raise ValueError(f"no candidate of {tried[0][1][0].loss} has {sweep.tuning.metric!r}: did all diverge?")
+    return tried[best][0]
 
 
 # --- running ---
@@ -294,25 +288,19 @@ def records_of(
         engine: "local", or "ray" for a Ray cluster that is running.
         jobs: runs at a time; None: one a core, on a GPU one.
     """
-    from topk_lab import records as tables
-
     if records == "committed":
         return tables.load(chapter)
     if records != "run" or profile not in PROFILES:
-        raise ValueError(
-            f"records must be 'committed' or 'run', profile one of {PROFILES}, got {records!r}, {profile!r}"
-        )
-    found = {
-        name: sweep if isinstance(sweep, Sweep) else Sweep.model_validate(sweep)
-        for name, sweep in (sweeps or files_of(chapter)).items()
-    }
-    about = {
-        "notebook": f"{chapter}.ipynb",
-        "notebook_parameters": tables.text_of({"profile": profile, "records": records}),
-        "profile": profile,
-    }
-    rows = run(chapter, {name: sweep.at(profile) for name, sweep in found.items()}, about, engine, jobs)
-    return pd.DataFrame(rows)
+        raise ValueError(f"records must be 'committed' or 'run', profile in {PROFILES}, got {records!r}, {profile!r}")
+    found = {name: Sweep.model_validate(sweep).at(profile) for name, sweep in (sweeps or files_of(chapter)).items()}
+    parameters = tables.text_of({"profile": profile, "records": records})
+    about = {"notebook": f"{chapter}.ipynb", "notebook_parameters": parameters, "profile": profile}
+    rows = known(chapter)
+    tuning = {key: run for name, sweep in found.items() for key, run in tuning_runs(name, sweep).items()}
+    rows |= _execute(chapter, tuning, rows, about, engine, jobs)
+    final = {key: run for name, sweep in found.items() for key, run in final_runs(name, sweep, rows).items()}
+    rows |= _execute(chapter, final, rows, about, engine, jobs)
+    return pd.DataFrame([{**rows[key], "sweep": run.about["sweep"]} for key, run in (tuning | final).items()])
 
 
 def files_of(chapter: str) -> dict[str, Sweep]:
@@ -329,100 +317,67 @@ def scratch(chapter: str) -> Path:
     return Path(os.environ.get("TOPK_RUNS") or data.cache() / "runs") / chapter
 
 
-def known(chapter: str) -> dict[str, records.Row]:
+def known(chapter: str) -> dict[str, tables.Row]:
     """The chapter's rows, from its table and the scratch folder, by the key that today's program gives them.
 
     A record whose configuration lacks a setting that was added since is found under the key with that setting's
     default; one that today's program refuses is not found.
     """
     found = {}
-    for row in records.rows_of(records.load(chapter)):
-        try:
+    for row in tables.rows_of(tables.load(chapter)):
+        with contextlib.suppress(KeyError, ValueError):
             found[Config.of_record(row["config"]).key] = row
-        except (KeyError, ValueError):
-            continue
-    return found | {path.stem: records.restore(path) for path in scratch(chapter).glob("*.json")}
-
-
-def run(
-    chapter: str, sweeps: Mapping[str, Sweep], about: Mapping[str, Any], engine: str = "local", jobs: int | None = None
-) -> list[records.Row]:
-    """Runs what the sweeps ask for and has no record yet, candidates first; returns the rows of all."""
-    rows = known(chapter)
-    tuning = {key: run for name, sweep in sweeps.items() for key, run in tuning_runs(name, sweep).items()}
-    threads = {key: sweep.threads for name, sweep in sweeps.items() for key in tuning_runs(name, sweep)}
-    rows |= _execute(
-        chapter, {key: run for key, run in tuning.items() if key not in rows}, threads, about, engine, jobs
-    )
-    final: dict[str, Run] = {}
-    for name, sweep in sweeps.items():
-        own = final_runs(name, sweep, rows)
-        final |= own
-        threads |= dict.fromkeys(own, sweep.threads)
-    rows |= _execute(chapter, {key: run for key, run in final.items() if key not in rows}, threads, about, engine, jobs)
-    asked = tuning | final
-    return [{**rows[key], "sweep": run.about["sweep"]} for key, run in asked.items()]
+    return found | {path.stem: tables.restore(path) for path in scratch(chapter).glob("*.json")}
 
 
 def _execute(
     chapter: str,
-    pending: Mapping[str, Run],
-    threads: Mapping[str, int | None],
+    runs: Mapping[str, Run],
+    rows: Mapping[str, Any],
     about: Mapping[str, Any],
     engine: str,
     jobs: int | None,
-) -> dict[str, records.Row]:
-    """Runs, each saved as soon as it ends; joblib hands them out, on this machine or over a Ray cluster."""
-    place, failed = scratch(chapter), dict[str, str]()
-    found: dict[str, records.Row] = {}
+) -> dict[str, tables.Row]:
+    """The rows of those runs that have none, each saved as soon as it ends; joblib, or Ray under it, hands them out."""
+    todo = {key: run for key, run in runs.items() if key not in rows}
+    place, found, failed = scratch(chapter), dict[str, tables.Row](), dict[str, str]()
     count = jobs or (1 if torch.cuda.is_available() else train.hardware()["cores"])
-    calls = (
-        delayed(_one)(run.config.plain(), place / "work" / key, threads[key], {**about, **run.about})
-        for key, run in pending.items()
-    )
-    with _backend(engine), tqdm(total=len(pending), unit="run", desc=chapter, disable=not pending) as bar:
-        for row in Parallel(n_jobs=min(count, max(1, len(pending))), return_as="generator_unordered")(calls):
+    if engine == "ray":
+        from ray.util.joblib import register_ray
+
+        register_ray()
+    calls = (delayed(_one)(run, place / "work" / key, {**about, **run.about}) for key, run in todo.items())
+    backend = parallel_config(backend={"local": "loky", "ray": "ray"}[engine])
+    with backend, tqdm(total=len(todo), unit="run", desc=chapter, disable=not todo) as bar:
+        for row in Parallel(n_jobs=max(1, min(count, len(todo))), return_as="generator_unordered")(calls):
             if "traceback" in row:
                 failed[row["key"]] = row["traceback"]
             else:
                 found[row["key"]] = row
-                records.save(row, place / f"{row['key']}.json")
-            shutil.rmtree(place / "work" / row["key"], ignore_errors=True)
+                tables.save(row, place / f"{row['key']}.json")
+                shutil.rmtree(place / "work" / row["key"], ignore_errors=True)
             bar.update()
-    if failed:
-        key, reason = next(iter(failed.items()))
-        raise RuntimeError(f"{len(failed)} of {len(pending)} runs failed; {len(found)} were saved. {key}:\n{reason}")
+    for key, reason in failed.items():
+        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, {len(found)} are saved. {key}:\n{reason}")
     return found
 
 
-def _backend(engine: str) -> parallel_config:
-    if engine == "ray":
-        from ray.util.joblib import register_ray  # type: ignore[import-not-found]
-
-        register_ray()
-        return parallel_config(backend="ray")
-    if engine != "local":
-        raise ValueError(f"engine must be 'local' or 'ray', got {engine!r}")
-    return parallel_config(backend="loky")
-
-
-def _one(config: Mapping[str, Any], folder: Path, threads: int | None, about: Mapping[str, Any]) -> records.Row:
-    """One run in a worker; one that diverged is a row too, without metrics, since to diverge is a result."""
-    full = Config.model_validate(config)
+def _one(run: Run, folder: Path, about: Mapping[str, Any]) -> tables.Row:
+    """One run in a worker. To diverge is a result: a row without metrics, which says `failure`."""
     try:
-        return train.train(full, folder=folder, threads=threads, progress=False, **about)
+        return train.train(run.config, folder=folder, threads=run.threads, progress=False, **about)
     except train.DivergedError as error:
-        about = {**about, "failure": str(error)}
+        source = train.provenance(about["profile"])
+        about = {name: value for name, value in about.items() if name != "profile"} | {"failure": str(error)}
         result = {"final": {}, "epochs": [], "seconds": 0.0}
-        source = train.provenance(about.pop("profile", None))
-        return records.row(full.plain(), result, losses.probe(full.loss), source, **about)
+        return tables.row(run.config.plain(), result, losses.probe(run.config.loss), source, **about)
     except Exception:
-        return {"key": full.key, "traceback": traceback.format_exc()}
+        return {"key": run.config.key, "traceback": traceback.format_exc()}
 
 
 def result_of(
     chapter: str, compute: Callable[[], Mapping[str, Any]], *, parameters: Mapping[str, Any], records: str = "committed"
-) -> tuple[dict[str, Any], records.Row]:
+) -> tuple[dict[str, Any], tables.Row]:
     """Of a chapter that is its own experiment: the result and its row, committed or computed.
 
     Args:
@@ -431,18 +386,15 @@ def result_of(
         parameters: what decides the result, the notebook's own such as profile; part of the key.
         records: "committed" or "run".
     """
-    from topk_lab import records as tables
-
     if records == "committed":
         row = tables.rows_of(tables.load(chapter).sort_values("date"))[-1]
         return json.loads(row["result"]), row
     config = {"notebook": f"{chapter}.ipynb", "parameters": dict(parameters)}
     path = scratch(chapter) / f"{tables.key_of(config)}.json"
     if not path.is_file():
-        began = pd.Timestamp.now()
-        result = {"final": compute(), "epochs": [], "seconds": (pd.Timestamp.now() - began).total_seconds()}
-        source = train.provenance(parameters.get("profile"))
-        tables.save(tables.row(config, result, None, source, sweep=chapter), path)
+        began = time.monotonic()
+        result = {"final": compute(), "epochs": [], "seconds": time.monotonic() - began}
+        tables.save(tables.row(config, result, None, train.provenance(parameters.get("profile")), sweep=chapter), path)
     row = tables.restore(path)
     return json.loads(row["result"]), row
 
@@ -450,115 +402,75 @@ def result_of(
 # --- gathering and reproducing ---
 
 
-def pending(chapter: str, sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """For every sweep how many runs it asks for, how many have a record, and the command for the rest."""
+def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For every sweep how many runs it asks for, how many of them are in `rows`, and the command for the rest."""
     found = []
     for name, sweep in sweeps.items():
-        tuning = tuning_runs(name, sweep)
-        command = f"python -m topk_lab sweep notebooks/{name}.yml"
-        if tuning:
-            recorded = sum(key in rows for key in tuning)
-            found.append({"sweep": f"{name}.tuning", "runs": len(tuning), "recorded": recorded, "command": command})
-        runs = len(_conditions(sweep)) * len(sweep.contenders) * len(sweep.seeds)
+        tuning = list(tuning_runs(name, sweep))
         ready = all(key in rows for key in tuning)
-        recorded = sum(key in rows for key in final_runs(name, sweep, rows)) if ready else 0
-        found.append({"sweep": name, "runs": runs, "recorded": recorded, "command": command})
+        runs = len(sweep.seeds) * sum(1 for _ in _cases(sweep))
+        final = [key in rows for key in final_runs(name, sweep, rows)] if ready else [False] * runs
+        for title, asked in ((f"{name}.tuning", [key in rows for key in tuning]), (name, final)):
+            command = f"python -m topk_lab sweep notebooks/{name}.yml"
+            found += [{"sweep": title, "runs": len(asked), "recorded": sum(asked), "command": command}] if asked else []
     return found
 
 
 def gather(chapter: str, sweeps: Mapping[str, Sweep]) -> tuple[Path, int]:
     """Folds the scratch folder's rows into the chapter's table; returns the table and how many rows were new."""
-    before, rows, files = records.load(chapter), known(chapter), sorted(scratch(chapter).glob("*.json"))
-    table = records.rows_of(before) + [records.restore(path) for path in files]
-    unique = {row["key"]: row for row in table}
-    about = {item["sweep"]: item for item in records.sweeps(chapter)}
-    about |= {item["sweep"]: item for item in pending(chapter, sweeps, rows)}
-    path = records.write(chapter, list(unique.values()), list(about.values()))
+    before, files = tables.rows_of(tables.load(chapter)), sorted(scratch(chapter).glob("*.json"))
+    rows = {row["key"]: row for row in [*before, *map(tables.restore, files)]}
+    about = {item["sweep"]: item for item in [*tables.sweeps(chapter), *pending(sweeps, known(chapter))]}
+    path = tables.write(chapter, list(rows.values()), list(about.values()))
     for file in files:
         file.unlink()
-    return path, len(unique) - len(before)
+    return path, len(rows) - len(before)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A metric then and now, and the bounds within which now must lie."""
-
-    metric: str
-    then: float
-    now: float
-    low: float
-    high: float
-
-    @property
-    def holds(self) -> bool:
-        """Whether it lies there."""
-        return self.low <= self.now <= self.high
-
-
-def reproduce(
-    chapter: str, key: str, tolerance: float | None = None, say: Callable[[str], None] = print
-) -> list[Comparison]:
+def reproduce(chapter: str, key: str, tolerance: float | None = None) -> pd.DataFrame:
     """Runs the configuration of a record again and compares its metrics; says beforehand how.
 
     To the last digit where processor, torch, threads and data are those of the record. Elsewhere, and where features
     were extracted anew, a metric must lie where another seed would be expected: in the 99 % prediction interval of the
     runs that differ in the seed only, mean -+ t s sqrt(1 + 1/n); with fewer than three of them, within `tolerance`.
+
+    Returns:
+        a row a metric: metric, then, now, low, high, holds.
     """
-    rows = records.rows_of(records.load(chapter))
-    (row,) = [row for row in rows if row["key"].startswith(key)] or [{}]
-    if not row:
+    rows = tables.rows_of(tables.load(chapter))
+    row = next((row for row in rows if row["key"].startswith(key)), None)
+    if row is None:
         raise ValueError(f"no record of {chapter} has a key that starts with {key!r}")
     config = Config.of_record(row["config"])
-    found = data.parts_of(config.data)
-    differ = [
-        what
-        for what, then, now in (
-            ("processor", row["hardware.cpu"], train.hardware()["cpu"]),
-            ("GPU", row.get("hardware.gpu"), train.hardware()["gpu"]),
-            ("torch", row["versions.torch"], train.versions()["torch"]),
-            ("data (extracted or decoded anew)", row["data_fingerprint"], data.fingerprint(json.loads(row["config"])["data"], found)),
-        )
-        if then != now
-    ]  # fmt: skip
+    fingerprint = data.fingerprint(json.loads(row["config"])["data"], data.parts_of(config.data))
+    here = {"hardware.cpu": train.hardware()["cpu"], "hardware.gpu": train.hardware()["gpu"]}
+    here |= {"versions.torch": train.versions()["torch"], "data_fingerprint": fingerprint}
+    differ = ", ".join(name for name, now in here.items() if row.get(name) != now)
     alike = [other for other in rows if _but_for_seeds(other["config"]) == _but_for_seeds(row["config"])]
-    if not differ:
-        say("comparing to the last digit: processor, torch, threads and data are those of the record")
-    elif len(alike) >= _FEWEST:
-        say(
-            f"other {', '.join(differ)}: comparing with the {CONFIDENCE:.0%} interval over {len(alike)} runs with other seeds"
-        )
-    elif tolerance is not None:
-        say(f"other {', '.join(differ)}, and only {len(alike)} seeds: comparing within {tolerance:g}")
-    else:
-        raise ValueError(
-            f"other {', '.join(differ)}, and only {len(alike)} seeds: say how far metrics may be off, --tolerance"
-        )
+    if differ and len(alike) < FEWEST and tolerance is None:
+        raise ValueError(f"{differ} differ, and there are only {len(alike)} seeds: say how far metrics may be off")
+    by_seeds = f"by the {CONFIDENCE:.0%} interval over {len(alike)} runs with other seeds"
+    how = by_seeds if len(alike) >= FEWEST else f"within {tolerance}"
+    print(f"{differ} differ: comparing {how}" if differ else "comparing to the last digit", flush=True)
     now = train.train(config, threads=int(row["threads"]))
-    metrics = [
-        name
-        for name in now
-        if re.fullmatch(r"((validation|train)\.)?(\w+_)?(top\d+|\d+|nll|ece|loss)", name) and name in row
-    ]
-    bounds = {name: _bounds(name, row, alike, tolerance, exact=not differ) for name in metrics}
-    return [Comparison(name, float(row[name]), float(now[name]), *bounds[name]) for name in metrics]
+    compared = []
+    for name in [name for name in now if _METRIC.fullmatch(name) and name in row]:
+        values = np.array([other[name] for other in alike if name in other], dtype=float)
+        low, high = _bounds(values, row[name], tolerance) if differ else (row[name], row[name])
+        compared.append((name, row[name], now[name], low, high, low <= now[name] <= high))
+    return pd.DataFrame(compared, columns=["metric", "then", "now", "low", "high", "holds"])
 
 
-def _bounds(name: str, row: Any, alike: list[Any], tolerance: float | None, *, exact: bool) -> tuple[float, float]:
-    values = np.array([other[name] for other in alike if name in other], dtype=float)
-    if exact:
-        return row[name], row[name]
-    if len(values) < _FEWEST:
-        half = (tolerance or 0.0) * max(1.0, abs(row[name]))
-        return row[name] - half, row[name] + half
-    half = stats.t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1) * values.std(ddof=1) * math.sqrt(1 + 1 / len(values))
-    half = max(
-        half, 1e-3 * max(1.0, abs(values.mean()))
-    )  # seeds may agree; rounding can still move a row over the edge
-    return float(values.mean() - half), float(values.mean() + half)
+def _bounds(values: data.Array, then: float, tolerance: float | None) -> tuple[float, float]:
+    if len(values) < FEWEST:
+        return then - (tolerance or 0) * max(1, abs(then)), then + (tolerance or 0) * max(1, abs(then))
+    mean, count = values.mean(), len(values)
+    half = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(ddof=1) * math.sqrt(1 + 1 / count)
+    half = max(half, 1e-3 * max(1, abs(mean)))  # seeds may agree; rounding can still move a row over the edge
+    return float(mean - half), float(mean + half)
 
 
 def _but_for_seeds(text: str) -> str:
     config = json.loads(text)
-    config.pop("seed", None)
-    config.get("data", {}).pop("seed", None)
-    return records.text_of(config)
+    data_settings = {name: value for name, value in config.get("data", {}).items() if name != "seed"}
+    return tables.text_of({**config, "seed": None, "data": data_settings})

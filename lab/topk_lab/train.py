@@ -37,10 +37,10 @@ import topk
 from topk.metrics import TopKMeter, ranks, shot_groups
 from topk_lab import data as data_sets
 from topk_lab import losses, models, records
-from topk_lab.data import Batches, Data, DataSet, Split, Strict
+from topk_lab.data import Array, Batches, Data, DataSet, Split, Strict
 from topk_lab.models import Count, Model, Positive, Share
 
-_NotNegative = Annotated[float, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 
 KS = (1, 2, 3, 5, 10, 20, 50, 100)
 """The numbers of guesses that get a column of their own; `curve` has them all."""
@@ -48,10 +48,6 @@ BINS = 15
 """Of the confidences, for the calibration error."""
 _CURVE_OF_AN_EPOCH = 100
 _EVALUATED_AT_ONCE = 256  # rows, or the training batch where that is larger
-_LOOK_EVERY = {"cpu": 1, "cuda": 50}  # steps between looks at the loss, each of which waits for a GPU
-
-
-# --- the configuration ---
 
 
 class Training(Strict):
@@ -63,29 +59,29 @@ class Training(Strict):
     learning_rate: Positive = 0.1
     momentum: Share = 0.9
     nesterov: bool = False
-    weight_decay: _NotNegative = 5e-4  # of matrices and filters; biases and normalisation have none
+    weight_decay: NotNegative = 5e-4  # of matrices and filters; biases and normalisation have none
     schedule: Literal["cosine", "one_cycle", "constant"] = "cosine"
-    warmup: _NotNegative = 0.0  # epochs of linear rise; one_cycle: 0 means 30 % of the run
-    clip: _NotNegative = 0.0  # largest norm of the gradient; 0 for none
-    precision: Literal["auto", "float32", "bf16"] = (
-        "auto"  # auto: for images bf16 on GPUs, on CPUs where a probe likes it
-    )
+    warmup: NotNegative = 0.0  # epochs of linear rise; one_cycle: 0 means 30 % of the run
+    clip: NotNegative = 0.0  # largest norm of the gradient; 0 for none
+    precision: Literal["auto", "float32", "bf16"] = "auto"  # auto, of images: bf16 on GPUs, on CPUs if a probe likes it
     compile: bool | None = None  # None: images on GPUs
     evaluate_every: Annotated[int, Field(ge=0)] = 1  # epochs; 0: at the end of the run only
     crop: Annotated[int, Field(ge=0)] = 4  # images: pixels moved at most,
     flip: bool = True  # mirrored or not
     reweight_after: Share = 0.0  # share of the run after which loss.weight counts (deferred: Cao et al. 2019)
-    logit_adjustment: _NotNegative = 0.0  # post hoc: so many times log(class share) less (Menon et al. 2021)
+    logit_adjustment: NotNegative = 0.0  # post hoc: so many times log(class share) less (Menon et al. 2021)
 
 
-_GONE = {  # settings of older records that no run made use of: their value, with which nothing happened
+_GONE: dict[
+    str, dict[str, Any]
+] = {  # settings of older records, which no run made use of: the values with which nothing happened
     "training": {"label_smoothing": 0, "mixup": 0, "ema": 0, "cutout": 0, "channels_last": None},
     "data": {"parts": None},
 }
 
 
 class Config(Strict):
-    """What decides a run's numbers; see `key`."""
+    """What decides a run's numbers."""
 
     data: Data
     model: Model
@@ -103,8 +99,7 @@ class Config(Strict):
         """The configuration of a record, which may be older than this program."""
         config = json.loads(text)
         for section, gone in _GONE.items():
-            kept = {name: value for name, value in config[section].items() if gone.get(name, ...) != value}
-            config[section] = kept
+            config[section] = {name: x for name, x in config[section].items() if name not in gone or x != gone[name]}
         return cls.model_validate(config)
 
     def plain(self) -> dict[str, Any]:
@@ -119,9 +114,6 @@ class Config(Strict):
 
 class DivergedError(ArithmeticError):
     """The loss is NaN or infinite; the message says where."""
-
-
-# --- training ---
 
 
 def train(
@@ -150,14 +142,13 @@ def train(
     Raises:
         DivergedError: the loss was NaN or infinite.
     """
-    full = config if isinstance(config, Config) else Config.model_validate(config)
+    full = Config.model_validate(config)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    gpus = [place] if place.type == "cuda" else []
-    with _threads(threads), torch.random.fork_rng(gpus):
+    with _threads(threads), torch.random.fork_rng([place] if place.type == "cuda" else []):
         run = _Run(full, data or data_sets.load(full.data), place, folder)
         result = run.train(progress, save_every)
-        profile = about.pop("profile", None)
-        return records.row(full.plain(), result, losses.probe(full.loss), provenance(profile), **about)
+        source = provenance(about.pop("profile", None))
+        return records.row(full.plain(), result, losses.probe(full.loss), source, **about)
 
 
 @contextlib.contextmanager
@@ -176,63 +167,57 @@ class _Run:
     def __init__(self, config: Config, data: DataSet, device: torch.device, folder: Path | None) -> None:
         self.config, self.data, self.device, self.folder = config, data, device, folder
         settings = self.settings = config.training
-        classes = len(data.classes)
         self.step, self.seconds, self.epochs = 0, 0.0, list[dict[str, Any]]()
-        self.batches = Batches(
-            data.train,
-            settings.batch,
-            data,
-            device,
-            shuffle=self._stream("data"),
-            crop=settings.crop,
-            flip=settings.flip,
-        )
         if not len(data.train):
             raise ValueError("data must have training rows, got none")
+        order = self._stream("data")
+        self.batches = Batches(
+            data.train, settings.batch, data, device, shuffle=order, crop=settings.crop, flip=settings.flip
+        )
         self.steps = len(self.batches) * settings.epochs
         some = next(iter(Batches(data.train, 2048, data, device).epoch()))[0]  # FastNet looks at more than one image
         self._seed("initialisation")
-        self.model = models.build(config.model, classes, some, data.about).to(device)
-        if self.batches.images or some.dim() == 4:
-            self.model = self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.bf16 = self._bf16(some[:8])
+        self.model = models.build(config.model, len(data.classes), some, data.about).to(device)
+        if some.dim() == 4:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.bf16 = settings.precision == "bf16"
+        if settings.precision == "auto" and self.batches.images:
+            name = json.dumps([config.model.model_dump(), list(some.shape)], sort_keys=True)
+            self.bf16 = device.type == "cuda" or faster_in_bf16(self.model, some[:8], name)
         on_gpu = device.type == "cuda" and self.batches.images
-        self.forward = (
-            torch.compile(self.model) if (on_gpu if settings.compile is None else settings.compile) else self.model
-        )
+        compiled = on_gpu if settings.compile is None else settings.compile
+        self.forward = torch.compile(self.model) if compiled else self.model
         self.noise = torch.Generator(device)
-        self.losses = [self._loss(weighted) for weighted in (False, True)]
+        self.losses = [
+            losses.build(loss, data.counts, generator=self.noise).to(device)
+            for loss in ({**config.loss, "weight": None}, config.loss)
+        ]
         self.optimizer = _optimizer(self.model, settings)
         self.schedule = LambdaLR(self.optimizer, self._share_of_peak)
         self.values = torch.zeros(len(self.batches), device=device)  # this epoch's losses
         self.hits = torch.zeros(2, dtype=torch.int64, device=device)  # this epoch's, top-1 and top-5
-        self.looked = 0  # so many of this epoch's losses are known to be finite
 
     def train(self, progress: bool, save_every: float) -> dict[str, Any]:
-        if self.folder is not None:
-            self._restore(self.folder)
+        self._restore()
         before, began = self.seconds, time.monotonic()
-        saved, look_every = began, _LOOK_EVERY.get(self.device.type, 50)
+        saved, look_every = began, 1 if self.device.type == "cpu" else 50  # every look waits for a GPU
         title = f"{self.config.loss['name']}, seed {self.config.seed}"
         with tqdm(total=self.steps, initial=self.step, unit="step", desc=title, disable=not progress) as bar:
             while len(self.epochs) < self.settings.epochs:
                 self.model.train()
-                for inputs, labels in self.batches.epoch(
-                    len(self.epochs), self.step - len(self.epochs) * len(self.values)
-                ):
+                for inputs, labels in self.batches.epoch(len(self.epochs), self.step % len(self.batches)):
                     self._step(inputs, labels)
                     bar.update()
                     if self.step % look_every == 0:
                         self._check_losses()
-                    if self.folder is not None and time.monotonic() - saved >= save_every:
+                    if time.monotonic() - saved >= save_every:
                         saved = time.monotonic()
                         self.seconds = before + saved - began
-                        self._save(self.folder)
+                        self._save()
                 self.epochs.append(self._end_of_epoch())
-        test = self.data.test
-        found, rank = self._evaluate(test, test.labels)
+        test, rank = self._evaluate(self.data.test, self.data.test.labels)
         return {
-            "final": found | self._validation(),
+            "final": test | self._validation(),
             "epochs": self.epochs,
             "ranks": (rank - 1).clamp(0, 255).to(torch.uint8).numpy().tobytes(),
             "seconds": before + time.monotonic() - began,
@@ -250,12 +235,8 @@ class _Run:
         scores = scores.float()
         loss = self.losses[self.step >= self.settings.reweight_after * self.steps]
         weight = loss.weight
-        total = (
-            weight[labels].sum()
-            if isinstance(weight, Tensor)
-            else torch.full((), float(len(labels)), device=self.device)
-        )
-        mean = loss(scores, labels) / total
+        rows = weight[labels].sum() if isinstance(weight, Tensor) else float(len(labels))
+        mean = loss(scores, labels) / rows
         self.optimizer.zero_grad(set_to_none=True)
         mean.backward()
         if self.settings.clip:
@@ -269,67 +250,54 @@ class _Run:
 
     def _end_of_epoch(self) -> dict[str, Any]:
         self._check_losses()
-        rows, number = len(self.values) * min(self.settings.batch, len(self.data.train)), len(self.epochs) + 1
-        shares = self.hits.cpu().numpy() / rows
-        loss, rate = (
-            float(self.values.double().mean()),
-            self._share_of_peak(self.step - 1) * self.settings.learning_rate,
-        )
+        settings, number = self.settings, len(self.epochs) + 1
+        training = {"loss": float(self.values.double().mean())}
+        training |= {f"top{k}": hits / self.batches.rows for k, hits in zip((1, 5), self.hits.tolist(), strict=True)}
         self.hits.zero_()
-        self.looked = 0
-        every, held_out = self.settings.evaluate_every, dict[str, Any]()
-        if every and number % every == 0:
+        held_out: dict[str, Any] = {}
+        if settings.evaluate_every and number % settings.evaluate_every == 0:
             test = self.data.test
             held_out = self._validation(_CURVE_OF_AN_EPOCH) or self._evaluate(test, test.labels, _CURVE_OF_AN_EPOCH)[0]
-        training = {"loss": loss, **{f"top{k}": float(share) for k, share in zip((1, 5), shares, strict=True)}}
+        rate = self._share_of_peak(self.step - 1) * settings.learning_rate
         return {"epoch": number, "learning_rate": rate, "training": training, **held_out}
 
     def _check_losses(self) -> None:
-        """Stops the run where a loss of this epoch is not finite; those known to be are not looked at again."""
-        first, end = self.looked, self.step - len(self.epochs) * len(self.values)
-        for place, value in enumerate(self.values[first:end].tolist(), first):
-            if not math.isfinite(value):
-                raise DivergedError(
-                    f"the loss {self.config.loss['name']!r} is {value} at step {place + 1} of {len(self.values)} in "
-                    f"epoch {len(self.epochs) + 1} of {self.settings.epochs}; a smaller learning rate, a longer "
-                    f"training.warmup or training.clip may help"
-                )
-        self.looked = end
+        """Stops the run where a loss of this epoch is not finite."""
+        wrong = (~self.values[: self.step - len(self.epochs) * len(self.values)].isfinite()).nonzero()
+        if len(wrong):
+            place = int(wrong[0])
+            raise DivergedError(
+                f"the loss {self.config.loss['name']!r} is {self.values[place].item()} at step {place + 1} of "
+                f"{len(self.values)} in epoch {len(self.epochs) + 1} of {self.settings.epochs}; a smaller learning "
+                f"rate, a longer training.warmup or training.clip may help"
+            )
 
     # --- evaluation ---
 
     def _validation(self, curve: int | None = None) -> dict[str, Any]:
         """On the validation split's labels and, where they carry noise, on the true ones."""
-        split = self.data.validation
-        if not len(split):
-            return {}
-        found = {"validation": self._evaluate(split, split.labels, curve)[0]}
-        return (
-            found if split.clean is None else found | {"validation_clean": self._evaluate(split, split.clean, curve)[0]}
-        )
+        split, found = self.data.validation, dict[str, Any]()
+        for name, labels in (("validation", split.labels), ("validation_clean", split.clean)):
+            if labels is not None and len(labels):
+                found[name] = self._evaluate(split, labels, curve)[0]
+        return found
 
     @torch.no_grad()
-    def _evaluate(self, split: Split, labels: Any, curve: int | None = None) -> tuple[dict[str, Any], Tensor]:
+    def _evaluate(self, split: Split, labels: Array, curve: int | None = None) -> tuple[dict[str, Any], Tensor]:
         """What is measured on a split, and the rank of every row."""
         self.model.eval()
         batches = Batches(split, max(self.settings.batch, _EVALUATED_AT_ONCE), self.data, self.device)
         measured = Evaluation(self.data.counts, float(getattr(self.losses[0], "scale", 1.0)), self.device)
         prior = torch.as_tensor(self.data.counts, device=self.device).double().clamp(min=1)
         shift = (self.settings.logit_adjustment * (prior / prior.sum()).log()).float()
-        right, start = torch.from_numpy(labels).to(self.device), 0
-        for inputs, _ in batches.epoch():
+        right = torch.from_numpy(labels).to(self.device).split(batches.batch)
+        for (inputs, _), own in zip(batches.epoch(), right, strict=True):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
                 scores = self.model(inputs)
-            scores = scores.float() - shift if self.settings.logit_adjustment else scores.float()
-            measured.update(scores, right[start : start + len(scores)])
-            start += len(scores)
+            measured.update(scores.float() - shift, own)
         return measured.summary(curve), torch.cat(measured.ranks).cpu()
 
     # --- what the loop is made of ---
-
-    def _loss(self, weighted: bool) -> nn.Module:
-        settings = self.config.loss if weighted else {**self.config.loss, "weight": None}
-        return losses.build(settings, self.data.counts, generator=self.noise).to(self.device)
 
     def _share_of_peak(self, step: int) -> float:
         """The learning rate of a step as a share of its peak; torch's OneCycleLR ends one step earlier.
@@ -337,27 +305,15 @@ class _Run:
         "constant" and "cosine" rise linearly during the warm-up; "one_cycle" rises from 1/25 and falls to 1e-5 of the
         peak, both along a cosine.
         """
-        settings, steps = self.settings, self.steps
-        warm = steps * settings.warmup / settings.epochs
-        if settings.schedule == "one_cycle":
-            warm = warm or 0.3 * steps
-            low, share = (0.04, 1 - step / warm) if step < warm else (1e-5, (step - warm) / max(1.0, steps - warm))
+        warm = self.steps * self.settings.warmup / self.settings.epochs
+        if self.settings.schedule == "one_cycle":
+            warm = warm or 0.3 * self.steps
+            low, share = (0.04, 1 - step / warm) if step < warm else (1e-5, (step - warm) / max(1.0, self.steps - warm))
             return low + (1 - low) * (1 + math.cos(math.pi * share)) / 2
         if step < warm:
             return (step + 1) / (warm + 1)
-        return (
-            1.0
-            if settings.schedule == "constant"
-            else (1 + math.cos(math.pi * (step - warm) / max(1.0, steps - warm))) / 2
-        )
-
-    def _bf16(self, some: Tensor) -> bool:
-        if self.settings.precision != "auto":
-            return self.settings.precision == "bf16"
-        if not self.batches.images:
-            return False
-        name = json.dumps([self.config.model.model_dump(), list(some.shape)], sort_keys=True)
-        return self.device.type == "cuda" or faster_in_bf16(self.model, some, name)
+        fallen = (1 + math.cos(math.pi * (step - warm) / max(1.0, self.steps - warm))) / 2
+        return fallen if self.settings.schedule == "cosine" else 1.0
 
     def _stream(self, name: str) -> int:
         """The seed of a stream at this step."""
@@ -370,27 +326,26 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.default_generators[self.device.index or 0].manual_seed(self._stream(name))
 
-    def _save(self, folder: Path) -> None:
+    def _save(self) -> None:
         self._check_losses()
+        if self.folder is None:
+            return
         state = {name: getattr(self, name).state_dict() for name in ("model", "optimizer", "schedule")}
         state |= {name: getattr(self, name) for name in ("step", "seconds", "epochs", "values", "hits", "bf16")}
         state |= {"run": [self.config.key, self.data.fingerprint]}
-        records.write_whole(folder / "checkpoint.pt", lambda new: torch.save(state, new))
+        records.write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self) -> None:
         """Goes on from the folder's checkpoint, if there is one of this run."""
-        path = folder / "checkpoint.pt"
-        if not path.is_file():
+        if self.folder is None or not (self.folder / "checkpoint.pt").is_file():
             return
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(self.folder / "checkpoint.pt", map_location=self.device, weights_only=True)
         if state["run"] != [self.config.key, self.data.fingerprint]:
-            raise ValueError(f"{path} belongs to a run with other settings or data: give this run its own folder")
+            raise ValueError(f"{self.folder} has the checkpoint of another run: give this one its own folder")
         for name in ("model", "optimizer", "schedule"):
             getattr(self, name).load_state_dict(state[name])
-        for name in ("step", "seconds", "epochs", "bf16"):
+        for name in ("step", "seconds", "epochs", "values", "hits", "bf16"):
             setattr(self, name, state[name])
-        self.values.copy_(state["values"])
-        self.hits.copy_(state["hits"])
 
 
 def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
@@ -400,12 +355,10 @@ def _optimizer(model: nn.Module, settings: Training) -> torch.optim.Optimizer:
         {"params": [p for p in learned if p.dim() > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in learned if p.dim() <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups, rate = [group for group in groups if group["params"]], settings.learning_rate
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
-    return torch.optim.SGD(
-        groups, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.nesterov, fused=True
-    )
+        return torch.optim.AdamW(groups, lr=rate, fused=True)
+    return torch.optim.SGD(groups, lr=rate, momentum=settings.momentum, nesterov=settings.nesterov, fused=True)
 
 
 class Evaluation:
@@ -417,11 +370,9 @@ class Evaluation:
         device: where the scores will be.
     """
 
-    def __init__(self, counts: Any, scale: float, device: torch.device) -> None:
-        classes = len(counts)
-        self.scale, self.groups = scale, shot_groups([int(count) for count in counts])
-        self.meter = TopKMeter(classes, [k for k in KS if k <= classes], device=device)
-        self.ranks: list[Tensor] = []
+    def __init__(self, counts: Array, scale: float, device: torch.device) -> None:
+        self.scale, self.groups, self.ranks = scale, shot_groups(counts.tolist()), list[Tensor]()
+        self.meter = TopKMeter(len(counts), [k for k in KS if k <= len(counts)], device=device)
         # Sums of: the negative log-likelihood; then for every bin its rows, its hits and its confidences.
         self.sums = torch.zeros(1 + 3 * BINS, dtype=torch.float64, device=device)
 
@@ -445,17 +396,12 @@ class Evaluation:
         total, bins = self.sums[0].item(), self.sums[1:].view(3, BINS).cpu()
         shares = {"top": meter.accuracy(), "macro_top": meter.macro()}
         shares |= {f"{group}_top": found for group, found in meter.by_group(self.groups).items()}
-        result: dict[str, Any] = {"rows": meter.rows}
-        result |= {f"{name}{k}": _number(float(x)) for name, found in shares.items() for k, x in found.items()}
+        result: dict[str, Any] = {"rows": meter.rows, "nll": total / meter.rows}
+        result["ece"] = float((bins[1] - bins[2]).abs().sum()) / meter.rows
+        result |= {f"{name}{k}": float(x) for name, found in shares.items() for k, x in found.items()}
         result |= {f"candidates_{share}": meter.candidates(share / 100) for share in (90, 95, 99)}
-        result["nll"] = _number(total / meter.rows)
-        result["ece"] = _number(float((bins[1] - bins[2]).abs().sum()) / meter.rows)
-        result["curve"] = meter.curve()[:curve].tolist()
-        return result
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+        result = {name: x if math.isfinite(x) else None for name, x in result.items()}
+        return result | {"curve": meter.curve()[:curve].tolist()}
 
 
 def faster_in_bf16(model: nn.Module, inputs: Tensor, name: str) -> bool:
@@ -476,9 +422,9 @@ def faster_in_bf16(model: nn.Module, inputs: Tensor, name: str) -> bool:
             times[bf16].append(time.process_time() - began)
         model.load_state_dict(state)
         model.zero_grad(set_to_none=True)
-        answer = "faster" if min(times[True][1:]) < 0.8 * min(times[False][1:]) else "slower"
-        records.write_whole(kept, lambda new: new.write_text(answer))
-    return kept.read_text() == "faster"
+        faster = min(times[True][1:]) < 0.8 * min(times[False][1:])
+        records.write_whole(kept, lambda file: file.write(b"faster" if faster else b"slower"))
+    return kept.read_bytes() == b"faster"
 
 
 # --- where a number comes from: no host names, no users, no paths ---
@@ -486,27 +432,22 @@ def faster_in_bf16(model: nn.Module, inputs: Tensor, name: str) -> bool:
 
 def provenance(profile: str | None = None) -> dict[str, Any]:
     """Commit, date, hardware, versions, threads, profile."""
-    return {
-        "commit": commit_here(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(),
-        "versions": versions(),
-        "threads": torch.get_num_threads(),
-        "profile": profile,
-    }
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    about = {"hardware": hardware(), "versions": versions(), "threads": torch.get_num_threads(), "profile": profile}
+    return {"commit": commit_here(), "date": date, **about}
 
 
 @cache
 def commit_here() -> str | None:
     """The commit of the checkout this package runs from, `+dirty` where its code differs from it; None outside one."""
-    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=30)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            done = subprocess.run(
+                ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30
+            )
+            return done.stdout.strip() if done.returncode == 0 else None
+        return None
 
     if git("ls-files", "--error-unmatch", "train.py") is None:
         return None  # installed, though perhaps inside another project's checkout
@@ -524,15 +465,14 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def hardware() -> dict[str, Any]:
     """Processor, cores this process may use, memory in GiB, system, and the GPU's name or None."""
-    processor = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
+    processor, memory = platform.processor() or platform.machine(), None
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor)
-    memory = None
-    with contextlib.suppress(ValueError, OSError, AttributeError):
-        memory = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": processor, "cores": cores, "memory": memory, "system": platform.system(), "gpu": gpu}
