@@ -1,1 +1,1 @@
-"""The book's experiments, figures and sentences: everything its chapters use beside `topk` itself."""
+"""The experiments of the book: data, models, training, sweeps and the records that every figure is drawn from."""

@@ -1,0 +1,476 @@
+"""Sweeps: what a chapter's records are made by, from a YAML file or a mapping in the chapter's own cell (chapter 14).
+
+    runs = sweep.records_of("14_cifar100", SWEEPS, profile=profile, records=records)
+
+is the front door: with records="committed" it reads the chapter's table; with records="run" it runs what has no record
+yet, with a progress bar, and returns the same kind of table. Interrupt it at any moment and call it again: every
+finished run lies in a file of its own, named by the hash of its configuration, and long runs go on from a checkpoint.
+`python -m topk_lab gather CHAPTER` folds the files into the table.
+
+SWEEPS is {name: sweep}; a file NAME.yml holds one. A sweep:
+
+    data: {name: features, set: cifar100-...-pca256}      # sections of the configuration, see topk_lab.train.Config
+    model: {name: linear}
+    training: {epochs: 5, batch: 500, optimizer: adamw, schedule: one_cycle, evaluate_every: 0}
+    seeds: [0, 1, 2, 3, 4]                                # of the runs that count
+    conditions: {data.noise: [0.0, 0.4]}                  # every contender is run, and tuned, under each of them
+    contenders:
+      - loss: {name: cross_entropy}
+      - loss: {name: smooth, k: 5}
+        search: {loss.tau: {log: [0.1, 10]}}              # beside what all search
+    tuning:                                               # leave it out where nothing is tuned
+      data: {validation: 50}                              # over the sections above
+      seeds: [1000, 1001]
+      metric: validation.top5                             # the largest mean over the seeds is chosen
+      candidates: 32                                      # without it: every combination of the lists
+      search: {training.learning_rate: {log: [1.0e-3, 1.0]}, training.weight_decay: [0.0, 0.1]}
+    profiles: {smoke: {seeds: [0], data: {name: sample}}} # what a smaller size has instead; `full` is as written
+
+An axis may set several settings, joined by " + ". Ranges are `log` or `uniform`; the candidates' random numbers depend
+on the axis and the candidate alone, so that all contenders see the same learning rates. Tuning runs of two conditions
+that come to the same configuration are one run. Rows say `sweep` (NAME, or NAME.tuning), `contender`, `candidate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from joblib import Parallel, delayed, parallel_config
+from pydantic import ValidationError, model_validator
+from scipy import stats
+from tqdm import tqdm
+
+from topk_lab import data, losses, train
+from topk_lab import records as tables
+from topk_lab.data import Strict
+from topk_lab.train import Config
+
+PROFILES = ("smoke", "laptop", "full")
+CONFIDENCE = 0.99
+FEWEST = 3
+"""Runs that differ in the seed only, for an interval."""
+_METRIC = re.compile(r"((validation|train)\.)?(\w+_)?(top\d+|\d+|nll|ece|loss)")
+
+Section = dict[str, Any]
+Search = dict[str, "Range | list[Any]"]
+
+
+# --- what a sweep asks for ---
+
+
+class Range(Strict):
+    """Values from `log` or `uniform`, [smallest, largest]."""
+
+    log: tuple[float, float] | None = None
+    uniform: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Range:
+        low, high = self.log or self.uniform or (1.0, 0.0)
+        if (self.log is None) == (self.uniform is None) or low >= high or (self.log is not None and low <= 0):
+            raise ValueError(f"a range must be log: [a, b] or uniform: [a, b] with a < b, log's a > 0, got {self}")
+        return self
+
+    def at(self, share: float) -> float:
+        """The value at this share of the range, to three digits."""
+        low, high = self.log or self.uniform or (0.0, 1.0)
+        return float(f"{low * (high / low) ** share if self.log else low + (high - low) * share:.3g}")
+
+
+class Contender(Strict):
+    """One loss, and what goes with it."""
+
+    name: str = ""
+    loss: Section
+    model: Section = {}
+    training: Section = {}
+    search: Search = {}
+
+    def title(self) -> str:
+        """Its name, or its loss in one line."""
+        settings = (f"{name}={tables.text_of(value)}" for name, value in self.loss.items() if name != "name")
+        return self.name or " ".join([str(self.loss["name"]), *settings])
+
+
+class Tuning(Strict):
+    """How every contender's settings are chosen."""
+
+    data: Section = {}
+    training: Section = {}
+    seeds: list[int] = [1000]
+    metric: str = "validation.top5"
+    candidates: int | None = None
+    search: Search = {}
+
+
+class Sweep(Strict):
+    """See this module's description."""
+
+    description: str = ""
+    data: Section
+    model: Section
+    training: Section = {}
+    seeds: list[int] = [0]
+    data_seed_follows: bool = False  # whether data.seed is the run's seed in the runs that count
+    conditions: dict[str, list[Any]] = {}
+    contenders: list[Contender]
+    tuning: Tuning | None = None
+    threads: int | None = 1
+    profiles: dict[Literal["smoke", "laptop", "full"], Section] = {}
+
+    def at(self, profile: str) -> Sweep:
+        """The sweep in another size."""
+        over = {str(name): value for name, value in self.profiles.items()}.get(profile, {})
+        return Sweep.model_validate(_merged(self.model_dump(exclude_unset=True), over))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that a sweep asks for; `about` are columns of its row."""
+
+    config: Config
+    threads: int | None
+    about: Mapping[str, Any]
+
+
+def read(path: Path) -> dict[str, Sweep]:
+    """The sweep of a file, by its name."""
+    try:
+        return {path.stem: Sweep.model_validate(yaml.load(path.read_text(encoding="utf-8"), _Loader))}
+    except ValidationError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with YAML 1.2's numbers: 1e-3 is one."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings over mappings; a section with another `name` replaces the one below, and so does a `k`."""
+    found = copy.deepcopy(dict(below))
+    for name, value in above.items():
+        old = found.get(name)
+        if isinstance(old, dict) and isinstance(value, Mapping) and name != "k":
+            alike = value.get("name", old.get("name")) == old.get("name")
+            value = _merged(old, value) if alike else value
+        found[name] = value
+    return found
+
+
+def _with(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings with the axes' values: {"loss.tau": 1, "seed + data.seed": 3, "model": {...}}."""
+    for axis, value in values.items():
+        for part in axis.split(" + "):
+            section, _, name = part.partition(".")
+            settings = _merged(settings, {section: {name: value}} if name else {section: value})
+    return dict(settings)
+
+
+def _cases(sweep: Sweep) -> Iterator[tuple[Contender, dict[str, Any]]]:
+    """Every contender under every condition, and its settings there."""
+    shared = {"data": sweep.data, "model": sweep.model, "training": sweep.training}
+    for values in itertools.product(*sweep.conditions.values()):
+        for contender in sweep.contenders:
+            own = {"loss": contender.loss, "model": contender.model, "training": contender.training}
+            yield contender, _with(_merged(shared, own), dict(zip(sweep.conditions, values, strict=True)))
+
+
+def candidates(tuning: Tuning, contender: Contender) -> list[dict[str, Any]]:
+    """The values of the searched axes, candidate after candidate."""
+    axes = {**contender.search, **{name: axis for name, axis in tuning.search.items() if name not in contender.search}}
+    if tuning.candidates is None:
+        lists = [axis for axis in axes.values() if isinstance(axis, list)]
+        if len(lists) < len(axes):
+            raise ValueError("tuning.candidates must say how many to draw where an axis is a range")
+        return [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
+    found: list[dict[str, Any]] = [{} for _ in range(tuning.candidates)]
+    for name, axis in axes.items():
+        shares = (data.bits(0, f"search/{name}", tuning.candidates) >> np.uint64(11)) * 2.0**-53
+        for values, share in zip(found, shares.tolist(), strict=True):
+            values[name] = axis.at(share) if isinstance(axis, Range) else axis[int(share * len(axis))]
+    return found
+
+
+def _tried(
+    sweep: Sweep, contender: Contender, settings: Mapping[str, Any]
+) -> list[tuple[dict[str, Any], list[Config]]]:
+    """For every candidate its values, and its configurations, one a tuning seed."""
+    if sweep.tuning is None:
+        return []
+    over = _merged(settings, {"data": sweep.tuning.data, "training": sweep.tuning.training})
+    return [
+        (values, [Config.model_validate({**_with(over, values), "seed": seed}) for seed in sweep.tuning.seeds])
+        for values in candidates(sweep.tuning, contender)
+    ]
+
+
+def tuning_runs(name: str, sweep: Sweep) -> dict[str, Run]:
+    """The candidates' runs by key."""
+    found: dict[str, Run] = {}
+    for contender, settings in _cases(sweep):
+        for number, (_, configs) in enumerate(_tried(sweep, contender, settings)):
+            about = {"sweep": f"{name}.tuning", "contender": contender.title(), "candidate": number}
+            for config in configs:
+                found.setdefault(config.key, Run(config, sweep.threads, about))
+    return found
+
+
+def final_runs(name: str, sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Run]:
+    """The runs that count, by key; `rows` holds those of `tuning_runs`."""
+    found: dict[str, Run] = {}
+    seed_axis = "seed + data.seed" if sweep.data_seed_follows else "seed"
+    for contender, settings in _cases(sweep):
+        chosen = choose(sweep, _tried(sweep, contender, settings), rows)
+        for seed in sweep.seeds:
+            config = Config.model_validate(_with(settings, {**chosen, seed_axis: seed}))
+            about = {"sweep": name, "contender": contender.title()}
+            found.setdefault(config.key, Run(config, sweep.threads, about))
+    return found
+
+
+def choose(
+    sweep: Sweep, tried: Sequence[tuple[dict[str, Any], Sequence[Config]]], rows: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The candidate with the largest mean of the metric over the tuning seeds, the first of equals; {} without tuning.
+
+    A run that diverged has no metrics, and its candidate is not chosen.
+    """
+    if sweep.tuning is None:
+        return {}
+    reached = [np.mean([rows[it.key].get(sweep.tuning.metric, -math.inf) for it in configs]) for _, configs in tried]
+    best = int(np.argmax(reached))
+    if reached[best] == -math.inf:
+        raise ValueError(f"no candidate of {tried[0][1][0].loss} has {sweep.tuning.metric!r}: did all diverge?")
+    return tried[best][0]
+
+
+# --- running ---
+
+
+def records_of(
+    chapter: str,
+    sweeps: Mapping[str, Any] | None = None,
+    *,
+    profile: str = "full",
+    records: str = "committed",
+    engine: str = "local",
+    jobs: int | None = None,
+) -> pd.DataFrame:
+    """A chapter's runs as a table: the committed ones, or those of the sweeps, run where they have no record yet.
+
+    Args:
+        chapter: the chapter's name, which is its notebook's and its table's.
+        sweeps: {name: sweep}, mappings or `Sweep`s; None: the files CHAPTER*.yml in this folder or in notebooks/.
+        profile: the size in which sweeps are run: "smoke", "laptop" or "full".
+        records: "committed" reads the chapter's table, "run" runs.
+        engine: "local", or "ray" for a Ray cluster that is running.
+        jobs: runs at a time; None: one a core, on a GPU one.
+    """
+    if records == "committed":
+        return tables.load(chapter)
+    if records != "run" or profile not in PROFILES:
+        raise ValueError(f"records must be 'committed' or 'run', profile in {PROFILES}, got {records!r}, {profile!r}")
+    found = {name: Sweep.model_validate(sweep).at(profile) for name, sweep in (sweeps or files_of(chapter)).items()}
+    parameters = tables.text_of({"profile": profile, "records": records})
+    about = {"notebook": f"{chapter}.ipynb", "notebook_parameters": parameters, "profile": profile}
+    rows = known(chapter)
+    tuning = {key: run for name, sweep in found.items() for key, run in tuning_runs(name, sweep).items()}
+    rows |= _execute(chapter, tuning, rows, about, engine, jobs)
+    final = {key: run for name, sweep in found.items() for key, run in final_runs(name, sweep, rows).items()}
+    rows |= _execute(chapter, final, rows, about, engine, jobs)
+    return pd.DataFrame([{**rows[key], "sweep": run.about["sweep"]} for key, run in (tuning | final).items()])
+
+
+def files_of(chapter: str) -> dict[str, Sweep]:
+    """The sweeps of the files CHAPTER.yml and CHAPTER.*.yml here or in notebooks/."""
+    for folder in (Path(), Path("notebooks"), Path(__file__).resolve().parents[2] / "notebooks"):
+        paths = sorted([*folder.glob(f"{chapter}.yml"), *folder.glob(f"{chapter}.*.yml")])
+        if paths:
+            return {name: sweep for path in paths for name, sweep in read(path).items()}
+    raise FileNotFoundError(f"chapter {chapter!r} has no sweep: no file {chapter}.yml here or in notebooks/")
+
+
+def scratch(chapter: str) -> Path:
+    """Where the rows of finished runs wait for `gather`, and checkpoints of unfinished ones lie."""
+    return Path(os.environ.get("TOPK_RUNS") or data.cache() / "runs") / chapter
+
+
+def known(chapter: str) -> dict[str, tables.Row]:
+    """The chapter's rows, from its table and the scratch folder, by the key that today's program gives them.
+
+    A record whose configuration lacks a setting that was added since is found under the key with that setting's
+    default; one that today's program refuses is not found.
+    """
+    found = {}
+    for row in tables.rows_of(tables.load(chapter)):
+        with contextlib.suppress(KeyError, ValueError):
+            found[Config.of_record(row["config"]).key] = row
+    return found | {path.stem: tables.restore(path) for path in scratch(chapter).glob("*.json")}
+
+
+def _execute(
+    chapter: str,
+    runs: Mapping[str, Run],
+    rows: Mapping[str, Any],
+    about: Mapping[str, Any],
+    engine: str,
+    jobs: int | None,
+) -> dict[str, tables.Row]:
+    """The rows of those runs that have none, each saved as soon as it ends; joblib, or Ray under it, hands them out."""
+    todo = {key: run for key, run in runs.items() if key not in rows}
+    place, found, failed = scratch(chapter), dict[str, tables.Row](), dict[str, str]()
+    count = jobs or (1 if torch.cuda.is_available() else train.hardware()["cores"])
+    if engine == "ray":
+        from ray.util.joblib import register_ray
+
+        register_ray()
+    calls = (delayed(_one)(run, place / "work" / key, {**about, **run.about}) for key, run in todo.items())
+    backend = parallel_config(backend={"local": "loky", "ray": "ray"}[engine])
+    with backend, tqdm(total=len(todo), unit="run", desc=chapter, disable=not todo) as bar:
+        for row in Parallel(n_jobs=max(1, min(count, len(todo))), return_as="generator_unordered")(calls):
+            if "traceback" in row:
+                failed[row["key"]] = row["traceback"]
+            else:
+                found[row["key"]] = row
+                tables.save(row, place / f"{row['key']}.json")
+                shutil.rmtree(place / "work" / row["key"], ignore_errors=True)
+            bar.update()
+    for key, reason in failed.items():
+        raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, {len(found)} are saved. {key}:\n{reason}")
+    return found
+
+
+def _one(run: Run, folder: Path, about: Mapping[str, Any]) -> tables.Row:
+    """One run in a worker. To diverge is a result: a row without metrics, which says `failure`."""
+    try:
+        return train.train(run.config, folder=folder, threads=run.threads, progress=False, **about)
+    except train.DivergedError as error:
+        source = train.provenance(about["profile"])
+        about = {name: value for name, value in about.items() if name != "profile"} | {"failure": str(error)}
+        result = {"final": {}, "epochs": [], "seconds": 0.0}
+        return tables.row(run.config.plain(), result, losses.probe(run.config.loss), source, **about)
+    except Exception:
+        return {"key": run.config.key, "traceback": traceback.format_exc()}
+
+
+def result_of(
+    chapter: str, compute: Callable[[], Mapping[str, Any]], *, parameters: Mapping[str, Any], records: str = "committed"
+) -> tuple[dict[str, Any], tables.Row]:
+    """Of a chapter that is its own experiment: the result and its row, committed or computed.
+
+    Args:
+        chapter: the chapter's name.
+        compute: returns the result, numbers in lists and mappings; called where records is "run" and there is none.
+        parameters: what decides the result, the notebook's own such as profile; part of the key.
+        records: "committed" or "run".
+    """
+    if records == "committed":
+        row = tables.rows_of(tables.load(chapter).sort_values("date"))[-1]
+        return json.loads(row["result"]), row
+    config = {"notebook": f"{chapter}.ipynb", "parameters": dict(parameters)}
+    path = scratch(chapter) / f"{tables.key_of(config)}.json"
+    if not path.is_file():
+        began = time.monotonic()
+        result = {"final": compute(), "epochs": [], "seconds": time.monotonic() - began}
+        tables.save(tables.row(config, result, None, train.provenance(parameters.get("profile")), sweep=chapter), path)
+    row = tables.restore(path)
+    return json.loads(row["result"]), row
+
+
+# --- gathering and reproducing ---
+
+
+def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """For every sweep how many runs it asks for, how many of them are in `rows`, and the command for the rest."""
+    found = []
+    for name, sweep in sweeps.items():
+        tuning = list(tuning_runs(name, sweep))
+        ready = all(key in rows for key in tuning)
+        runs = len(sweep.seeds) * sum(1 for _ in _cases(sweep))
+        final = [key in rows for key in final_runs(name, sweep, rows)] if ready else [False] * runs
+        for title, asked in ((f"{name}.tuning", [key in rows for key in tuning]), (name, final)):
+            command = f"python -m topk_lab sweep notebooks/{name}.yml"
+            found += [{"sweep": title, "runs": len(asked), "recorded": sum(asked), "command": command}] if asked else []
+    return found
+
+
+def gather(chapter: str, sweeps: Mapping[str, Sweep]) -> tuple[Path, int]:
+    """Folds the scratch folder's rows into the chapter's table; returns the table and how many rows were new."""
+    before, files = tables.rows_of(tables.load(chapter)), sorted(scratch(chapter).glob("*.json"))
+    rows = {row["key"]: row for row in [*before, *map(tables.restore, files)]}
+    about = {item["sweep"]: item for item in [*tables.sweeps(chapter), *pending(sweeps, known(chapter))]}
+    path = tables.write(chapter, list(rows.values()), list(about.values()))
+    for file in files:
+        file.unlink()
+    return path, len(rows) - len(before)
+
+
+def reproduce(chapter: str, key: str, tolerance: float | None = None) -> pd.DataFrame:
+    """Runs the configuration of a record again and compares its metrics; says beforehand how.
+
+    To the last digit where processor, torch, threads and data are those of the record. Elsewhere, and where features
+    were extracted anew, a metric must lie where another seed would be expected: in the 99 % prediction interval of the
+    runs that differ in the seed only, mean -+ t s sqrt(1 + 1/n); with fewer than three of them, within `tolerance`.
+
+    Returns:
+        a row a metric: metric, then, now, low, high, holds.
+    """
+    rows = tables.rows_of(tables.load(chapter))
+    row = next((row for row in rows if row["key"].startswith(key)), None)
+    if row is None:
+        raise ValueError(f"no record of {chapter} has a key that starts with {key!r}")
+    config = Config.of_record(row["config"])
+    fingerprint = data.fingerprint(json.loads(row["config"])["data"], data.parts_of(config.data))
+    here = {"hardware.cpu": train.hardware()["cpu"], "hardware.gpu": train.hardware()["gpu"]}
+    here |= {"versions.torch": train.versions()["torch"], "data_fingerprint": fingerprint}
+    differ = ", ".join(name for name, now in here.items() if row.get(name) != now)
+    alike = [other for other in rows if _but_for_seeds(other["config"]) == _but_for_seeds(row["config"])]
+    if differ and len(alike) < FEWEST and tolerance is None:
+        raise ValueError(f"{differ} differ, and there are only {len(alike)} seeds: say how far metrics may be off")
+    by_seeds = f"by the {CONFIDENCE:.0%} interval over {len(alike)} runs with other seeds"
+    how = by_seeds if len(alike) >= FEWEST else f"within {tolerance}"
+    print(f"{differ} differ: comparing {how}" if differ else "comparing to the last digit", flush=True)
+    now = train.train(config, threads=int(row["threads"]))
+    compared = []
+    for name in [name for name in now if _METRIC.fullmatch(name) and name in row]:
+        values = np.array([other[name] for other in alike if name in other], dtype=float)
+        low, high = _bounds(values, row[name], tolerance) if differ else (row[name], row[name])
+        compared.append((name, row[name], now[name], low, high, low <= now[name] <= high))
+    return pd.DataFrame(compared, columns=["metric", "then", "now", "low", "high", "holds"])
+
+
+def _bounds(values: data.Array, then: float, tolerance: float | None) -> tuple[float, float]:
+    if len(values) < FEWEST:
+        return then - (tolerance or 0) * max(1, abs(then)), then + (tolerance or 0) * max(1, abs(then))
+    mean, count = values.mean(), len(values)
+    half = stats.t.ppf(0.5 + CONFIDENCE / 2, count - 1) * values.std(ddof=1) * math.sqrt(1 + 1 / count)
+    half = max(half, 1e-3 * max(1, abs(mean)))  # seeds may agree; rounding can still move a row over the edge
+    return float(mean - half), float(mean + half)
+
+
+def _but_for_seeds(text: str) -> str:
+    config = json.loads(text)
+    data_settings = {name: value for name, value in config.get("data", {}).items() if name != "seed"}
+    return tables.text_of({**config, "seed": None, "data": data_settings})
