@@ -28,6 +28,7 @@ import numpy as np
 import pandas as pd
 import torch
 from cycler import cycler
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ class Panel:
         x_ticks: {place: text}.
     """
 
-    x: Sequence[float] | Tensor
+    x: Iterable[Any]
     lines: Mapping[str, Any]
     title: str = ""
     x_label: str = ""
@@ -212,7 +213,7 @@ def _drawn(panels: Sequence[Panel], size: Size | None, columns: int = 3, share_y
     return figure
 
 
-def _grid(count: int, columns: int, size: Size, **shared: bool) -> tuple[Figure, list[Axes]]:
+def _grid(count: int, columns: int, size: Size, **shared: Any) -> tuple[Figure, list[Axes]]:
     """A figure and its panels, row after row; places left over are empty."""
     across = min(columns, count)
     figure, axes = plt.subplots(-(-count // across), across, figsize=size, squeeze=False, **shared)
@@ -252,9 +253,9 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.axhline(level, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
         axis.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, color="grey",
                       xytext=(0, 2), textcoords="offset points")  # fmt: skip
-    for text, place in panel.verticals.items():
-        axis.axvline(place, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
-        axis.annotate(text, (place, 1.0), xycoords=("data", "axes fraction"), fontsize=8, color="grey", va="top",
+    for text, at in panel.verticals.items():
+        axis.axvline(at, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
+        axis.annotate(text, (at, 1.0), xycoords=("data", "axes fraction"), fontsize=8, color="grey", va="top",
                       ha="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     if panel.scale in ("log", "log x"):
@@ -264,7 +265,7 @@ def _draw(axis: Axes, panel: Panel) -> None:
     if panel.y_range is not None:
         axis.set_ylim(*panel.y_range)
     if all(place.is_integer() for place in x) and axis.get_xscale() == "linear":
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     if panel.x_ticks:
         axis.set_xticks([*panel.x_ticks], [*panel.x_ticks.values()])
         axis.minorticks_off()
@@ -440,7 +441,7 @@ def heat(
         picture = axis.imshow(cells, aspect="auto", **limits)
         for (r, c), value in np.ndenumerate(cells):
             text = f"{value:.2g}" if marks is None else marks[title][r][c]
-            dark = sum(picture.cmap(picture.norm(value))[:3]) < 1.4
+            dark = sum(picture.cmap(picture.norm(np.asarray(value)))[:3]) < 1.4
             axis.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
         axis.set_title(title, fontsize=9.5)
         axis.set_xticks(range(len(columns)), columns, fontsize=8)
@@ -593,7 +594,7 @@ def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap
         outline = corner[[0, 1, 2, 0]]
         axis.plot(outline[:, 0], outline[:, 1], color="black", linewidth=1, linestyle="solid")
         for label, spot, side in zip(("target", "1", "2"), corner.tolist(), ("right", "left", "center"), strict=True):
-            axis.text(*spot, f" {label} ", ha=side, va="bottom" if side == "center" else "top")
+            axis.text(spot[0], spot[1], f" {label} ", ha=side, va="bottom" if side == "center" else "top")
         axis.set(title=name, aspect="equal", xlim=(-0.25, 1.15), ylim=(-0.15, 1.05))
         axis.axis("off")
         data[name] = value[edge].tolist()

@@ -44,7 +44,7 @@ def runs(chapter: str, sweep: str | None = None) -> pd.DataFrame:
 
     Every table lists the losses in the order they have here: cross-entropy and its kin, the papers' losses, hinges.
     """
-    frame = records.load(chapter, sweep or chapter)
+    frame: pd.DataFrame = records.load(chapter, sweep or chapter)
     frame.insert(0, "loss", [loss_name(dict(row)) for _, row in frame.iterrows()])
     return frame.sort_values("loss", key=lambda names: names.map(_place), kind="stable", ignore_index=True)
 
@@ -322,11 +322,11 @@ def ahead(
     frame: pd.DataFrame, setting: str, loss: str, metric: str = "top5", comparisons: int = 1
 ) -> dict[float, float]:
     """{setting: mean difference in points} where a loss is surely above cross-entropy, after so many comparisons."""
-    found = {}
+    found: dict[float, float] = {}
     for value, part in frame.groupby(setting):
         if {loss, BASELINE} <= set(part["loss"]):
             interval = differences(part, metric, confidence=1 - 0.05 / comparisons)[loss]
-            found |= {float(value): interval.mean} if interval.side > 0 else {}
+            found |= {float(str(value)): interval.mean} if interval.side > 0 else {}
     return found
 
 
@@ -359,7 +359,7 @@ def _parts(frame: pd.DataFrame, setting: str) -> Iterator[tuple[str, float, pd.D
     for name, words in _heads(frame).items():
         for value, part in frame[frame["model.name"] == name].groupby(setting):
             if part["loss"].nunique() > 1 and BASELINE in set(part["loss"]):
-                yield words, float(value), part
+                yield words, float(str(value)), part
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -441,7 +441,8 @@ def tuned(tried: pd.DataFrame, final: pd.DataFrame, metric: str = "top5") -> lis
     several, rows = final["model.name"].nunique() > 1, []
     for head, loss, group in by_head(final):
         candidates = _candidates(tried, group)
-        reached = sorted(candidates.get(f"validation.{metric}", []) * factor(metric))
+        column = f"validation.{metric}"
+        reached = sorted(candidates[column] * factor(metric)) if column in candidates else []
         names = [name for name in _TUNED if name in candidates and candidates[name].nunique() > 1]
         rows.append({
             **({"head": head} if several else {}),
@@ -470,7 +471,8 @@ def rates_at_an_edge(tried: pd.DataFrame, final: pd.DataFrame) -> str:
 
 
 def _candidates(tried: pd.DataFrame, group: pd.DataFrame) -> pd.DataFrame:
-    return tried[(tried["model.name"] == group["model.name"].iloc[0]) & (tried["loss"] == group["loss"].iloc[0])]
+    found: pd.DataFrame = tried[(tried[["model.name", "loss"]] == group[["model.name", "loss"]].iloc[0]).all(axis=1)]
+    return found
 
 
 def _words(column: str) -> str:

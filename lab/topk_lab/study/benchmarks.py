@@ -28,7 +28,8 @@ _AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"
 
 def load() -> pd.DataFrame:
     """All records of the benchmark, a row a problem and contender."""
-    return records.load(CHAPTER)
+    frame: pd.DataFrame = records.load(CHAPTER)
+    return frame
 
 
 def measured(frame: pd.DataFrame, device: str) -> pd.DataFrame:
@@ -93,8 +94,9 @@ def largest_problems(frame: pd.DataFrame) -> pd.DataFrame:
         mine = chosen & (frame["family"] == family)
         mine &= (frame["k"] == 5) if (frame["k"][mine] == 5).any() else True
         if mine.any():
-            largest = frame.loc[frame["score_bytes"][mine].idxmax(), [*PROBLEM, "machine"]]
-            chosen &= (frame["family"] != family) | (frame[[*PROBLEM, "machine"]] == largest).all(axis=1)
+            problems = frame[[*PROBLEM, "machine"]]
+            largest = problems.iloc[int(np.argmax(frame["score_bytes"].where(mine)))]
+            chosen &= (frame["family"] != family) | (problems == largest).all(axis=1)
     return frame[chosen].sort_values("family", key=lambda names: names.map(FAMILIES.index), kind="stable")
 
 
@@ -149,7 +151,7 @@ def time_and_memory(
         name: Band(*(wide[f"{clock}{column}"][name] for column in ("p50_ms", "p20_ms", "p80_ms"))) for name in names
     }
     memory = {name: wide["score_copies"][name] for name in names}
-    common = {"x_label": _AXIS[along], "scale": "log", "looks": {name: look(name) for name in names}}
+    common: dict[str, Any] = {"x_label": _AXIS[along], "scale": "log", "looks": {name: look(name) for name in names}}
     panels = [Panel(wide.index, times, "time, ms", **common),
               Panel(wide.index, memory, "peak memory, in copies of the scores", **common)]  # fmt: skip
     figures.lines(*panels, alt=alt, size=(7.8, 3.9))

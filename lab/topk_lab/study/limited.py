@@ -216,7 +216,7 @@ def name_of(setting: Setting) -> str:
 
 def recorded(settings: Sequence[Setting]) -> tuple[dict[Setting, Found], dict[str, Any]]:
     """What `compare` found for every setting, from the chapter's record, and the record's row."""
-    row: dict[str, Any] = records.load(CHAPTER).iloc[-1].to_dict()
+    row = {str(name): value for name, value in records.load(CHAPTER).iloc[-1].items()}
     result = json.loads(row["result"])
     return {setting: result[name_of(setting)] for setting in settings}, row
 

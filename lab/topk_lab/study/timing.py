@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its notices would tear every progress bar
 
@@ -25,45 +27,14 @@ Work = Callable[[], Any]
 
 ROUNDS = (5, 40)
 """At least and at most so many turns each."""
-
 _CACHES = 4
 """Before every call so many times the second-level cache is written, so that none finds its input there."""
-
 _CPU_CACHES = 2**25
 """Bytes written for that on the CPU: more than its cores' second-level caches hold together."""
 
 
 class NoReplayError(RuntimeError):
     """The work cannot be captured in a CUDA graph; the message says why."""
-
-
-class Clock(Protocol):
-    """Measures work on one device."""
-
-    device: torch.device
-
-    def time(self, work: Work) -> float:
-        """Milliseconds of one call, with all that a caller waits for."""
-
-    def peak(self, work: Work) -> int:
-        """The largest number of bytes alive at once that one call allocated, its results included."""
-
-    def replay(self, work: Work) -> Work:
-        """The same work without Python and without launches, or NoReplayError."""
-
-    def facts(self) -> dict[str, str]:
-        """The processor and the versions of what drives it."""
-
-
-def clock_of(device: str | torch.device) -> Clock:
-    """The clock of a device."""
-    device = torch.device(device)
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu or cuda, got {device}")
-    return CpuClock() if device.type == "cpu" else CudaClock(device)
-
-
-# --- the CPU ---------------------------------------------------------------------------------------------------------
 
 
 class CpuClock:
@@ -74,14 +45,13 @@ class CpuClock:
     input, its memory and its code in the caches, as in the loops with which people usually compare losses.
     """
 
-    device = torch.device("cpu")
-
     def __init__(self, warm: bool = False) -> None:
+        self.device = torch.device("cpu")
         self._warm = warm
         self._other_data = torch.empty(0 if warm else _CPU_CACHES, dtype=torch.int8)
 
     def time(self, work: Work) -> float:
-        """Milliseconds of one call."""
+        """Milliseconds of one call, with all that a caller waits for."""
         if self._warm:
             work()
         self._other_data.zero_()
@@ -99,7 +69,7 @@ class CpuClock:
 
     def facts(self) -> dict[str, str]:
         """The processor's name."""
-        from topk.lab.provenance import hardware
+        from topk_lab.train import hardware
 
         return {"processor": hardware()["cpu"], "driver": "", "triton": ""}
 
@@ -117,9 +87,6 @@ def peak_temporaries(work: Work) -> int:
         raise RuntimeError("the profiler reported no allocation: this torch cannot measure memory")
     events.sort(key=lambda event: event.start_ns())
     return int(max(itertools.accumulate((event.nbytes() for event in events[2:]), initial=0)))
-
-
-# --- CUDA ------------------------------------------------------------------------------------------------------------
 
 
 class CudaClock:
@@ -147,7 +114,7 @@ class CudaClock:
         return float(start.elapsed_time(end))
 
     def peak(self, work: Work) -> int:
-        """The allocator's high-water mark above what was there before the call."""
+        """The allocator's high-water mark above what was there before the call, results included."""
         work()
         self._cuda.synchronize(self.device)
         self._cuda.reset_peak_memory_stats(self.device)
@@ -158,7 +125,7 @@ class CudaClock:
         return int(self._cuda.max_memory_allocated(self.device)) - int(before)
 
     def replay(self, work: Work) -> Work:
-        """Captures the call in a CUDA graph, after three calls on a side stream as torch asks for."""
+        """The same work without Python and without launches: a CUDA graph, after three calls on a side stream."""
         try:
             side = self._cuda.Stream(self.device)
             side.wait_stream(self._cuda.current_stream(self.device))
@@ -178,24 +145,28 @@ class CudaClock:
 
     def facts(self) -> dict[str, str]:
         """The GPU's name, the driver's version and Triton's."""
-        from importlib.metadata import PackageNotFoundError, version
-
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            driver = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.split()
+        except (OSError, subprocess.SubprocessError):
+            driver = []
         try:
             triton = version("triton")
         except PackageNotFoundError:
             triton = ""
-        return {"processor": self._cuda.get_device_name(self.device), "driver": _driver(), "triton": triton}
+        name = self._cuda.get_device_name(self.device)
+        return {"processor": name, "driver": driver[0] if driver else "unknown", "triton": triton}
 
 
-def _driver() -> str:
-    import subprocess
+Clock = CpuClock | CudaClock
 
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return told.strip().splitlines()[0] if told.strip() else "unknown"
+
+def clock_of(device: str | torch.device) -> Clock:
+    """The clock of a device."""
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device}")
+    return CpuClock() if device.type == "cpu" else CudaClock(device)
 
 
 def first_line(error: BaseException, length: int = 160) -> str:
@@ -212,19 +183,13 @@ def in_turns(
 ) -> dict[str, list[float]]:
     """Milliseconds of every call: each work once a round, every other round in reverse order."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    names = list(works)
-    for order in _orders(names, seconds, rounds):
-        for name in order:
-            times[name].append(clock.time(works[name]))
-    return times
-
-
-def _orders(names: list[str], seconds: float, rounds: tuple[int, int]) -> Iterator[list[str]]:
     start = time.perf_counter()
     for number in range(rounds[1]):
         if number >= rounds[0] and time.perf_counter() - start > seconds:
-            return
-        yield names if number % 2 == 0 else names[::-1]
+            break
+        for name in list(works)[:: 1 if number % 2 == 0 else -1]:
+            times[name].append(clock.time(works[name]))
+    return times
 
 
 def quantiles(times: Sequence[float]) -> dict[str, float]:
@@ -232,6 +197,13 @@ def quantiles(times: Sequence[float]) -> dict[str, float]:
     ranked = sorted(times)
     found = {f"p{p}_ms": ranked[min(len(ranked) - 1, p * len(ranked) // 100)] for p in (20, 50, 80)}
     return {**found, "min_ms": ranked[0]}
+
+
+def times_of(works: Mapping[str, Work], baseline: str, rounds: int) -> dict[str, float]:
+    """{name: median time over that of the baseline}, in turns on this machine's CPU or GPU (chapters 6 to 8)."""
+    clock = clock_of("cuda" if torch.cuda.is_available() else "cpu")
+    medians = {name: quantiles(found)["p50_ms"] for name, found in in_turns(clock, works, 60, (rounds, rounds)).items()}
+    return {name: median / medians[baseline] for name, median in medians.items()}
 
 
 def gigabytes_per_second(bytes_moved: float, milliseconds: float) -> float:
