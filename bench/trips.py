@@ -67,8 +67,8 @@ def counted_lines() -> Iterator[Counter[Chain]]:
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(KERNELS):
             return None
-        if event == "line":
-            counts[_chain(frame)] += 1
+        if event == "line" and (chain := _chain(frame)):  # none while the host prepares a launch
+            counts[chain] += 1
         return watch
 
     before = sys.gettrace()

@@ -41,7 +41,8 @@ from topk.losses import differentiable as room
 from topk.losses.networks import network
 from topk.losses.room import Options, Saved, SavedShape, wide_type
 
-_WIDEST_NETWORK = 32  # wires, and layers: the compiler takes its time for more
+_WIDEST_NETWORK = 32  # wires
+_MOST_LAYERS = 16  # the compiler takes its time for more: a minute for 32
 _TILE = 128  # numbers in a program of the second kernel
 _LOWEST = tl.constexpr(-1e20)  # what -inf plays as
 
@@ -217,7 +218,7 @@ def _how(settings: room._Settings, shares: tuple[float, ...], device: torch.devi
         return settings.method, 0, None
     if settings.method in room.NETWORKS and settings.kept <= _WIDEST_NETWORK:
         table = _partners(settings.method, settings.kept, len(shares), device)
-        if table.shape[0] <= _WIDEST_NETWORK:
+        if table.shape[0] <= _MOST_LAYERS:
             return "network", table.shape[0], table
     return "given", 0, None
 
