@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import topk
-from topk import reference
+import brute_force as reference
 from topk.lab.timing import peak_temporaries
 from topk.losses import differentiable, networks, selection
 

@@ -12,7 +12,8 @@ import triton.language as tl
 from kernel_cases import TYPES, compare, compare_special_rows, random_scores
 from torch import Tensor
 
-from topk import noised_topk_loss, reference
+import brute_force as reference
+from topk import noised_topk_loss
 from topk.kernels import common, noised
 from topk.losses.noised import NOISED
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import topk
-from topk import reference
+import brute_force as reference
 from topk.losses import noised_quadrature, noised_sampling
 
 MASK = 0xFFFFFFFF

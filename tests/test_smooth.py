@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import topk
-from topk import reference
+import brute_force as reference
 from topk.losses import smooth
 
 KS = (1, 2, 3, 5, 10, 20, 50, 100)

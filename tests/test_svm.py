@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from topk import functional, reference
+import brute_force as reference
+from topk import functional
 from topk.svm import MaxTop1SVM, MaxTopkSVM, SmoothTop1SVM, SmoothTopkSVM
 
 SMOOTH = {

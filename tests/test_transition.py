@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import topk
-from topk import reference
+import brute_force as reference
 from topk.losses.selection import ordered_topk
 from topk.losses.transition import TRANSITION, margins
 

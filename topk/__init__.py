@@ -8,16 +8,15 @@ from topk.functional import (
     ldam_loss,
     noised_topk_loss,
     smooth_topk_loss,
-    topk_hinge_loss,
     transition_topk_loss,
 )
+from topk.losses.hinge import TopKHingeLoss, topk_hinge_loss
 from topk.modules import (
     DifferentiableTopKLoss,
     FocalLoss,
     LDAMLoss,
     NoisedTopKLoss,
     SmoothTopKLoss,
-    TopKHingeLoss,
     TransitionTopKLoss,
 )
 from topk.version import __version__

@@ -28,7 +28,6 @@ from topk.arguments import (
     check_scores,
 )
 from topk.losses.differentiable import CROSS_ENTROPY_OVER, DISTRIBUTIONS, METHODS, TOP1
-from topk.losses.hinge import VARIANTS
 from topk.losses.room import wide_type
 from topk.losses.transition import margins as transition_margins
 
@@ -307,51 +306,6 @@ def differentiable_topk_loss(
         slopes,
     )
     return _reduced("differentiable", scores, target, None, [], options, weight, ignore_index, reduction, backend)
-
-
-def topk_hinge_loss(
-    scores: Tensor,
-    target: Tensor,
-    k: KArgument = 5,
-    *,
-    variant: str = "calibrated",
-    margin: float = 1.0,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> Tensor:
-    r"""The top-k hinge losses and the truncated top-k entropy; chapter 4.
-
-    With x_[j] the j-th largest score, w_j the j-th largest score of a wrong class minus x_y, and z the w + margin
-    together with z_y = 0:
-
-    ================  ==================================================
-    "calibrated"      relu(margin + x_[k+1] - x_y)
-    "kth"             relu(margin + w_k)
-    "alpha"           relu(mean of the k largest z)
-    "beta"            mean of relu over the k largest z
-    "smooth_limit"    relu(margin + w_k / k)
-    "entropy"         log(1 + sum of exp(w_j) over j >= k)
-    ================  ==================================================
-
-    At kinks the slope of relu is 0, and of tied classes the lower index counts as the larger.
-
-    Args:
-        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
-        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
-        variant: one of the names above.
-        margin: by how much the right class must lead, >= 0. It plays no part in "entropy".
-        weight: a number for every class, or None.
-        ignore_index: rows with this target give 0 and no gradient.
-        reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
-    """
-    ks, weights = check_k(k, check_scores(scores, target))
-    check_choice("variant", variant, VARIANTS)
-    margin = check_number("margin", margin, least=0.0)
-    return _reduced("hinge", scores, target, ks, weights, (variant, margin), weight, ignore_index, reduction, backend)
 
 
 def ldam_loss(

@@ -211,25 +211,6 @@ class DifferentiableTopKLoss(_Loss):
         super().__init__(locals())
 
 
-class TopKHingeLoss(_Loss):
-    """Module form of :func:`topk.topk_hinge_loss`."""
-
-    function = staticmethod(functional.topk_hinge_loss)
-
-    def __init__(
-        self,
-        k: KArgument = 5,
-        *,
-        variant: str = "calibrated",
-        margin: float = 1.0,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
 class LDAMLoss(_Loss):
     """Module form of :func:`topk.ldam_loss`; a tensor of margins becomes a buffer."""
 

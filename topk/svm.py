@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from topk import functional
 from topk.arguments import KArgument, check_count, check_k, check_number, check_scores
+from topk.losses.hinge import topk_hinge_loss
 
 __all__ = ["MaxTop1SVM", "MaxTopkSVM", "SmoothTop1SVM", "SmoothTopkSVM"]
 
@@ -87,7 +88,7 @@ class _SmoothSVM(_SVMLoss):
 
 class _HardSVM(_SVMLoss):
     def _loss(self, x: Tensor, y: Tensor, reduction: str) -> Tensor:
-        return functional.topk_hinge_loss(x, y, self.k, variant="smooth_limit", margin=self.alpha, reduction=reduction)
+        return topk_hinge_loss(x, y, self.k, variant="smooth_limit", margin=self.alpha, reduction=reduction)
 
 
 class MaxTop1SVM(_HardSVM):

@@ -1,7 +1,7 @@
 """Brute-force definitions: obviously right, at any cost. What the tests and the book compare against.
 
 Everything here is written from the definition, in float64, one row at a time: scores (classes,), target an int,
-result a 0-dim tensor that autograd can differentiate. Nothing is shared with `topk.losses` or the kernels.
+result a 0-dim tensor that autograd can differentiate. Nothing is shared with the package.
 """
 
 from __future__ import annotations
