@@ -2,22 +2,16 @@
 
 from topk import metrics
 from topk.functional import (
-    class_margins,
     differentiable_topk_loss,
-    focal_loss,
-    ldam_loss,
     noised_topk_loss,
-    smooth_topk_loss,
-    transition_topk_loss,
 )
 from topk.losses.hinge import TopKHingeLoss, topk_hinge_loss
+from topk.losses.imbalance import FocalLoss, LDAMLoss, class_margins, focal_loss, ldam_loss
+from topk.losses.smooth import SmoothTopKLoss, smooth_topk_loss
+from topk.losses.transition import TransitionTopKLoss, transition_topk_loss
 from topk.modules import (
     DifferentiableTopKLoss,
-    FocalLoss,
-    LDAMLoss,
     NoisedTopKLoss,
-    SmoothTopKLoss,
-    TransitionTopKLoss,
 )
 from topk.version import __version__
 

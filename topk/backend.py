@@ -52,7 +52,7 @@ def why_not_triton(
 
 
 def choose(
-    backend: str | None, device: torch.device, dtype: torch.dtype, name: str, absent: tuple[bool, ...] | None = None
+    backend: str | None, device: torch.device, dtype: torch.dtype, name: str, absent: tuple[bool, ...] = ()
 ) -> str:
     """The backend to use for a loss; an explicit one that cannot run raises.
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from topk import functional, metrics
-from topk.arguments import KArgument, check_k, check_number
+from topk import functional
+from topk.arguments import KArgument, check_k
 
 
 class _Loss(nn.Module):
@@ -71,94 +71,6 @@ class _Loss(nn.Module):
         return ", ".join(shown)
 
 
-class SmoothTopKLoss(_Loss):
-    """Module form of :func:`topk.smooth_topk_loss`."""
-
-    function = staticmethod(functional.smooth_topk_loss)
-
-    def __init__(
-        self,
-        k: KArgument = 5,
-        *,
-        tau: float = 1.0,
-        margin: float = 1.0,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
-class TransitionTopKLoss(_Loss):
-    """Module form of :func:`topk.transition_topk_loss`; it alone knows ``transition="accuracy"``.
-
-    With that the weight of the grouped part follows the training top-k accuracy: ``running_accuracy``, one number a
-    k, starts at 0 and moves by ``1 - momentum`` of the way to each training batch's accuracy, over all processes.
-    """
-
-    function = staticmethod(functional.transition_topk_loss)
-    running_accuracy: Tensor
-    k: KArgument
-    ignore_index: int
-    momentum: float
-
-    def __init__(
-        self,
-        k: KArgument = 5,
-        *,
-        transition: functional.Transition = "margin",
-        width: float = 1.0,
-        label_smoothing: float = 0.0,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str | None = None,
-        momentum: float = 0.99,
-    ) -> None:
-        super().__init__(locals())
-
-    def _prepare(self) -> None:
-        check_number("momentum", self.momentum, least=0.0, most=1.0)
-        if isinstance(self.transition, str) and self.transition == "accuracy":
-            kind = torch.promote_types(torch.get_default_dtype(), torch.float32)
-            self.register_buffer("running_accuracy", torch.zeros(len(check_k(self.k)[0]), dtype=kind))
-
-    def _apply(self, *args: Any, **keywords: Any) -> TransitionTopKLoss:
-        """As every module's, but the running accuracy is never a half type, in which its small steps would be lost."""
-        before = self._buffers.get("running_accuracy")
-        super()._apply(*args, **keywords)  # type: ignore[no-untyped-call]
-        if before is not None and self.running_accuracy.dtype in (torch.float16, torch.bfloat16):
-            self.running_accuracy = before.to(self.running_accuracy.device)
-        return self
-
-    def keywords(self) -> dict[str, Any]:
-        """The keywords of the functional form: the running accuracy stands in for "accuracy"."""
-        keywords = super().keywords()
-        del keywords["momentum"]
-        if "running_accuracy" in self._buffers:
-            keywords["transition"] = self.running_accuracy
-        return keywords
-
-    def forward(self, scores: Tensor, target: Tensor) -> Tensor:
-        """The loss of these scores; in training mode their accuracy is counted first."""
-        if self.training and "running_accuracy" in self._buffers:
-            self._count(scores.detach(), target)
-        return super().forward(scores, target)
-
-    @torch.no_grad()
-    def _count(self, scores: Tensor, target: Tensor) -> None:
-        rank = metrics.ranks(scores, target, ignore_index=self.ignore_index).reshape(-1)
-        used = target.reshape(-1).to(torch.int64) != self.ignore_index
-        hits = [((rank <= k) & used).sum() for k in check_k(self.k)[0]]
-        counts = torch.stack((*hits, used.sum())).to(self.running_accuracy.dtype)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-        step = torch.where(counts[-1] > 0, 1.0 - self.momentum, 0.0)
-        accuracy = counts[:-1] / counts[-1].clamp(min=1)
-        self.running_accuracy += step * (accuracy - self.running_accuracy)
-
-
 class NoisedTopKLoss(_Loss):
     """Module form of :func:`topk.noised_topk_loss`; a tensor of margins becomes a buffer.
 
@@ -203,41 +115,6 @@ class DifferentiableTopKLoss(_Loss):
         cross_entropy_over: str = "kept",
         iterations: int = 200,
         tolerance: float = 1e-6,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
-class LDAMLoss(_Loss):
-    """Module form of :func:`topk.ldam_loss`; a tensor of margins becomes a buffer."""
-
-    function = staticmethod(functional.ldam_loss)
-
-    def __init__(
-        self,
-        *,
-        margins: float | Tensor,
-        scale: float = 30.0,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(locals())
-
-
-class FocalLoss(_Loss):
-    """Module form of :func:`topk.focal_loss`."""
-
-    function = staticmethod(functional.focal_loss)
-
-    def __init__(
-        self,
-        *,
-        gamma: float = 2.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",

@@ -5,12 +5,9 @@ every room listed in `ROOMS` with torch.
 """
 
 from topk.losses.differentiable import DIFFERENTIABLE
-from topk.losses.imbalance import FOCAL, LDAM
 from topk.losses.noised import NOISED
 from topk.losses.room import Room
-from topk.losses.smooth import SMOOTH
-from topk.losses.transition import TRANSITION
 
-ROOMS: dict[str, Room] = {room.name: room for room in (SMOOTH, TRANSITION, NOISED, DIFFERENTIABLE, LDAM, FOCAL)}
+ROOMS: dict[str, Room] = {room.name: room for room in (NOISED, DIFFERENTIABLE)}
 
 __all__ = ["ROOMS", "Room"]
