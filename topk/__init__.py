@@ -2,15 +2,14 @@
 
 from topk import metrics
 from topk.functional import (
-    differentiable_topk_loss,
     noised_topk_loss,
 )
+from topk.losses.differentiable import DifferentiableTopKLoss, differentiable_topk_loss
 from topk.losses.hinge import TopKHingeLoss, topk_hinge_loss
 from topk.losses.imbalance import FocalLoss, LDAMLoss, class_margins, focal_loss, ldam_loss
 from topk.losses.smooth import SmoothTopKLoss, smooth_topk_loss
 from topk.losses.transition import TransitionTopKLoss, transition_topk_loss
 from topk.modules import (
-    DifferentiableTopKLoss,
     NoisedTopKLoss,
 )
 from topk.version import __version__

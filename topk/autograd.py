@@ -47,17 +47,21 @@ class Loss:
     forward: Callable[..., tuple[Tensor, ...]] | None = None
     backward: Callable[..., Tensor] | None = None
     joint: bool = False
+    centred: bool = True  # whether `definition` is given scores less their largest; else it takes differences itself
 
     def formula(self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor) -> Tensor:
         """The definition, and what is common to all losses: NaN for rows with NaN or +inf, +inf where y is masked.
 
-        All of them depend on differences of scores alone, which keep their digits once the largest score is 0.
+        All of them depend on differences of scores alone, which keep their digits once the largest score is 0. (But not
+        those between scores far below it.)
         """
         largest = scores.detach().amax(1)
         broken = ~(largest < torch.inf)
         impossible = scores.gather(1, target[:, None]).squeeze(1) == -torch.inf
+        taint = torch.where(broken, torch.nan, 1.0).to(scores.dtype)  # a factor that the gradient meets as well
+        origin = largest[:, None] if self.centred else 0.0
         # A masked class keeps its -inf, and gets no gradient.
-        scores = torch.where(scores == -torch.inf, -torch.inf, scores - largest[:, None])
+        scores = torch.where(scores == -torch.inf, -torch.inf, scores * taint[:, None] - origin)
         scores = torch.where((broken | impossible)[:, None], 0.0, scores)
         fields = options._asdict()
         if self.joint or "ks" not in fields:
@@ -68,7 +72,7 @@ class Loss:
             for place, k in enumerate(ks):
                 own = [tensor[:, place] if tensor.dim() == 2 else tensor for tensor in tensors]
                 loss = loss + weights[place] * self.definition(scores, target, *own, k=k, **fields)
-        return torch.where(impossible, torch.inf, loss) * torch.where(broken, torch.nan, 1.0)
+        return torch.where(impossible, torch.inf, loss) * taint
 
 
 class Call(NamedTuple):
@@ -91,8 +95,9 @@ def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Te
     if not _is_traced(scores):
         loss = RowLoss.apply(call, scores, target, *tensors)[0]
     elif call.backend == "triton":
-        options = json.dumps(call.options._asdict())
-        loss = _kernel_loss(call.loss.name, options, call.ignore_index, scores, target, list(tensors))[0]
+        numbers = [option for option in call.options if isinstance(option, float)]
+        others = _as_text(*(_NUMBER if isinstance(option, float) else option for option in call.options))
+        loss = _kernel_loss(call.loss.name, others, numbers, call.ignore_index, scores, target, list(tensors))[0]
     else:
         loss = _traced_loss(call, scores, target, tensors)
     return loss
@@ -117,7 +122,9 @@ _UNCHANGED = contextlib.nullcontext()
 def _without_autocast(scores: Tensor) -> contextlib.AbstractContextManager[None]:
     """A matrix product inside a loss must not be rounded to bfloat16."""
     device = scores.device.type
-    return torch.autocast(device, enabled=False) if device != "meta" and torch.is_autocast_enabled(device) else _UNCHANGED
+    return (
+        torch.autocast(device, enabled=False) if device != "meta" and torch.is_autocast_enabled(device) else _UNCHANGED
+    )
 
 
 def _settled(values: Tensor, state: Tensor) -> Tensor:
@@ -162,9 +169,7 @@ def _gradient(
 ) -> Tensor:
     """The gradient of sum(grad * loss), in the type of the scores."""
     if call.backend == "triton":
-        gradient: Tensor = call.kernel.backward(
-            grad, scores, state, tensors, saved, call.ignore_index, call.options
-        )
+        gradient: Tensor = call.kernel.backward(grad, scores, state, tensors, saved, call.ignore_index, call.options)
         return gradient
     all_used = state.is_cpu and state.numel() > 0 and int(state.min()) >= 0
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
@@ -287,25 +292,50 @@ def _curvature(call: Call, count: int, scores: Tensor, rest: Any, direction: Ten
 # --- kernels under a tracer ------------------------------------------------------------------------------------------
 
 
-def _call_of(name: str, options: str, ignore_index: int) -> Call:
+_NUMBER = "a number"
+
+
+def _as_text(*options: Any) -> str:
+    """Options that are no floats, which a compiler follows where they change between calls."""
+    return json.dumps(options)
+
+
+_as_text._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _call_of(name: str, others: str, numbers: list[float], ignore_index: int) -> Call:
     loss: Loss = importlib.import_module(f"topk.losses.{name}").LOSS
-    return Call(loss, loss.options(**json.loads(options)), ignore_index, "triton")
+    left = iter(numbers)
+    options = [next(left) if option == _NUMBER else option for option in json.loads(others)]
+    return Call(loss, loss.options(*options), ignore_index, "triton")
 
 
 @torch.library.custom_op("topk::kernel_loss", mutates_args=())
 def _kernel_loss(
-    name: str, options: str, ignore_index: int, scores: Tensor, target: Tensor, tensors: list[Tensor]
+    name: str,
+    others: str,
+    numbers: list[float],
+    ignore_index: int,
+    scores: Tensor,
+    target: Tensor,
+    tensors: list[Tensor],
 ) -> list[Tensor]:
     """The loss of every row and what `kernel_gradient` needs."""
-    loss, _, *saved = _value(_call_of(name, options, ignore_index), scores, target, tuple(tensors))
+    loss, _, *saved = _value(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
     return [loss, *saved]
 
 
 @_kernel_loss.register_fake
 def _(
-    name: str, options: str, ignore_index: int, scores: Tensor, target: Tensor, tensors: list[Tensor]
+    name: str,
+    others: str,
+    numbers: list[float],
+    ignore_index: int,
+    scores: Tensor,
+    target: Tensor,
+    tensors: list[Tensor],
 ) -> list[Tensor]:
-    call = _call_of(name, options, ignore_index)
+    call = _call_of(name, others, numbers, ignore_index)
     shapes = call.kernel.saved(*scores.shape, call.options)
     saved = [scores.new_empty(shape, dtype=dtype or torch.float32) for shape, dtype in shapes]
     return [scores.new_empty(scores.shape[:1], dtype=torch.float32), *saved]
@@ -314,7 +344,8 @@ def _(
 @torch.library.custom_op("topk::kernel_gradient", mutates_args=())
 def _kernel_gradient(
     name: str,
-    options: str,
+    others: str,
+    numbers: list[float],
     ignore_index: int,
     grad: Tensor,
     scores: Tensor,
@@ -323,14 +354,15 @@ def _kernel_gradient(
     saved: list[Tensor],
 ) -> Tensor:
     """The gradient of sum(grad * loss)."""
-    call = _call_of(name, options, ignore_index)
+    call = _call_of(name, others, numbers, ignore_index)
     return _gradient(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
 
 
 @_kernel_gradient.register_fake
 def _(
     name: str,
-    options: str,
+    others: str,
+    numbers: list[float],
     ignore_index: int,
     grad: Tensor,
     scores: Tensor,
@@ -351,7 +383,7 @@ def _kernel_backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     scores, target, *rest = ctx.saved_tensors
     tensors, saved = rest[: ctx.tensors], rest[ctx.tensors :]
     gradient = _kernel_gradient(*ctx.call, grads[0], scores, target, tensors, saved)
-    return None, None, None, gradient, None, [None] * ctx.tensors
+    return None, None, None, None, gradient, None, [None] * ctx.tensors
 
 
 torch.library.register_autograd("topk::kernel_loss", _kernel_backward, setup_context=_remember)

@@ -25,7 +25,6 @@ from topk.arguments import (
     check_number,
     check_scores,
 )
-from topk.losses.differentiable import CROSS_ENTROPY_OVER, DISTRIBUTIONS, METHODS, TOP1
 
 
 def noised_topk_loss(
@@ -82,97 +81,6 @@ def noised_topk_loss(
         seeds = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=scores.device, generator=generator)
     options, extras = (epsilon, samples, scale), (margin, seeds)
     return _reduced("noised", scores, target, ks, weights, options, weight, ignore_index, reduction, backend, extras)
-
-
-def differentiable_topk_loss(
-    scores: Tensor,
-    target: Tensor,
-    k: KArgument = 5,
-    *,
-    method: str = "odd_even",
-    distribution: str = "cauchy",
-    inverse_temperature: float = 1.0,
-    art_lambda: float = 0.25,
-    m: int = 16,
-    top1: str = "softmax",
-    cross_entropy_over: str = "kept",
-    iterations: int = 200,
-    tolerance: float = 1e-6,
-    weight: Tensor | None = None,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    backend: str | None = None,
-) -> Tensor:
-    r"""The differentiable top-k cross-entropy of Petersen, Kuehne, Borgelt and Deussen (2022); chapter 8.
-
-    The target and the m - 1 largest other scores are sorted by a relaxed operator; :math:`Q_k` is the probability that
-    the target lands among the first k. A mapping for k is the paper's :math:`P_K`; it stands inside the logarithm, so
-    this is not a sum of losses. An int puts all weight on one k. With log1(v) = log(v (1 - 2e-7) + 1e-7):
-
-    ===============  =================================================================================
-    "softmax"        -log1(P(1) softmax_y + sum over k >= 2 of P(k) Q_k)
-    "cross_entropy"  P(1) cross_entropy + (sum over k >= 2 of P(k)) (-log1(sum over k >= 2 of P(k) Q_k))
-    "sort"           -log1(sum over k >= 1 of P(k) Q_k)
-    ===============  =================================================================================
-
-    Args:
-        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
-        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; none above min(m, classes).
-        method: a comparator network ("odd_even", "bitonic", "splitter_selection"), "neuralsort", "softsort" or
-            "sinkhorn". The q_r of neuralsort and softsort do not sum to 1, so their loss can be negative.
-        distribution: the networks' swap probability: "logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal"
-            or "optimal".
-        inverse_temperature: the networks' steepness, one over the others' temperature, > 0.
-        art_lambda: the power of "logistic_phi", >= 0 and < 1.
-        m: how many scores are kept. With m >= classes all are, and enter in class order, on which a network's result
-            then depends.
-        top1: one of the names above.
-        cross_entropy_over: with top1="cross_entropy", whether its softmax is over the "kept" scores or "all".
-        iterations: at most so many of Sinkhorn's; on devices other than the CPU, exactly so many.
-        tolerance: how far the marginals of "sinkhorn" may be off; beyond it the CPU warns.
-        weight: a number for every class, or None.
-        ignore_index: rows with this target give 0 and no gradient.
-        reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
-    """
-    classes = check_scores(scores, target)
-    ks, weights = check_k(k, classes)
-    m = check_count("m", m)
-    if ks[-1] > min(m, classes):
-        raise ValueError(
-            f"k must be at most min(m, classes), since only m scores are kept: got k = {ks[-1]} with m = {m} "
-            f"and {classes} classes"
-        )
-    check_choice("method", method, METHODS)
-    check_choice("distribution", distribution, DISTRIBUTIONS)
-    check_choice("top1", top1, TOP1)
-    check_choice("cross_entropy_over", cross_entropy_over, CROSS_ENTROPY_OVER)
-    inverse_temperature = check_number("inverse_temperature", inverse_temperature, above=0.0)
-    art_lambda = check_number("art_lambda", art_lambda, least=0.0, below=1.0)
-    iterations = check_count("iterations", iterations)
-    tolerance = check_number("tolerance", tolerance, above=0.0)
-    # Inside the logarithm a k that cannot miss still counts; alone it leaves nothing to compute.
-    used = [(each, p) for each, p in zip(ks, weights, strict=True) if p > 0.0]
-    if used[0][0] == classes:
-        used = []
-    # With gradients in sight, forward computes them on the way.
-    slopes = torch.is_grad_enabled() and scores.requires_grad
-    options = (
-        [each for each, _ in used],
-        [p for _, p in used],
-        method,
-        distribution,
-        inverse_temperature,
-        art_lambda,
-        min(m, classes),
-        top1,
-        cross_entropy_over,
-        iterations,
-        tolerance,
-        slopes,
-    )
-    return _reduced("differentiable", scores, target, None, [], options, weight, ignore_index, reduction, backend)
 
 
 def _margins(margins: float | Tensor, scores: Tensor, target: Tensor, ignore_index: int) -> Tensor:

@@ -95,29 +95,3 @@ class NoisedTopKLoss(_Loss):
         backend: str | None = None,
     ) -> None:
         super().__init__(locals())
-
-
-class DifferentiableTopKLoss(_Loss):
-    """Module form of :func:`topk.differentiable_topk_loss`."""
-
-    function = staticmethod(functional.differentiable_topk_loss)
-
-    def __init__(
-        self,
-        k: KArgument = 5,
-        *,
-        method: str = "odd_even",
-        distribution: str = "cauchy",
-        inverse_temperature: float = 1.0,
-        art_lambda: float = 0.25,
-        m: int = 16,
-        top1: str = "softmax",
-        cross_entropy_over: str = "kept",
-        iterations: int = 200,
-        tolerance: float = 1e-6,
-        weight: Tensor | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        backend: str | None = None,
-    ) -> None:
-        super().__init__(locals())

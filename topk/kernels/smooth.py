@@ -44,6 +44,9 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Options,
+    Saved,
+    SavedShape,
     aligned,
     as_float,
     finite_or_zero,
@@ -57,7 +60,6 @@ from topk.kernels.common import (
     store_tile,
     tile_of_program,
 )
-from topk.losses.room import Options, Saved, SavedShape
 
 _TERMS = tl.constexpr(24)  # of a series, on either side of P = 1/2
 _SPREAD = tl.constexpr(8.0)  # the variance of S from which on one Chebyshev series serves both sides

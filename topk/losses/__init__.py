@@ -4,10 +4,9 @@
 every room listed in `ROOMS` with torch.
 """
 
-from topk.losses.differentiable import DIFFERENTIABLE
 from topk.losses.noised import NOISED
 from topk.losses.room import Room
 
-ROOMS: dict[str, Room] = {room.name: room for room in (NOISED, DIFFERENTIABLE)}
+ROOMS: dict[str, Room] = {room.name: room for room in (NOISED,)}
 
 __all__ = ["ROOMS", "Room"]
