@@ -25,6 +25,9 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Options,
+    Saved,
+    SavedShape,
     classes_of,
     finite_or_zero,
     in_order,
@@ -36,7 +39,6 @@ from topk.kernels.common import (
     scores_of,
 )
 from topk.kernels.patched import patched_exponentials
-from topk.losses.room import Options, Saved, SavedShape
 
 _THREAD = 8  # scores a thread: four samples of them are in registers at once
 _WIDEST = 4096  # the longest row in registers

@@ -40,8 +40,9 @@ def reduced_loss(
         weight = check_class_tensor("weight", weight, scores, rows.shape[1])
     absent = tuple(option is None for option in options)
     chosen = backend.choose(tail["backend"], scores.device, scores.dtype, loss.name, absent)
-    if not loss.joint and "ks" in loss.options._fields:
-        options, tensors = _counting(options, tensors, rows.shape[1])
+    if "ks" in loss.options._fields:
+        if not loss.joint:
+            options, tensors = _counting(options, tensors, rows.shape[1])
         if not options.ks:
             loss, chosen = NOTHING, "torch"
     value = row_loss(Call(loss, options, ignore_index, chosen), rows, flat, *tensors)
@@ -119,7 +120,8 @@ def largest_classes(scores: Tensor, count: int) -> Tensor:
 
     For definitions: a constant to every derivative, one opaque step to a compiler.
     """
-    return _largest_classes(scores.detach(), count)
+    classes: Tensor = _largest_classes(scores.detach(), count)
+    return classes
 
 
 def without_target(values: Tensor, classes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
