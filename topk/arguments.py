@@ -1,7 +1,7 @@
 """Argument checks: every error names the argument, the value it got and what was expected.
 
 Only shapes, types and Python numbers are looked at here, so nothing synchronises with a device and
-`torch.compile` traces straight through. The values of `target` are checked inside the ops (`topk.ops`).
+`torch.compile` traces straight through. The values of `target` are checked where a loss runs, by `check_targets`.
 """
 
 from __future__ import annotations
