@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -13,29 +14,29 @@ import torch
 from kernel_cases import random_scores
 from torch import Tensor
 
-from topk import focal_loss, kernels, ops, topk_hinge_loss, transition_topk_loss
+from topk import backend, focal_loss, kernels, topk_hinge_loss, transition_topk_loss
 from topk.__main__ import report
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning"),  # numpy's, about what is masked afterwards
     pytest.mark.skipif(torch.cuda.is_available(), reason="plays a machine without a GPU"),
-    pytest.mark.skipif(ops._missing_triton() is not None, reason=f"needs the kernels: {ops._missing_triton()}"),
+    pytest.mark.skipif(backend._missing_triton() is not None, reason=f"needs the kernels: {backend._missing_triton()}"),
 ]
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
 def _fresh_verdicts() -> Iterator[None]:
-    ops._self_check.cache_clear()
+    backend._self_check.cache_clear()
     yield
-    ops._self_check.cache_clear()
+    backend._self_check.cache_clear()
 
 
 def test_nobody_gets_the_interpreter_without_asking() -> None:
-    assert ops.resolve_backend(None, CPU, torch.float32, "hinge") == "torch"
-    assert ops.resolve_backend("triton", CPU, torch.float32, "hinge") == "triton"
-    assert ops.resolve_backend("torch", CPU, torch.float32, "hinge") == "torch"
-    assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"  # while TRITON_INTERPRET is set
+    assert backend.choose(None, CPU, torch.float32, "hinge") == "torch"
+    assert backend.choose("triton", CPU, torch.float32, "hinge") == "triton"
+    assert backend.choose("torch", CPU, torch.float32, "hinge") == "torch"
+    assert backend.choose(None, CUDA, torch.float32, "hinge") == "torch"  # while TRITON_INTERPRET is set
 
 
 @pytest.mark.parametrize(
@@ -54,30 +55,30 @@ def test_what_kernels_do_not_serve(scores: Tensor, loss: Any, message: str) -> N
 
 def test_the_cpu_needs_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "on cpu" in str(ops.why_not_triton(CPU))
+    assert "on cpu" in str(backend.why_not_triton(CPU))
     with pytest.raises(RuntimeError, match=r"cannot run: .*CUDA device .*TRITON_INTERPRET=1.* on cpu"):
         topk_hinge_loss(torch.zeros(2, 9), torch.tensor([0, 1]), backend="triton")
 
 
 def test_triton_may_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert ops._missing_triton.__wrapped__() == "triton is not installed"
-    monkeypatch.setattr(ops, "_missing_triton", ops._missing_triton.__wrapped__)
-    assert ops.why_not_triton(CPU) == "triton is not installed"
+    assert backend._missing_triton.__wrapped__() == "triton is not installed"
+    monkeypatch.setattr(backend, "_missing_triton", backend._missing_triton.__wrapped__)
+    assert backend.why_not_triton(CPU) == "triton is not installed"
 
 
 def test_triton_may_be_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch 2.6 and 2.7 bring cannot compile the kernels: the torch path has to serve their users."""
     triton = pytest.importorskip("triton")
-    monkeypatch.setattr(ops, "_missing_triton", ops._missing_triton.__wrapped__)
+    monkeypatch.setattr(backend, "_missing_triton", backend._missing_triton.__wrapped__)
     for version in ("3.2.0", "3.3.1"):
         monkeypatch.setattr(triton, "__version__", version)
-        assert ops.why_not_triton(CPU) == f"triton {version} is installed, and the kernels need 3.4 or newer"
+        assert backend.why_not_triton(CPU) == f"triton {version} is installed, and the kernels need 3.4 or newer"
         with pytest.raises(RuntimeError, match=r"cannot run: triton 3\.\d\.\d is installed"):
             topk_hinge_loss(torch.zeros(2, 9), torch.tensor([0, 1]), backend="triton")
     for version in ("3.4.0", "3.10.1+git0", "4.0.0"):
         monkeypatch.setattr(triton, "__version__", version)
-        assert ops._missing_triton() is None
+        assert backend._missing_triton() is None
 
 
 # --- by capability ---------------------------------------------------------------------------------------------------
@@ -86,16 +87,16 @@ def test_triton_may_be_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def old_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA device of capability 7.5 whose tensors lie on the CPU, and no interpreter to be seen."""
-    monkeypatch.setattr(ops, "_interpreted", lambda: False)
+    monkeypatch.setattr(backend, "_interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    agrees = ops._agrees
-    monkeypatch.setattr(ops, "_agrees", lambda name, device, kind: agrees(name, CPU, kind))
+    agrees = backend._agrees
+    monkeypatch.setattr(backend, "_agrees", lambda name, device, dtype: agrees(name, CPU, dtype))
 
 
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Hinge kernels that forget the margin."""
-    hinge = kernels.kernel_room("hinge")
+    hinge = kernels.of("hinge")
     forward = hinge.forward
     monkeypatch.setattr(
         hinge, "forward", lambda s, t, e, i, options: forward(s, t, e, i, (*options[:3], options[3] - 0.5))
@@ -105,34 +106,34 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_new_device_is_trusted(old_device: None, broken: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    assert ops.resolve_backend(None, CUDA, torch.bfloat16, "hinge") == "triton"
-    assert ops.resolve_backend(None, CUDA, torch.float64, "hinge") == "torch"
-    assert ops.resolve_backend(None, CUDA, torch.float32, "ldam") == "torch"
+    assert backend.choose(None, CUDA, torch.bfloat16, "hinge") == "triton"
+    assert backend.choose(None, CUDA, torch.float64, "hinge") == "torch"
+    assert backend.choose(None, CUDA, torch.float32, "ldam") == "torch"
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.float16])
-def test_an_old_device_that_passes_is_used(kind: torch.dtype, old_device: None) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_an_old_device_that_passes_is_used(dtype: torch.dtype, old_device: None) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*torch path")
-        assert ops.resolve_backend(None, CUDA, kind, "transition") == "triton"
-    assert ops.resolve_backend("triton", CUDA, kind, "transition") == "triton"
+        assert backend.choose(None, CUDA, dtype, "transition") == "triton"
+    assert backend.choose("triton", CUDA, dtype, "transition") == "triton"
 
 
 def test_an_old_device_that_fails_gets_the_torch_path_and_one_warning(old_device: None, broken: ModuleType) -> None:
     with pytest.warns(RuntimeWarning, match="the hinge kernels give other results.*the torch path serves cuda:0"):
-        assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"
+        assert backend.choose(None, CUDA, torch.float32, "hinge") == "torch"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"
+        assert backend.choose(None, CUDA, torch.float32, "hinge") == "torch"
         with pytest.raises(RuntimeError, match=r"cannot run: on cuda:0, of capability 7\.5, the hinge kernels give"):
-            ops.resolve_backend("triton", CUDA, torch.float32, "hinge")
-    assert ops.resolve_backend(None, CUDA, torch.float32, "transition") == "triton"
+            backend.choose("triton", CUDA, torch.float32, "hinge")
+    assert backend.choose(None, CUDA, torch.float32, "transition") == "triton"
 
 
 def test_an_old_device_whose_compiler_fails(old_device: None, broken: ModuleType, monkeypatch: Any) -> None:
     monkeypatch.delattr(broken, "forward")
     with pytest.warns(RuntimeWarning, match="the hinge kernels failed with AttributeError"):
-        assert ops.resolve_backend(None, CUDA, torch.float32, "hinge") == "torch"
+        assert backend.choose(None, CUDA, torch.float32, "hinge") == "torch"
 
 
 # --- the kernels behind everything that torch offers -----------------------------------------------------------------
@@ -190,17 +191,30 @@ def test_the_compiler_sees_one_graph(loss: Any, keywords: dict[str, Any]) -> Non
         torch.testing.assert_close(plain, traced)
 
 
-@pytest.mark.parametrize(("loss", "keywords"), LOSSES)
-@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
-def test_fakes_tell_shapes_and_types(loss: Any, keywords: dict[str, Any], kind: torch.dtype) -> None:
-    name = "transition" if loss is transition_topk_loss else "hinge"
-    scores, target, grad = random_scores(4, 9, kind), torch.randint(9, (4,)), torch.ones(4)
-    for extras, options in kernels.kernel_room(name).examples(4, 9, CPU):
-        arguments = (list(extras), -100, "triton", *options)
-        torch.library.opcheck(ops._op(name, "fwd"), (scores, target, *arguments), test_utils="test_faketensor")
-        _, saved = ops._op(name, "fwd")(scores, target, *arguments)
-        backward = (grad, scores, target, list(extras), saved, -100, "triton", *options)
-        torch.library.opcheck(ops._op(name, "bwd"), backward, test_utils="test_faketensor")
+def test_the_compiler_follows_a_number_that_changes() -> None:
+    scores, target = random_scores(4, 9), torch.randint(9, (4,))
+    compiled = torch.compile(
+        lambda margin: topk_hinge_loss(scores, target, 3, margin=margin, backend="triton"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    for margin in (1.0, 2.0, 2.5):
+        torch.testing.assert_close(compiled(margin), topk_hinge_loss(scores, target, 3, margin=margin))
+
+
+@pytest.mark.parametrize("name", ["transition", "hinge"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fakes_tell_shapes_and_types(name: str, dtype: torch.dtype) -> None:
+    scores, target, grad = random_scores(4, 9, dtype), torch.randint(9, (4,)), torch.ones(4)
+    for tensors, options in kernels.of(name).examples(4, 9, CPU):
+        numbers = [option for option in options if isinstance(option, float)]
+        others = json.dumps(["a number" if isinstance(option, float) else option for option in options])
+        call = (name, others, numbers, -100)
+        forward = (*call, scores, target, list(tensors))
+        torch.library.opcheck(torch.ops.topk.kernel_loss.default, forward, test_utils="test_faketensor")
+        _, *saved = torch.ops.topk.kernel_loss(*forward)
+        backward = (*call, grad, scores, target, list(tensors), saved)
+        torch.library.opcheck(torch.ops.topk.kernel_gradient.default, backward, test_utils="test_faketensor")
 
 
 def test_the_report_says_why_not() -> None:

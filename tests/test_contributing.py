@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
 _STEP = re.compile(
-    r"^\*\*`([^`]+)`\*\*, (a new file|at its end|below|in place of)(?: `([^`]+)`)?:\n\n```python\n(.*?)^```",
+    r"^\*\*`([^`]+)`\*\*, (a new file|below)(?: `([^`]+)`)?:\n\n```python\n(.*?)^```",
     re.MULTILINE | re.DOTALL,
 )
 
@@ -27,13 +27,9 @@ def _apply(copy: Path) -> list[str]:
             assert not path.exists(), f"{name} is there already"
             path.write_text(code)
             continue
-        text = path.read_text()
-        if how == "at its end":
-            path.write_text(text + code)
-            continue
-        whole = f"{anchor}\n" if how == "below" else anchor
-        assert text.count(whole) == 1, f"{anchor!r} stands {text.count(whole)} times in {name}"
-        path.write_text(text.replace(whole, whole + code if how == "below" else code.rstrip("\n")))
+        text, line = path.read_text(), f"{anchor}\n"
+        assert text.count(line) == 1, f"{anchor!r} stands {text.count(line)} times in {name}"
+        path.write_text(text.replace(line, line + code))
     return touched
 
 
@@ -42,7 +38,7 @@ def test_worked_example_fulfils_the_contract(tmp_path: Path) -> None:
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "shipped"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     touched = _apply(tmp_path)
-    assert len(touched) == 12
+    assert touched == ["topk/losses/logistic.py", "topk/__init__.py", "tests/contract.py", "tests/test_logistic.py"]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     run = subprocess.run(
@@ -56,7 +52,7 @@ def test_worked_example_fulfils_the_contract(tmp_path: Path) -> None:
     counted = re.search(r"(\d+) passed", run.stdout)
     assert counted is not None
     assert int(counted[1]) > 20, run.stdout[-500:]
-    # Of rooms in the package, not of this checkout.
+    # And that in the copy, not in this checkout.
     where = subprocess.run(
         [sys.executable, "-c", "import topk; print(topk.__file__, topk.topk_logistic_loss)"],
         cwd=tmp_path,
@@ -71,6 +67,7 @@ def test_worked_example_fulfils_the_contract(tmp_path: Path) -> None:
 def test_worked_example_is_clean(tmp_path: Path) -> None:
     """ruff finds nothing to say about the new files."""
     shutil.copytree(ROOT / "topk" / "losses", tmp_path / "topk" / "losses")
+    shutil.copy(ROOT / "topk" / "__init__.py", tmp_path / "topk")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for name, how, _, code in _STEP.findall(TEXT):
         if how == "a new file":

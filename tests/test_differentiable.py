@@ -7,14 +7,15 @@ import math
 import warnings
 from typing import Any
 
+import brute_force as reference
 import pytest
 import torch
 import torch.nn.functional as F
 
 import topk
-from topk import reference
 from topk.lab.timing import peak_temporaries
-from topk.losses import differentiable, networks, selection
+from topk.losses import differentiable, networks
+from topk.losses.differentiable import LOSS, Options
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")
@@ -98,12 +99,12 @@ def test_gradient_does_not_depend_on_when_it_is_computed(method: str) -> None:
     """Forward computes the slopes if a gradient is in sight; backward does if it was not."""
     scores, target = torch.randn(4, 30), torch.randint(30, (4,))
     for m in (8, 30):
-        head = ([2, 4], [0.5, 0.5], method, "cauchy", 1.0, 0.25, m, "softmax", "kept", 200, 1e-6)
         gradients = []
         for slopes in (True, False):
-            _, saved = torch.ops.topk.differentiable_fwd(scores, target, [], -100, "torch", *head, slopes)
-            arguments = (torch.ones(4), scores, target, [], saved, -100, "torch", *head, slopes)
-            gradients.append(torch.ops.topk.differentiable_bwd(*arguments))
+            options = Options([2, 4], [0.5, 0.5], method, kept=m, slopes=slopes)
+            _, *saved = LOSS.forward(scores, target, options)
+            assert saved[1].shape == (4, m if slopes else 0)
+            gradients.append(LOSS.backward(torch.ones(4), scores, target, options, tuple(saved)))
         torch.testing.assert_close(*gradients, rtol=0, atol=0)
 
 
@@ -117,6 +118,26 @@ def test_float32_is_as_good_as_its_rounding(m: int, k: int) -> None:
         exact_loss, exact_gradient = ours(scores.double(), target, k, method=method, m=m)
         assert ((loss - exact_loss).abs() / exact_loss.abs().clamp(min=1)).max() < 1e-6
         assert ((gradient - exact_gradient).abs() / exact_gradient.abs().clamp(min=1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("top1", ["softmax", "cross_entropy", "sort"])
+@pytest.mark.parametrize(("method", "distribution"), OPERATORS)
+def test_fast_and_plain_are_the_same_number(method: str, distribution: str, top1: str) -> None:
+    scores, target = 2.0 * torch.randn(6, 20), torch.randint(20, (6,))
+    scores[3, 5:9] = -torch.inf
+    target[3] = 2
+    for m, over, mixture in ((6, "all", {1: 0.3, 4: 0.7}), (20, "kept", {3: 0.5, 20: 0.5})):
+        operator = {"method": method, "distribution": distribution, "inverse_temperature": 0.7, **tight(method)}
+        options = Options([*mixture], [*mixture.values()], kept=m, top1=top1, cross_entropy_over=over, **operator)
+        results = []
+        for x in (scores, scores.double()):
+            x = x.clone().requires_grad_()
+            loss = LOSS.formula(x, target, options)
+            results.append((loss.detach(), torch.autograd.grad(loss.sum(), x)[0]))
+        found = ours(scores.double(), target, mixture, m=m, top1=top1, cross_entropy_over=over, **operator)
+        close(found, results[1], 1e-9)
+        assert not found[1][scores == -torch.inf].any()
+        close([part.double() for part in results[0]], results[1], 2e-6)
 
 
 # --- limits and special cases ----------------------------------------------------------------------------------------
@@ -136,22 +157,20 @@ def test_a_huge_inverse_temperature_gives_the_hard_rank(method: str, distributio
 @pytest.mark.parametrize("method", [*NETWORKS, "sinkhorn"])
 def test_the_ranks_are_a_distribution(method: str) -> None:
     scores, target = torch.randn(5, 9, dtype=torch.float64), torch.randint(9, (5,))
-    values = scores.T.contiguous()
-    options = differentiable._Settings([9], [1.0], method, "cauchy", 1.0, 0.25, 9, "sort", "kept", 500, 1e-13, True)
-    function = differentiable._HITS[method][0]
+    options = Options([9], [1.0], method, kept=9, iterations=500, tolerance=1e-13, slopes=True)
     for ranks in (3, 9):
+        q = differentiable.target_ranks(scores, target, ranks, options)
+        rows = zip(scores, target.tolist(), strict=True)
+        expected = torch.stack([reference.relaxed_ranks(row, method, ranks)[:ranks, y] for row, y in rows])
+        torch.testing.assert_close(q, expected, rtol=1e-10, atol=1e-10)
         parts = [tuple(float(i == j) for i in range(ranks)) for j in range(ranks)]
-        q = torch.stack([function(values, target, part, options)[0] for part in parts])
-        expected = [
-            reference.relaxed_ranks(row, method, ranks)[:ranks, y]
-            for row, y in zip(scores, target.tolist(), strict=True)
-        ]
-        torch.testing.assert_close(q, torch.stack(expected, 1), rtol=1e-10, atol=1e-10)
+        fast = [differentiable.hit_and_slopes(scores, target, part, options)[0] for part in parts]
+        torch.testing.assert_close(torch.stack(fast, 1), expected, rtol=1e-10, atol=1e-10)
         if ranks == 9:
-            torch.testing.assert_close(q.sum(0), torch.ones(5, dtype=torch.float64))
-            hit, slopes = function(values, target, (1.0,) * 9, options)
+            torch.testing.assert_close(q.sum(1), torch.ones(5, dtype=torch.float64))
+            hit, slopes = differentiable.hit_and_slopes(scores, target, (1.0,) * 9, options)
             torch.testing.assert_close(hit, torch.ones(5, dtype=torch.float64))
-            torch.testing.assert_close(slopes, torch.zeros_like(values))
+            torch.testing.assert_close(slopes, torch.zeros_like(scores))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -263,69 +282,6 @@ def test_sinkhorn_warns_when_it_has_not_arrived() -> None:
         topk.differentiable_topk_loss(scores / 100, target, method="sinkhorn")
 
 
-SELECTORS = {"many threads": (16, False), "three, and numpy": (3, True), "one": (1, False), "one, and numpy": (1, True)}
-
-
-@pytest.fixture(params=SELECTORS)
-def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every way in which torch and numpy share the selection, for small problems too."""
-    threads, vectorised = SELECTORS[request.param]
-    monkeypatch.setattr(selection, "_WORTH_WHILE", 0)
-    monkeypatch.setattr(selection, "_numpy_is_vectorised", lambda: vectorised)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-
-
-@pytest.mark.usefixtures("selector")
-@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
-@pytest.mark.parametrize(
-    ("classes", "count"),
-    [(5, 5), (65, 65), (70, 1), (83, 5), (1000, 3), (1000, 17), (1003, 17), (1000, 100), (9001, 9)],
-)
-def test_selection_finds_the_largest(classes: int, count: int, kind: torch.dtype) -> None:
-    scores = torch.randn(7, classes, dtype=kind)
-    scores[1, ::2] = -torch.inf
-    scores[2, 1] = torch.inf
-    scores[3, classes - 1] = torch.nan
-    scores.requires_grad_()
-    with torch.device("meta"):  # whatever device new tensors go to
-        values, index = (found.detach() for found in selection.largest(scores, count))
-    expected = scores.detach().topk(count).values
-    assert torch.equal(values.nan_to_num(nan=1e9), expected.nan_to_num(nan=1e9))
-    assert torch.equal(scores.detach().gather(1, index).nan_to_num(nan=1e9), values.nan_to_num(nan=1e9))
-    assert all(len(set(row.tolist())) == count for row in index)
-
-
-def test_the_selector_is_chosen_by_threads_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_numpy_is_vectorised", lambda: True)
-    scores = torch.zeros(256, 1000)
-    for threads, count, numpy, groups in ((1, 7, False, True), (1, 50, True, False), (2, 50, True, False)):
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        assert (selection._numpy_pays(scores, count), selection._grouping_pays(scores, count)) == (numpy, groups)
-        for slow in (-torch.inf, torch.nan):  # numpy takes several times as long among equal scores of -inf
-            assert not selection._numpy_pays(scores.index_fill(1, torch.tensor([3]), slow), 50)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
-    assert not selection._numpy_pays(scores, 50)
-    assert not selection._numpy_pays(scores[:2], 50)  # too small for anything but one call
-
-
-@pytest.mark.usefixtures("selector")
-@pytest.mark.parametrize(("classes", "count"), [(5, 5), (80, 5), (83, 5), (1000, 17), (1003, 17), (1000, 100)])
-def test_selection_keeps_the_lower_class_of_a_tie(classes: int, count: int) -> None:
-    """Whether it is made in one step or, few of many, in two."""
-    scores = torch.randn(40, classes)
-    scores[10:20] = scores[10:20].mul(2.0).round()
-    scores[20:25] = -torch.inf
-    scores[25:30, ::3] = torch.inf
-    scores[30:] = torch.linspace(-1.0, 1.0, classes)
-    scores[35:] *= -1.0
-    values, index = selection.ordered_topk(scores, count)
-    expected = scores.argsort(dim=1, descending=True, stable=True)[:, :count]
-    torch.testing.assert_close(index, expected, rtol=0, atol=0)
-    torch.testing.assert_close(values, scores.gather(1, expected), rtol=0, atol=0)
-    strided = selection.ordered_topk(torch.stack((scores, scores), 2)[:, :, 1], count)
-    torch.testing.assert_close(strided[1], expected, rtol=0, atol=0)
-
-
 # --- networks --------------------------------------------------------------------------------------------------------
 
 
@@ -410,17 +366,8 @@ def test_second_derivatives_without_selection_and_beside_impossible_classes(meth
     close(hessians[:1], hessians[1:], 1e-8)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("slopes", [True, False])
-def test_opcheck(method: str, slopes: bool) -> None:
-    scores, target = torch.randn(5, 30), torch.randint(30, (5,))
-    for m in (8, 30):
-        options = ([1, 3], [0.25, 0.75], method, "cauchy", 1.0, 0.25, m, "softmax", "kept", 200, 1e-6, slopes)
-        arguments = (scores, target, [], -100, "torch", *options)
-        torch.library.opcheck(torch.ops.topk.differentiable_fwd.default, arguments)
-        _, saved = torch.ops.topk.differentiable_fwd(*arguments)
-        arguments = (torch.rand(5), scores, target, [], saved, -100, "torch", *options)
-        torch.library.opcheck(torch.ops.topk.differentiable_bwd.default, arguments)
+def test_opcheck() -> None:
+    torch.library.opcheck(differentiable.transport_potentials, (torch.randn(5, 6, 6), 200, 1e-6))
 
 
 def test_the_meter_of_memory_sees_temporaries() -> None:

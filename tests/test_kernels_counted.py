@@ -101,8 +101,8 @@ def test_compiling_takes_seconds(room: str, tmp_path: Any) -> None:
     """Ten ks, and 32 scores sorted: what once took two minutes each."""
     script = f"""
 import json, resource, torch
-from topk.kernels import kernel_room, resources
-kernels, scores, target = kernel_room({room!r}), torch.zeros(64, 1000), torch.zeros(64, dtype=torch.int64)
+from topk.kernels import of, resources
+kernels, scores, target = of({room!r}), torch.zeros(64, 1000), torch.zeros(64, dtype=torch.int64)
 ks = list(range(1, 11))
 options = (ks, [0.1] * 10, 1.0, 1.0)
 if {room!r} == "differentiable":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import brute_force as reference
 import pytest
 import torch
 import triton
@@ -12,9 +13,9 @@ import triton.language as tl
 from kernel_cases import TYPES, compare, compare_special_rows, random_scores
 from torch import Tensor
 
-from topk import noised_topk_loss, reference
+from topk import noised_topk_loss
 from topk.kernels import common, noised
-from topk.losses.noised import NOISED
+from topk.losses.noised import LOSS, Options
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 
@@ -191,7 +192,7 @@ def test_distribution_is_that_of_the_torch_path() -> None:
     ones, seeds = torch.ones(rows), torch.tensor([17])
     (ours, _, kept), _ = run(row.expand(rows, 12), target, seeds, *options, samples, 1.0)
     often = (*options, 500 * samples, 1.0)
-    theirs, _, drawn = NOISED.forward(row.repeat(rows, 1), target, (ones, seeds), often)
+    theirs, _, drawn = LOSS.forward(row.repeat(rows, 1), target, Options(*often), ones, seeds)
     expected = drawn.flatten().bincount(minlength=12) / 500.0
     usual = expected >= 5.0
     assert usual.sum() >= 6
@@ -297,6 +298,6 @@ def test_on_a_gpu_the_draws_are_those_of_the_torch_path(classes: int) -> None:
     extras = (torch.ones(40, device="cuda"), torch.tensor([2**33 + 1], device="cuda"))
     options = ([1, 5], [0.5, 0.5], 1.0, 7, 1.0)
     loss, _, kept = noised.forward(scores, target, extras, -100, options)
-    losses, _, found = NOISED.forward(scores, target, extras, options)
+    losses, _, found = LOSS.forward(scores, target, Options(*options), *extras)
     assert (kept == found).float().mean() > 0.995
     torch.testing.assert_close(loss, losses, rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import topk
-from topk import reference
+import brute_force as reference
 from topk.lab import calibration, descents
 from topk.lab.contenders import Contender, by_name, contenders, expected
 

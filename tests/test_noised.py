@@ -6,14 +6,15 @@ import itertools
 import math
 from typing import Any
 
+import brute_force as reference
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import topk
-from topk import reference
-from topk.losses import noised_quadrature, noised_sampling
+from topk.losses import noised, noised_quadrature, noised_sampling
+from topk.losses.noised import LOSS, Options
 
 MASK = 0xFFFFFFFF
 # The chance that a right sampler fails a test below is far under 1e-6 a comparison, and the seeds are fixed.
@@ -35,11 +36,9 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def op_arguments(scores: Tensor, target: Tensor, ks: list[int], samples: int | None, **options: Any) -> tuple[Any, ...]:
-    weights = [1.0 / len(ks) for _ in ks]
-    extras = [torch.linspace(0.5, 1.5, len(target), dtype=scores.dtype), options.get("seeds", torch.tensor([11]))]
-    epsilon, scale = options.get("epsilon", 0.7), options.get("scale", 1.5)
-    return scores, target, extras, -100, "torch", ks, weights, epsilon, samples, scale
+def seeds_of(generator: torch.Generator) -> Tensor:
+    """Those that the public function draws."""
+    return torch.randint(2**63 - 1, (1,), dtype=torch.int64, generator=generator)
 
 
 # --- given noise -----------------------------------------------------------------------------------------------------
@@ -53,8 +52,8 @@ def test_equals_the_definition_on_the_same_noise(classes: int, k: int) -> None:
     noise = torch.randn(samples, rows, classes, generator=seeded(seed), dtype=torch.float64)
     scores_of_noise = scores.topk(classes, 1).indices  # noise is drawn for classes as they are selected
     noise = torch.zeros_like(noise).scatter(2, scores_of_noise.expand_as(noise), noise)
-    arguments = (scores, target, [margins[target], torch.tensor([seed])], -100, "torch", [k], [1.0], 0.8, samples, 2.5)
-    loss, saved = torch.ops.topk.noised_fwd(*arguments)
+    extras, options = (margins[target], torch.tensor([seed])), Options([k], [1.0], 0.8, samples, 2.5)
+    loss, *saved = LOSS.forward(scores.detach(), target, options, *extras)
     expected = torch.stack(
         [
             reference.noised_topk_loss(row, y, k, noise[:, i].T, 0.8, margins, 2.5)
@@ -63,10 +62,37 @@ def test_equals_the_definition_on_the_same_noise(classes: int, k: int) -> None:
     )
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-10, atol=1e-10)
     grad = torch.randn(rows, dtype=torch.float64)
-    gradient = torch.ops.topk.noised_bwd(grad, *arguments[:3], saved, *arguments[3:])
-    torch.testing.assert_close(
-        gradient, torch.autograd.grad((grad * expected).sum(), scores)[0], rtol=1e-10, atol=1e-10
-    )
+    gradient = LOSS.backward(grad, scores.detach(), target, options, tuple(saved), *extras)
+    (slopes,) = torch.autograd.grad((grad * expected).sum(), scores)
+    torch.testing.assert_close(gradient, slopes, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("classes", [9, 60, 700])
+@pytest.mark.parametrize(
+    "how", [{"samples": 6}, {"samples": None}, {"epsilon": 0.0}, {"samples": None, "epsilon": 0.1}], ids=str
+)
+def test_fast_and_plain_are_the_same_number(classes: int, how: dict[str, Any]) -> None:
+    """With seeds given, both see the same draws; several k share them where all classes are drawn."""
+    scores, target, margins = 2 * torch.randn(8, classes), torch.randint(classes, (8,)), torch.linspace(6.0, 9.0, 8)
+    scores[2, 3:7], target[2] = -torch.inf, 1
+    scores[3, 4:], target[3] = -torch.inf, 2  # no sixth score
+    for k in (1, 5, {2: 0.25, 6: 0.75} if classes < 384 else {6: 1.0}):
+        weights = {k: 1.0} if isinstance(k, int) else k
+        options = Options([*weights], [*weights.values()], **{"epsilon": 0.7, "samples": 5, "scale": 1.5, **how})
+        extras = margins, seeds_of(seeded(4))
+        results = []
+        for x in (scores, scores.double()):
+            x = x.clone().requires_grad_()
+            plain = LOSS.formula(x, target, options, *extras)
+            slopes = torch.autograd.grad(plain.sum(), x)[0]
+            loss, *saved = LOSS.forward(x.detach(), target, options, *extras)
+            gradient = LOSS.backward(torch.ones_like(loss), x.detach(), target, options, tuple(saved), *extras)
+            tolerance = 1e-5 if x.dtype == torch.float32 else 1e-7
+            torch.testing.assert_close(plain.detach(), loss, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(slopes, gradient, rtol=tolerance, atol=tolerance)
+            results.append(loss.double())
+        if how.get("samples", 1) is None:
+            torch.testing.assert_close(*results, rtol=1e-6, atol=4e-6)
 
 
 def test_several_k_share_one_draw() -> None:
@@ -203,16 +229,12 @@ def test_thinning_is_exact(
         exact = reference.order_statistic_below(row, j, epsilon, ordered)
         assert (exact - places / draws).abs().max() < KS_LIMIT / math.sqrt(draws) + 1 / draws
         # Which class it is: against the derivative of the expectation.
-        grid = noised_quadrature.expected_order(
-            row[None].double(),
-            row[None].double().topk(depth).values,
-            torch.zeros(1, 1, dtype=torch.float64),
-            [j],
-            epsilon,
-        )[1]
+        exact_row = row[None].double()
+        order = exact_row.topk(depth).values
+        grid = noised_quadrature.expected_order(exact_row, order, order[:, [j]], [j], epsilon)[1]
         share = torch.zeros(1, classes, dtype=torch.float64)
         one = torch.ones(1, dtype=torch.float64)
-        noised_quadrature.expected_order_gradient(share, one, row[None].double(), grid[:, 0], j, epsilon)
+        noised_quadrature.expected_order_gradient(share, one, exact_row, grid[:, 0], j, epsilon)
         counts = torch.bincount(index[:, :, j].flatten(), minlength=classes)
         error = (share[0] * (1 - share[0]) * draws).clamp(min=1.0).sqrt()
         assert ((counts - share[0] * draws).abs() < (STANDARD_ERRORS + 1) * error).all()
@@ -488,22 +510,17 @@ def test_margins_and_scale() -> None:
 
 
 def test_opcheck() -> None:
-    scores, target = torch.randn(4, 9), torch.randint(9, (4,))
-    for samples, options in itertools.product((3, None), ({}, {"epsilon": 0.0}, {"seeds": torch.tensor([1, 2])})):
-        for ks in ([2, 5], []):
-            arguments = op_arguments(scores, target, ks, samples, **options)
-            torch.library.opcheck(torch.ops.topk.noised_fwd.default, arguments)
-            loss, saved = torch.ops.topk.noised_fwd(*arguments)
-            backward = (torch.ones_like(loss), *arguments[:3], saved, *arguments[3:])
-            torch.library.opcheck(torch.ops.topk.noised_bwd.default, backward)
+    for seeds in ([7], [1, 2]):
+        torch.library.opcheck(noised.noised_classes, (torch.randn(4, 9), torch.tensor(seeds), 2, 0.7, 3))
 
 
-def test_only_indices_and_slopes_are_kept() -> None:
-    arguments = op_arguments(torch.randn(10, 700), torch.randint(700, (10,)), [1, 5], 6)
-    slope, index = torch.ops.topk.noised_fwd(*arguments)[1]
-    assert slope.shape == (10, 2)
-    assert index.shape == (10, 6, 2)
-    assert index.dtype == torch.int64
+def test_only_classes_and_slopes_are_kept() -> None:
+    options = Options([1, 5], [0.5, 0.5], 0.7, 6, 1.5)
+    arguments = torch.randn(10, 700), torch.randint(700, (10,)), options, torch.ones(10), torch.tensor([11])
+    _, slopes, classes = LOSS.forward(*arguments)
+    assert slopes.shape == (10, 2)
+    assert classes.shape == (10, 6, 2)
+    assert classes.dtype == torch.int64
 
 
 @pytest.mark.parametrize(

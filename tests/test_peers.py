@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import topk
-from topk import reference
+import brute_force as reference
 from topk.svm import MaxTopkSVM, SmoothTopkSVM
 
 

@@ -6,11 +6,12 @@ import copy
 import math
 import pickle
 
+import brute_force as reference
 import pytest
 import torch
 from torch import nn
 
-from topk import functional, reference
+import topk
 from topk.svm import MaxTop1SVM, MaxTopkSVM, SmoothTop1SVM, SmoothTopkSVM
 
 SMOOTH = {
@@ -122,7 +123,7 @@ def test_the_stated_distance_from_the_hard_loss_holds(classes: int, k: int, tau:
     for alpha in (0.0, 1.0, 20.0 * tau):
         for inside in (True, False):
             target = torch.randint(k, (400,)) if inside else torch.randint(k, classes, (400,))
-            smooth = functional.smooth_topk_loss(scores, target, k, tau=tau, margin=alpha, reduction="none")
+            smooth = topk.smooth_topk_loss(scores, target, k, tau=tau, margin=alpha, reduction="none")
             rows = zip(scores, target.tolist(), strict=True)
             difference = smooth - torch.stack([by_the_two_oracles(row, y, k, alpha) for row, y in rows])
             if not inside:

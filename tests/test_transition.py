@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import topk
-from topk import reference
-from topk.losses.selection import ordered_topk
-from topk.losses.transition import TRANSITION, margins
+from topk._cpu import ordered_topk
+from topk.losses.transition import LOSS, Options, definition, margins
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 
@@ -27,11 +26,11 @@ def ours(scores: Tensor, target: Tensor, k: Any, **keywords: Any) -> tuple[Tenso
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
 
 
-def truth(scores: Tensor, target: Tensor, k: int, **keywords: Any) -> tuple[Tensor, Tensor]:
+def truth(scores: Tensor, target: Tensor, k: int, a: float | None = None, **keywords: Any) -> tuple[Tensor, Tensor]:
     """The definition and autograd through it with a held fixed."""
     scores = scores.detach().double().clone().requires_grad_()
-    rows = zip(scores, target.tolist(), strict=True)
-    loss = torch.stack([reference.transition_topk_loss(row, y, k, **keywords) for row, y in rows])
+    given = () if a is None else (torch.full((len(scores),), a, dtype=torch.float64),)
+    loss = definition(scores, target, *given, k=k, **keywords)
     return loss.detach(), torch.autograd.grad(loss.sum(), scores)[0]
 
 
@@ -187,6 +186,13 @@ def test_selection_equals_a_stable_sort(classes: int, data: st.DataObject) -> No
     assert torch.equal(index, expected.indices[:, :count])
 
 
+def test_a_tracer_sees_one_step() -> None:
+    scores = torch.randint(4, (5, 9)).double()
+    torch.library.opcheck(torch.ops.topk.largest_classes.default, (scores, 3))
+    stacked = torch.func.vmap(lambda x: torch.ops.topk.largest_classes(x, 3), in_dims=1)(scores.unflatten(0, (1, 5)))
+    assert torch.equal(stacked[:, 0], ordered_topk(scores, 3)[1])
+
+
 # --- what is not finite ----------------------------------------------------------------------------------------------
 
 
@@ -282,27 +288,16 @@ def test_second_derivatives_hold_the_margins_weight_fixed() -> None:
     target = spread_targets(scores)
     for row, y in zip(scores, target, strict=True):
         found = torch.func.hessian(topk.transition_topk_loss)(row, y, 2)
-        expected = torch.autograd.functional.hessian(
-            lambda x, y=int(y): reference.transition_topk_loss(x, y, 2), row, create_graph=False
-        )
+        s = ((row[y] - row.sort(descending=True).values[2]) / 1.0).clamp(0.0, 1.0).item()
+        fixed = s * s * (3.0 - 2.0 * s)
+        expected = torch.func.hessian(lambda x, y=y, a=fixed: topk.transition_topk_loss(x, y, 2, transition=a))(row)
         torch.testing.assert_close(found, expected, **EXACT)
 
 
-@pytest.mark.parametrize("mix", [[], [torch.full((6, 2), 0.5)]])
-def test_opcheck(mix: list[Tensor]) -> None:
-    scores, target = torch.randn(6, 9), torch.arange(6)
-    for smoothing in (0.0, 0.1):
-        options = ([2, 4], [0.5, 0.5], 1.0, smoothing)
-        forward = (scores, target, mix, -100, "torch", *options)
-        torch.library.opcheck(torch.ops.topk.transition_fwd.default, forward)
-        _, saved = torch.ops.topk.transition_fwd.default(*forward)
-        backward = (torch.rand(6), scores, target, mix, saved, -100, "torch", *options)
-        torch.library.opcheck(torch.ops.topk.transition_bwd.default, backward)
-
-
 def test_what_is_kept_is_as_long_as_k() -> None:
-    shapes = TRANSITION.saved(7, 100_000, ([5, 10], [0.5, 0.5], 1.0, 0.0))
-    assert sum(math.prod(shape) for shape, _ in shapes) <= 7 * 30
+    assert LOSS.forward is not None
+    _, *saved = LOSS.forward(torch.randn(7, 1000), torch.arange(7), Options([5, 10], [0.5, 0.5], 1.0, 0.0))
+    assert sum(kept.numel() for kept in saved) <= 7 * 30
 
 
 def test_many_classes() -> None:
@@ -355,10 +350,10 @@ def test_differences_beyond_float32() -> None:
     assert loss.item() == torch.inf
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_the_running_accuracy_is_never_a_half_type(kind: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_running_accuracy_is_never_a_half_type(dtype: torch.dtype) -> None:
     """In float16 the count of a large batch overflows, in bfloat16 a step of a hundredth is rounded away."""
-    module = topk.TransitionTopKLoss(1, transition="accuracy").to(kind)
+    module = topk.TransitionTopKLoss(1, transition="accuracy").to(dtype)
     scores, target = torch.zeros(70_000, 3), torch.zeros(70_000, dtype=torch.int64)
     for _ in range(300):
         module(scores[:100], target[:100])

@@ -1,47 +1,25 @@
 """Losses that let a classifier guess k times: exact, fast, on any device."""
 
-from topk import metrics, operators
-from topk.functional import (
-    class_margins,
-    differentiable_topk_loss,
-    focal_loss,
-    ldam_loss,
-    noised_topk_loss,
-    smooth_topk_loss,
-    topk_hinge_loss,
-    transition_topk_loss,
-)
-from topk.modules import (
-    DifferentiableTopKLoss,
-    FocalLoss,
-    LDAMLoss,
-    NoisedTopKLoss,
-    SmoothTopKLoss,
-    TopKHingeLoss,
-    TransitionTopKLoss,
-)
-from topk.operators import soft_topk, subset_loss
-from topk.version import __version__
+from topk import metrics as metrics
+from topk import operators as operators
+from topk.losses.differentiable import DifferentiableTopKLoss as DifferentiableTopKLoss
+from topk.losses.differentiable import differentiable_topk_loss as differentiable_topk_loss
+from topk.losses.hinge import TopKHingeLoss as TopKHingeLoss
+from topk.losses.hinge import topk_hinge_loss as topk_hinge_loss
+from topk.losses.imbalance import FocalLoss as FocalLoss
+from topk.losses.imbalance import LDAMLoss as LDAMLoss
+from topk.losses.imbalance import class_margins as class_margins
+from topk.losses.imbalance import focal_loss as focal_loss
+from topk.losses.imbalance import ldam_loss as ldam_loss
+from topk.losses.noised import NoisedTopKLoss as NoisedTopKLoss
+from topk.losses.noised import noised_topk_loss as noised_topk_loss
+from topk.losses.smooth import SmoothTopKLoss as SmoothTopKLoss
+from topk.losses.smooth import smooth_topk_loss as smooth_topk_loss
+from topk.losses.transition import TransitionTopKLoss as TransitionTopKLoss
+from topk.losses.transition import transition_topk_loss as transition_topk_loss
+from topk.operators import soft_topk as soft_topk
+from topk.operators import subset_loss as subset_loss
+from topk.version import __version__ as __version__
 
-__all__ = [
-    "DifferentiableTopKLoss",
-    "FocalLoss",
-    "LDAMLoss",
-    "NoisedTopKLoss",
-    "SmoothTopKLoss",
-    "TopKHingeLoss",
-    "TransitionTopKLoss",
-    "__version__",
-    "class_margins",
-    "differentiable_topk_loss",
-    "focal_loss",
-    "ldam_loss",
-    "metrics",
-    "noised_topk_loss",
-    "operators",
-    "smooth_topk_loss",
-    "soft_topk",
-    "subset_loss",
-    "topk_hinge_loss",
-    "transition_topk_loss",
-]
+_OTHERS = ("__version__", "class_margins", "metrics", "operators", "soft_topk")
+__all__ = [*_OTHERS, *(name for name in dir() if name.lower().endswith("loss"))]

@@ -1,7 +1,7 @@
 """Argument checks: every error names the argument, the value it got and what was expected.
 
 Only shapes, types and Python numbers are looked at here, so nothing synchronises with a device and
-`torch.compile` traces straight through. The values of `target` are checked inside the ops (`topk.ops`).
+`torch.compile` traces straight through. The values of `target` are checked where a loss runs, by `check_targets`.
 """
 
 from __future__ import annotations
@@ -173,3 +173,28 @@ def check_generator(generator: object, scores: Tensor) -> None:
         raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
     if generator.device.type != scores.device.type:
         raise ValueError(f"generator must be on the device of scores, expected {scores.device}, got {generator.device}")
+
+
+IGNORED, WRONG = -1, -2
+"""What stands in the place of a row's class where it has none: its target is `ignore_index`, or no class at all."""
+
+
+def check_targets(target: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, bool]:
+    """The class of every row (rows,), IGNORED or WRONG; and whether all rows are known to have a class.
+
+    On the CPU a wrong target raises. Elsewhere a look would wait for the device, so the caller makes such rows NaN.
+    """
+    target = target.to(torch.int64)
+    if target.is_cpu and target.numel() and not 0 <= ignore_index < classes:
+        low, high = map(int, target.aminmax())
+        if low >= 0 and high < classes:
+            return target, True
+    ignored = target == ignore_index
+    wrong = ((target < 0) | (target >= classes)) & ~ignored
+    if target.is_cpu and bool(wrong.any()):
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"target must hold class indices from 0 to {classes - 1} (or ignore_index, {ignore_index}), "
+            f"got {int(target[row])} at position {row}"
+        )
+    return target.masked_fill(ignored, IGNORED).masked_fill(wrong, WRONG), False

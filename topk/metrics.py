@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk.arguments import check_count, check_ignore_index, check_number, check_scores
-from topk.losses.room import row_chunks
+from topk import _cpu
+from topk.arguments import check_count, check_ignore_index, check_number, check_scores, check_targets
+from topk.losses.common import as_rows
 
 __all__ = [
     "TopKMeter",
@@ -36,8 +37,6 @@ __all__ = [
     "topk_curve",
 ]
 
-_CPU_CHUNK = 2**18  # scores compared at a time: the comparison's result stays in cache
-_DEVICE_CHUNK = 2**26  # elsewhere a launch costs more than memory traffic
 _FLOAT32_COUNTS = 2**24  # up to here float32 counts exactly
 
 
@@ -56,32 +55,16 @@ def ranks(scores: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor
         ignore_index: rows with this target have no rank.
     """
     classes = check_scores(scores, target)
-    rows, flat = _as_rows(scores, target, classes)
+    rows, flat = as_rows(scores.detach(), target)
     rank, valid = _rank_rows(rows, flat, check_ignore_index(ignore_index))
     return rank.masked_fill(~valid, classes + 1).reshape(target.shape)
 
 
-def _as_rows(scores: Tensor, target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    scores = scores.detach()
-    rows = scores.unsqueeze(0) if scores.dim() == 1 else scores.movedim(1, -1).reshape(-1, classes)
-    return rows, target.detach().reshape(-1).to(torch.int64)
-
-
 def _rank_rows(rows: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
     """Ranks (rows,) and which rows have a valid target; the ranks of the others mean nothing."""
-    classes = rows.shape[1]
-    valid = (target >= 0) & (target < classes) & (target != ignore_index)
-    if target.is_cpu:
-        wrong = ~valid & (target != ignore_index)
-        if bool(wrong.any()):
-            row = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"target must hold class indices from 0 to {classes - 1} (or ignore_index, {ignore_index}), "
-                f"got {int(target[row])} at position {row}"
-            )
-    safe = torch.where(valid, target, 0)
-    chunks = row_chunks(len(rows), classes, _CPU_CHUNK if rows.is_cpu else _DEVICE_CHUNK)
-    parts = [_rank_chunk(rows[chunk], safe[chunk]) for chunk in chunks]
+    state, _ = check_targets(target, rows.shape[1], ignore_index)
+    valid, safe = state >= 0, state.clamp(min=0)
+    parts = [_rank_chunk(rows[part], safe[part]) for part in _cpu.chunks(rows)]
     return torch.cat(parts) if parts else safe, valid
 
 
@@ -243,7 +226,7 @@ class TopKMeter:
         classes = check_scores(scores, target)
         if classes != self.classes:
             raise ValueError(f"scores must have {self.classes} classes, as the meter, got {classes}")
-        rows, flat = _as_rows(scores, target, classes)
+        rows, flat = as_rows(scores.detach(), target)
         rank, valid = _rank_rows(rows, flat, self.ignore_index)
         if self._follow:
             self._follow = False
@@ -370,8 +353,8 @@ def _curve(histogram: Tensor) -> Tensor:
 
 def _share(hits: Tensor, rows: Tensor) -> Tensor:
     """hits / rows in float64 (float32 on devices without it); NaN where there are no rows."""
-    kind = torch.float32 if hits.device.type == "mps" else torch.float64
-    return hits.to(kind) / rows.to(kind)
+    dtype = torch.float32 if hits.device.type == "mps" else torch.float64
+    return hits.to(dtype) / rows.to(dtype)
 
 
 def _check_ks(ks: int | Iterable[int], classes: int) -> tuple[int, ...]:

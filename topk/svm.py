@@ -28,8 +28,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from topk import functional
 from topk.arguments import KArgument, check_count, check_k, check_number, check_scores
+from topk.losses.hinge import topk_hinge_loss
+from topk.losses.smooth import smooth_topk_loss
 
 __all__ = ["MaxTop1SVM", "MaxTopkSVM", "SmoothTop1SVM", "SmoothTopkSVM"]
 
@@ -82,12 +83,12 @@ class _SmoothSVM(_SVMLoss):
 
     def _loss(self, x: Tensor, y: Tensor, reduction: str) -> Tensor:
         assert self._tau is not None
-        return functional.smooth_topk_loss(x, y, self.k, tau=self._tau, margin=self.alpha, reduction=reduction)
+        return smooth_topk_loss(x, y, self.k, tau=self._tau, margin=self.alpha, reduction=reduction)
 
 
 class _HardSVM(_SVMLoss):
     def _loss(self, x: Tensor, y: Tensor, reduction: str) -> Tensor:
-        return functional.topk_hinge_loss(x, y, self.k, variant="smooth_limit", margin=self.alpha, reduction=reduction)
+        return topk_hinge_loss(x, y, self.k, variant="smooth_limit", margin=self.alpha, reduction=reduction)
 
 
 class MaxTop1SVM(_HardSVM):

@@ -39,6 +39,6 @@ NAMES = ("smooth", "transition", "noised", "differentiable", "hinge")
 """The rooms that have kernels."""
 
 
-def kernel_room(name: str) -> ModuleType:
-    """The module with the room's kernels; imports triton."""
+def of(name: str) -> ModuleType:
+    """The module with a loss's kernels; imports triton."""
     return importlib.import_module(f"topk.kernels.{name}")

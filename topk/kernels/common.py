@@ -24,7 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from topk.losses.room import SavedShape
+Options = tuple[Any, ...]  # a loss's own, in the order of its NamedTuple
+Saved = tuple[Tensor, ...]
+SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 
 # --- tiles and launches, on the host ---------------------------------------------------------------------------------
 

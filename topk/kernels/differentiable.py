@@ -26,6 +26,9 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Options,
+    Saved,
+    SavedShape,
     aligned,
     best_of,
     finite_or_zero,
@@ -38,8 +41,8 @@ from topk.kernels.common import (
 )
 from topk.kernels.patched import patched_exponentials
 from topk.losses import differentiable as room
+from topk.losses.common import row_dtype
 from topk.losses.networks import network
-from topk.losses.room import Options, Saved, SavedShape, wide_type
 
 _WIDEST_NETWORK = 32  # wires
 _MOST_LAYERS = 16  # the compiler takes its time for more: a minute for 32
@@ -49,7 +52,7 @@ _LOWEST = tl.constexpr(-1e20)  # what -inf plays as
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     """The kept classes (none if all are), the slopes in them if wanted, and (log-sum-exp, weight, 0) of all classes."""
-    settings = room._Settings(*options)
+    settings = room.Options(*options)
     selected = settings.kept if settings.kept < classes else 0
     slopes = settings.kept if settings.slopes else 0
     return ((rows, selected), torch.int32), ((rows, slopes), None), ((rows, 3), None)
@@ -60,7 +63,7 @@ def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
 
 def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    settings = room._Settings(*options)
+    settings = room.Options(*options)
     rows, classes = scores.shape
     places, slopes, field = common.allocate(scores, saved(rows, classes, options))
     if not settings.ks:
@@ -79,7 +82,7 @@ def _select(
     scores: Tensor,
     target: Tensor,
     ignore_index: int,
-    settings: room._Settings,
+    settings: room.Options,
     values: Tensor,
     places: Tensor,
     field: Tensor,
@@ -101,7 +104,7 @@ def _select(
         ignore_index,
         KEPT=settings.kept,
         COUNT=max(1, settings.kept - 1),
-        OVER_ALL=room._over_all(settings, classes),
+        OVER_ALL=room.over_all(settings, classes),
         **common.whole_row_constants(tiling, scores, settings.kept),
     )
 
@@ -160,14 +163,14 @@ def _sort(
     target: Tensor,
     classes: int,
     ignore_index: int,
-    settings: room._Settings,
+    settings: room.Options,
     loss: Tensor,
     slopes: Tensor,
     field: Tensor,
 ) -> None:
     """Fills the losses, their slopes in the values (rows, m), and what is left of `field`."""
     rows, kept = values.shape
-    parts = room._parts(settings, classes)
+    parts = room.split_weights(settings, classes)
     method, layers, table = _how(settings, parts.shares, values.device)
     hit, pulls = loss, slopes
     if method == "given":
@@ -204,13 +207,13 @@ def _sort(
         REST=float(parts.rest),
         SURE=float(parts.sure),
         TOP1=settings.top1,
-        OVER_ALL=room._over_all(settings, classes),
+        OVER_ALL=room.over_all(settings, classes),
         SLOPES=settings.slopes,
         warps=max(1, min(4, together * lanes // 32)),
     )
 
 
-def _how(settings: room._Settings, shares: tuple[float, ...], device: torch.device) -> tuple[str, int, Tensor | None]:
+def _how(settings: room.Options, shares: tuple[float, ...], device: torch.device) -> tuple[str, int, Tensor | None]:
     """The kernel's way to the hit, and a network's number of layers and table of partners (layers, wires)."""
     if not shares:
         return "none", 0, None
@@ -241,17 +244,17 @@ def _hit_of_torch(
     target: Tensor,
     classes: int,
     ignore_index: int,
-    settings: room._Settings,
+    settings: room.Options,
     shares: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:
     """The hit (rows,) and its slopes (rows, m) by the torch room."""
     used = (target >= 0) & (target < classes) & (target != ignore_index)
     own = torch.where(used & (settings.kept == classes), target, 0)
     usable = used[:, None] & (values.amax(1, keepdim=True) < torch.inf)
-    wide = torch.where(usable, values, 0.0).T.to(wide_type(values), memory_format=torch.contiguous_format)
-    hit, slopes = room._hit_in_chunks(wide, own, shares, settings)
+    wide = torch.where(usable, values, 0.0).to(row_dtype(values))
+    hit, slopes = room.hit_and_slopes(wide, own, shares, settings)
     result = hit.to(torch.float32)
-    return result, result if slopes is None else slopes.T.to(torch.float32, memory_format=torch.contiguous_format)
+    return result, result if slopes is None else slopes.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -599,7 +602,7 @@ def backward(
     grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
 ) -> Tensor:
     """grad * d loss / d scores: the saved slopes, written over zeros or over the softmax of all classes."""
-    settings = room._Settings(*options)
+    settings = room.Options(*options)
     if not settings.ks:
         return common.no_gradient(scores, target, ignore_index)
     places, slopes, field = saved
@@ -609,7 +612,7 @@ def backward(
     rows, classes = scores.shape
     if settings.kept == classes:
         places = torch.arange(classes, dtype=torch.int32, device=scores.device).repeat(rows, 1)
-    reads = room._over_all(settings, classes)
+    reads = room.over_all(settings, classes)
     return patched_exponentials(grad, scores, target, places, slopes, field, ignore_index, reads=reads)
 
 

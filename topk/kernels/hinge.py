@@ -17,6 +17,9 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Options,
+    Saved,
+    SavedShape,
     aligned,
     finite_or_zero,
     lane,
@@ -26,7 +29,6 @@ from topk.kernels.common import (
     softplus,
 )
 from topk.kernels.patched import patched_exponentials
-from topk.losses.room import Options, Saved, SavedShape
 
 
 def _depth(options: Options) -> int:

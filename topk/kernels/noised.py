@@ -25,6 +25,9 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Options,
+    Saved,
+    SavedShape,
     finite_or_zero,
     in_order,
     lane,
@@ -35,7 +38,6 @@ from topk.kernels.common import (
     take,
 )
 from topk.kernels.patched import patched_exponentials
-from topk.losses.room import Options, Saved, SavedShape
 
 _THREAD = 8  # scores a thread: four samples of them are in registers at once
 _WIDEST = 4096  # the longest row in registers

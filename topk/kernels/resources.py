@@ -23,7 +23,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from topk.kernels import NAMES, common, kernel_room
+from topk.kernels import NAMES, common, of
 
 _POINTERS = {
     torch.float64: "*fp64",
@@ -86,7 +86,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
 def launches_of(room: str, classes: int, kind: torch.dtype, rows: int = 64) -> list[Launch]:
     """The different launches, forward and backward, that the room's examples make for such scores."""
-    kernels, device = kernel_room(room), torch.device("cpu")
+    kernels, device = of(room), torch.device("cpu")
     scores = torch.zeros(rows, classes, dtype=kind)
     target, grad = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     with recorded_launches() as launches:

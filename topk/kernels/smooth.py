@@ -20,13 +20,22 @@ import triton.language as tl
 from torch import Tensor
 
 from topk.kernels import common, smooth_few
-from topk.kernels.common import aligned, load_tile, row_pointers, row_states, store_tile, tile_of_program
+from topk.kernels.common import (
+    Options,
+    Saved,
+    SavedShape,
+    aligned,
+    load_tile,
+    row_pointers,
+    row_states,
+    store_tile,
+    tile_of_program,
+)
 from topk.kernels.smooth_circle import chances, nodes_of
 from topk.kernels.smooth_few import outcome
 from topk.kernels.smooth_series import TERMS, slopes_of, store_series
 from topk.kernels.smooth_sift import chosen, sift, tile_of
 from topk.kernels.smooth_tilt import balance, extremes, near_kth
-from topk.losses.room import Options, Saved, SavedShape
 
 _LONGEST_SIFTED = 8192  # scores in the tile that a row is sifted into
 _RECORD = tl.constexpr(3 + 2 * TERMS.value)

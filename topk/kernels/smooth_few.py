@@ -24,6 +24,8 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Options,
+    SavedShape,
     aligned,
     by_group,
     exponential,
@@ -41,7 +43,6 @@ from topk.kernels.common import (
     tile_of_program,
     without,
 )
-from topk.losses.room import Options, SavedShape
 
 LARGEST = 6
 """The largest k that this serves: beyond, Newton's identities cancel too much in float32 sums."""

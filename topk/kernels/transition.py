@@ -17,6 +17,9 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Options,
+    Saved,
+    SavedShape,
     aligned,
     finite_or_zero,
     lane,
@@ -25,7 +28,6 @@ from topk.kernels.common import (
     scan,
 )
 from topk.kernels.patched import patched_exponentials
-from topk.losses.room import Options, Saved, SavedShape
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:

@@ -17,7 +17,7 @@ import torch
 from IPython.display import Markdown, display
 
 import topk
-from topk import ops
+from topk import backend
 from topk.lab import figures
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _device() -> str:
     """Where the tensors will be, and on a GPU which of the two implementations serves the losses there."""
     if not torch.cuda.is_available():
         return f"CPU, {torch.get_num_threads()} thread(s)"
-    reason = ops.why_not_triton(torch.device("cuda", torch.cuda.current_device()))
+    reason = backend.why_not_triton(torch.device("cuda", torch.cuda.current_device()))
     served = "losses by Triton kernels" if reason is None else f"losses in plain torch: {reason}"
     return f"{torch.cuda.get_device_name()}, {served}"
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from topk import class_margins, modules
+import topk
 from topk.arguments import check_k
 from topk.lab.settings import check_name, completed
 
@@ -19,13 +19,13 @@ __all__ = ["LOSSES", "build", "complete", "scale_of"]
 
 LOSSES: dict[str, type[nn.Module]] = {
     "cross_entropy": nn.CrossEntropyLoss,
-    "smooth": modules.SmoothTopKLoss,
-    "transition": modules.TransitionTopKLoss,
-    "noised": modules.NoisedTopKLoss,
-    "differentiable": modules.DifferentiableTopKLoss,
-    "hinge": modules.TopKHingeLoss,
-    "ldam": modules.LDAMLoss,
-    "focal": modules.FocalLoss,
+    "smooth": topk.SmoothTopKLoss,
+    "transition": topk.TransitionTopKLoss,
+    "noised": topk.NoisedTopKLoss,
+    "differentiable": topk.DifferentiableTopKLoss,
+    "hinge": topk.TopKHingeLoss,
+    "ldam": topk.LDAMLoss,
+    "focal": topk.FocalLoss,
 }
 # What the loop decides, or what changes no number.
 _NOT_SETTINGS = ("self", "size_average", "reduce", "reduction", "ignore_index", "generator", "backend")
@@ -95,7 +95,7 @@ def build(
         raise ValueError(f"loss.k must be at most the number of classes, {len(counts)}, got {full['k']!r}")
     if isinstance(full.get("margins"), str):
         check_name("loss.margins", full["margins"], ("class",))
-        full["margins"] = class_margins(torch.as_tensor(counts).float().clamp(min=1), full.pop("max_margin"))
+        full["margins"] = topk.class_margins(torch.as_tensor(counts).float().clamp(min=1), full.pop("max_margin"))
     elif isinstance(full.get("margins"), list | tuple):
         full["margins"] = torch.tensor(full["margins"], dtype=torch.float32)
     full["weight"] = _weights(full["weight"], counts)

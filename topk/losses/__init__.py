@@ -1,17 +1,1 @@
-"""One room a loss: its mathematics in torch, forward and closed-form backward.
-
-`room.py` says what a room must offer, `selection.py` finds the largest scores for several of them; `topk.ops` registers
-every room listed in `ROOMS` with torch.
-"""
-
-from topk.losses.differentiable import DIFFERENTIABLE
-from topk.losses.hinge import HINGE
-from topk.losses.imbalance import FOCAL, LDAM
-from topk.losses.noised import NOISED
-from topk.losses.room import Room
-from topk.losses.smooth import SMOOTH
-from topk.losses.transition import TRANSITION
-
-ROOMS: dict[str, Room] = {room.name: room for room in (SMOOTH, TRANSITION, NOISED, DIFFERENTIABLE, HINGE, LDAM, FOCAL)}
-
-__all__ = ["ROOMS", "Room"]
+"""One loss a file, top-down: the formula, the same number made fast, the public function, the Module."""

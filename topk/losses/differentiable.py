@@ -7,14 +7,14 @@ that the target lands at rank r. With log1(v) = log(v (1 - 2e-7) + 1e-7) and Q_k
     "cross_entropy":  P(1) cross_entropy + (sum_{k >= 2} P(k)) (-log1 sum_{k >= 2} P(k) Q_k)
     "sort":           -log1 sum_{k >= 1} P(k) Q_k.
 
-Beyond the softmax all depends on one number a row, the *hit* = sum_r share_r q_r with share_r = sum_{k >= r} P(k).
+A comparator (a, b) of a network, with p = F(beta (v_b - v_a)), sends p v_a + (1 - p) v_b to wire a and the rest to
+wire b, and does the same to the target's distribution over the wires: m numbers a row, never an m x m matrix.
 
-How it is computed. A comparator (a, b) of a network, with p = F(beta (v_b - v_a)), sends p v_a + (1 - p) v_b to wire a
-and the rest to wire b, and does the same to the target's distribution over the wires: m numbers a row, never an m x m
-matrix. Since the hit is one number, its gradient costs one sweep back over the layers, so forward computes it at once
-when it will be wanted and keeps m slopes and m indices a row; backward only scatters them.
+Beyond the softmax all depends on one number a row, the *hit* = sum_r share_r q_r with share_r = sum_{k >= r} P(k). So
+its gradient costs one sweep back over the layers: forward computes it at once when it will be wanted and keeps m slopes
+and m indices a row, which backward only scatters.
 
-A score of -inf plays as LOWEST: F is then exactly 0 or 1, so that an impossible class loses every comparison and
+A score of -inf plays as `_lowest`: F is then exactly 0 or 1, so that an impossible class loses every comparison and
 influences no other. The few kept numbers are float64 wherever the device has it, whatever the type of the scores.
 """
 
@@ -22,16 +22,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from topk._cpu import ordered_topk, row_chunks
+from topk.arguments import KArgument, check_choice, check_count, check_k, check_number, check_scores
+from topk.autograd import Loss
+from topk.losses.common import LossModule, largest_classes, not_finite_above, reduced_loss, row_dtype, target_scores
 from topk.losses.networks import network
-from topk.losses.room import Options, Room, Saved, SavedShape, not_finite_above, row_chunks, wide_type
-from topk.losses.selection import ordered_topk
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")
@@ -39,55 +40,263 @@ DISTRIBUTIONS = ("logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal",
 TOP1 = ("softmax", "cross_entropy", "sort")
 CROSS_ENTROPY_OVER = ("kept", "all")
 
-_SLOPE_1, _FLOOR = 1.0 - 2e-7, 1e-7  # log1(v) = log(_SLOPE_1 v + _FLOOR)
-_BUDGET = 2**20  # numbers worked on at a time, or _BUDGET_SHARE for each of the batch's kept scores if that is more
-_BUDGET_SHARE = 64
-_HALF = torch.tensor(0.5, dtype=torch.float64)
-_RIDGE = 1e-13  # keeps the implicit gradient of an almost hard transport plan solvable
 
-
-class _Settings(NamedTuple):
-    """The room's options, by name."""
+class Options(NamedTuple):
+    """The arguments of the loss, besides those that every loss takes."""
 
     ks: list[int]
-    weights: list[float]
-    method: str
-    distribution: str
-    inverse_temperature: float
-    art_lambda: float
-    kept: int
-    top1: str
-    cross_entropy_over: str
-    iterations: int
-    tolerance: float
-    slopes: bool
+    weights: list[float]  # of the ks: P_K
+    method: str = "odd_even"
+    distribution: str = "cauchy"
+    inverse_temperature: float = 1.0
+    art_lambda: float = 0.25
+    kept: int = 16  # m, or all classes if they are fewer
+    top1: str = "softmax"
+    cross_entropy_over: str = "kept"
+    iterations: int = 200
+    tolerance: float = 1e-6
+    slopes: bool = False  # whether `forward` computes the gradient on its way
 
 
-_Hit = Callable[[Tensor, Tensor, tuple[float, ...], _Settings], tuple[Tensor, Tensor | None]]
-"""(values (kept, rows), the target's wires, the ranks' shares, settings): the hit (rows,), its slopes or None."""
+def definition(
+    scores: Tensor,  # (rows, classes)
+    target: Tensor,  # (rows,)
+    **keywords: Any,  # those of `Options`
+) -> Tensor:
+    """The loss of every row (rows,)."""
+    options = Options(**keywords)
+    classes, pairs = scores.shape[1], list(zip(options.ks, options.weights, strict=True))
+    values, own = scores, target
+    if options.kept < classes:
+        index = entering(largest_classes(scores, options.kept), target)
+        values, own = scores.gather(1, index), torch.zeros_like(target)
+    values = values.to(row_dtype(scores))
+    deepest = max((k for k in options.ks if k < classes), default=0)
+    reached = target_ranks(values, own, deepest, options).cumsum(1)  # Q_1, Q_2, ...
+    one = torch.ones_like(values[:, 0])
+    terms = [(k, p, reached[:, k - 1] if k < classes else one) for k, p in pairs]
+    first = sum(p for k, p in pairs if k == 1)
+    beyond = sum((p * q for k, p, q in terms if k > 1), 0.0 * one)
+    if options.top1 == "sort":
+        loss = -log1(sum((p * q for _, p, q in terms), 0.0 * one))
+    else:
+        over = scores if options.top1 == "cross_entropy" and options.cross_entropy_over == "all" else values
+        log_softmax = target_scores(over.to(values.dtype).log_softmax(1), target if over is scores else own)
+        if options.top1 == "softmax":
+            loss = -log1(first * log_softmax.exp() + beyond)
+        else:
+            loss = -first * log_softmax - sum(p for k, p in pairs if k > 1) * log1(beyond)
+    return loss.to(scores.dtype)
 
-OPTIONS = (
-    "int[] ks, float[] weights, str method, str distribution, float inverse_temperature, float art_lambda, int m, "
-    "str top1, str cross_entropy_over, int iterations, float tolerance, bool slopes"
-)
+
+_SLOPE_1, _FLOOR = 1.0 - 2e-7, 1e-7
 
 
-def _lowest(kind: torch.dtype) -> float:
+def log1(chance: Tensor) -> Tensor:
+    """log of a probability, bounded and with a bounded slope."""
+    return (chance * _SLOPE_1 + _FLOOR).log()
+
+
+def entering(
+    best: Tensor,  # (rows, m): the classes of the m largest scores, in order
+    target: Tensor,
+) -> Tensor:
+    """The classes of the kept scores as they enter the sorter (rows, m): the target, then the largest others."""
+    mine = best == target[:, None]
+    passed = mine.cumsum(1) > mine  # beyond the target's place in the order, if it has one
+    return torch.where(passed, best, torch.cat((target[:, None], best[:, :-1]), 1))
+
+
+# --- q_1, q_2, ...: relaxed sorting, seen by the target --------------------------------------------------------------
+
+
+def target_ranks(
+    values: Tensor,  # (rows, m), float64; -inf for impossible classes
+    own: Tensor,  # (rows,): the target's wire
+    ranks: int,
+    options: Options,
+) -> Tensor:
+    """q_1, q_2, ... (rows, ranks): the probabilities that the target lands there; differentiable."""
+    if options.method in NETWORKS:
+        return _network_ranks(values, own, ranks, options)
+    if options.method == "sinkhorn":
+        return _sinkhorn_ranks(values, own, ranks, options)
+    return _softmax_ranks(values, own, ranks, options)
+
+
+def _lowest(dtype: torch.dtype) -> float:
     """What -inf plays as: so low that against any other score F is exactly 0 or 1, and its slope 0."""
-    return -1e160 if kind == torch.float64 else -1e20
+    return -1e160 if dtype == torch.float64 else -1e20
 
 
-def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
-    settings = _Settings(*options)
-    selected = settings.kept if settings.kept < classes else 0
-    return ((rows, selected), torch.int64), ((rows, settings.kept if settings.slopes else 0), None)
+def _network_ranks(values: Tensor, own: Tensor, ranks: int, options: Options) -> Tensor:
+    """A wire without a comparator in some layer is compared with itself, which changes nothing."""
+    wires = torch.arange(values.shape[1], device=values.device)
+    chances = (wires == own[:, None]).to(values.dtype)
+    values = (values * options.inverse_temperature).clamp(min=_lowest(values.dtype))
+    for layer in network(options.method, values.shape[1], ranks):
+        partners, signs = list(range(values.shape[1])), [1.0] * values.shape[1]
+        for low, high in layer:
+            partners[low], partners[high], signs[high] = high, low, -1.0
+        other = torch.tensor(partners, device=values.device)
+        difference = (values[:, other] - values) * values.new_tensor(signs)  # high - low, on both wires
+        stay = swap_probability(difference, options)
+        values = torch.lerp(values[:, other], values, stay)
+        chances = torch.lerp(chances[:, other], chances, stay)
+    return chances.flip(1)[:, :ranks]
 
 
-# --- the loss --------------------------------------------------------------------------------------------------------
+_HALF = torch.tensor(0.5, dtype=torch.float64)
 
 
-class _Parts(NamedTuple):
-    """How the weights of P_K split: the top-1 term, all others, those of them that cannot miss, each rank's share."""
+def swap_probability(difference: Tensor, options: Options) -> Tensor:
+    """F: the probability that the two values of a comparator, high - low = difference / beta, stay on their wires."""
+    d = difference
+    if options.distribution == "cauchy":
+        # Rounded so that a huge d gives exactly 0 or 1.
+        scale = (1.0 + 2.0 * torch.finfo(d.dtype).eps) / math.pi
+        return torch.add(_HALF, d.atan(), alpha=scale).clamp(0.0, 1.0)
+    if options.distribution == "logistic":
+        return d.sigmoid()
+    if options.distribution == "logistic_phi":
+        size = d.abs() / options.inverse_temperature + 1e-10
+        # The second term counts for -inf's stand-in alone: a power close to 1 would bring that back among the others.
+        return torch.add(d * size.pow(-options.art_lambda), d, alpha=-1e10 / _lowest(d.dtype)).sigmoid()
+    if options.distribution == "gaussian":
+        return (d * math.sqrt(0.5)).erf() * 0.5 + 0.5
+    if options.distribution == "reciprocal":
+        return d / (d.abs() * 2.0 + 4.0) + 0.5
+    outside = torch.where(d.abs() > 0.25, d, 1.0)
+    return torch.where(d.abs() > 0.25, outside.sign() * 0.5 - 0.0625 / outside, d) + 0.5
+
+
+def _softmax_ranks(values: Tensor, own: Tensor, ranks: int, options: Options) -> Tensor:
+    """Rank r has a softmax over the kept classes, whose value at the target is q_r; these need not sum to 1.
+
+    neuralsort: logits beta ((n + 1 - 2 r) v_j - sum_l |v_j - v_l|) of Grover et al. (2019), n the possible classes.
+    softsort: logits -beta |v_[r] - v_j| of Prillo and Eisenschlos (2020); of ties the earlier wire has the better rank.
+
+    Impossible classes are left out, and the ranks that only they could take have q_r = 0.
+    """
+    possible = values > -torch.inf
+    count = possible.sum(1, keepdim=True)
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :ranks]
+    values = torch.where(possible, values, 0.0)
+    rank = torch.arange(1, ranks + 1, device=values.device)
+    if options.method == "neuralsort":
+        distance = (values[:, :, None] - values[:, None]).abs().sum(2)
+        distance = distance - (values.shape[1] - count) * values.abs()  # the impossible ones stand at 0
+        logits = (count + 1 - 2 * rank)[:, :, None] * values[:, None] - distance[:, None]
+    else:
+        logits = -(values.gather(1, order)[:, :, None] - values[:, None]).abs()
+    logits = (logits * options.inverse_temperature).masked_fill(~possible[:, None], _lowest(values.dtype))
+    mine = logits.gather(2, own[:, None, None].expand(-1, ranks, 1)).squeeze(2)
+    return torch.where(rank <= count, (mine - logits.logsumexp(2)).exp(), 0.0)
+
+
+def _sinkhorn_ranks(values: Tensor, own: Tensor, ranks: int, options: Options) -> Tensor:
+    """m times the entropic transport plan from the scores to m anchors a from 1 (rank 1) to 0, at the target.
+
+    T_jr = exp(f_j + g_r + M_jr) with M = 2 beta v_j a_r: the squares of v and a in the cost are absorbed by the
+    potentials f and g. All rows of T sum to 1, and all columns. What Sinkhorn's iterations find is a constant; two
+    Newton steps from there change nothing, and make the potentials functions of the scores, right to second order.
+    """
+    exponents = _transport_exponents(values, options)
+    row, column = transport_potentials(exponents.detach(), options.iterations, options.tolerance)
+    for _ in range(2):
+        row, column = _newton_step(exponents, row, column)
+    return _at(_plan(exponents, row, column), own)[:, :ranks]
+
+
+def _transport_exponents(values: Tensor, options: Options) -> Tensor:
+    """M (rows, m, ranks). Impossible classes share the last ranks among themselves and take no other."""
+    possible = values > -torch.inf
+    best = values.detach().amax(1, keepdim=True).nan_to_num(neginf=0.0)
+    exponents = torch.where(possible, values - best, 0.0)[:, :, None] * _anchors(values, options)
+    reachable = torch.arange(1, values.shape[1] + 1, device=values.device) <= possible.sum(1, keepdim=True)
+    return torch.where(possible[:, :, None] == reachable[:, None], exponents, -torch.inf)
+
+
+def _anchors(values: Tensor, options: Options) -> Tensor:
+    """2 beta a."""
+    anchors = torch.linspace(1.0, 0.0, values.shape[1], dtype=values.dtype, device=values.device)
+    return anchors * (2.0 * options.inverse_temperature)
+
+
+def _at(matrices: Tensor, own: Tensor) -> Tensor:
+    """The target's row (rows, m) of every matrix."""
+    return matrices.gather(1, own[:, None, None].expand(-1, 1, matrices.shape[2])).squeeze(1)
+
+
+def _newton_step(exponents: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """One step towards marginals of 1."""
+    plan = _plan(exponents, row, column)
+    sums = plan.sum(2)
+    excess = (sums - 1.0) / sums
+    step = _solve(plan, _apply(plan.mT, excess) - (plan.sum(1) - 1.0))
+    return row - excess - _apply(plan, step) / sums, column + step
+
+
+def _plan(exponents: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return (exponents + row[:, :, None] + column[:, None]).exp()
+
+
+def _solve(plan: Tensor, right: Tensor) -> Tensor:
+    """The columns' part of the linear system of the marginals, the rows' eliminated; it is free up to a constant."""
+    ridge = 1e-13  # keeps the system of an almost hard plan solvable
+    system = torch.diag_embed(plan.sum(1) + ridge) - plan.mT @ (plan / plan.sum(2, keepdim=True))
+    solution: Tensor = torch.linalg.solve(system, right)
+    return solution
+
+
+def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
+    return (matrices @ vectors[..., None])[..., 0]
+
+
+@torch.library.custom_op("topk::transport_potentials", mutates_args=())
+def transport_potentials(exponents: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """f and g (rows, m) by Sinkhorn's iterations; on the CPU they stop, or warn, by the tolerance."""
+    row, column = torch.zeros_like(exponents[:, :, 0]), -exponents.logsumexp(1)
+    excess = torch.inf
+    for _ in range(iterations):
+        row = -(exponents + column[:, None]).logsumexp(2)
+        update = -(exponents + row[:, :, None]).logsumexp(1)
+        if exponents.is_cpu and exponents.numel() > 0:
+            excess = float((column - update).expm1().abs().amax())
+            if excess <= tolerance:
+                return row, column
+        column = update
+    row = -(exponents + column[:, None]).logsumexp(2)
+    if exponents.is_cpu and exponents.numel() > 0:
+        warnings.warn(
+            f"sinkhorn: after {iterations} iterations the marginals are still off by {excess:.2g}, more than "
+            f"tolerance={tolerance:g}; allow more iterations or lower inverse_temperature",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return row, column
+
+
+@transport_potentials.register_fake
+def _(exponents: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(exponents[:, :, 0]), torch.empty_like(exponents[:, 0])
+
+
+@transport_potentials.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], exponents: Tensor, iterations: int, tolerance: float
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    assert in_dims[0] is not None
+    batch = exponents.movedim(in_dims[0], 0)
+    row, column = transport_potentials(batch.flatten(0, 1), iterations, tolerance)
+    return (row.unflatten(0, batch.shape[:2]), column.unflatten(0, batch.shape[:2])), (0, 0)
+
+
+# --- the same number, made fast --------------------------------------------------------------------------------------
+
+
+class Split(NamedTuple):
+    """How the weights of P_K act: the top-1 term, all others, those of them that cannot miss, each rank's share."""
 
     first: float
     rest: float
@@ -95,86 +304,68 @@ class _Parts(NamedTuple):
     shares: tuple[float, ...]
 
 
-def _parts(settings: _Settings, classes: int) -> _Parts:
+def split_weights(options: Options, classes: int) -> Split:
     """A k equal to the number of classes cannot be missed: Q_k = 1."""
-    pairs = list(zip(settings.ks, settings.weights, strict=True))
-    first = sum(p for k, p in pairs if k == 1) if settings.top1 != "sort" else 0.0
-    others = [(k, p) for k, p in pairs if settings.top1 == "sort" or k > 1]
+    pairs = list(zip(options.ks, options.weights, strict=True))
+    first = sum(p for k, p in pairs if k == 1) if options.top1 != "sort" else 0.0
+    others = [(k, p) for k, p in pairs if options.top1 == "sort" or k > 1]
     depth = max((k for k, _ in others if k < classes), default=0)
     shares = tuple(sum(p for k, p in others if rank <= k < classes) for rank in range(1, depth + 1))
-    return _Parts(first, sum(p for _, p in others), sum(p for k, p in others if k == classes), shares)
+    return Split(first, sum(p for _, p in others), sum(p for k, p in others if k == classes), shares)
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
+def over_all(options: Options, classes: int) -> bool:
+    """Whether a softmax over more than the kept scores is asked for."""
+    return options.top1 == "cross_entropy" and options.cross_entropy_over == "all" and options.kept < classes
+
+
+def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,), the indices of the kept scores (none when all are) and, if wanted, d loss / d kept scores."""
-    settings = _Settings(*options)
-    kept, index, own, bad = _select(scores, target, settings.kept)
-    if not settings.ks:  # nothing can be missed, whatever the scores
-        bad = torch.zeros_like(bad)
-    values = kept.T.to(wide_type(scores), memory_format=torch.contiguous_format)
-    values = values.masked_fill(bad, 0.0)
-    loss, slopes = _loss_of_kept(values, own, scores, settings, _hit_in_chunks)
-    lost = values.gather(0, own[None])[0] == -torch.inf
-    loss = loss.masked_fill_(lost, torch.inf if settings.ks else 0.0).masked_fill_(bad, torch.nan).to(scores.dtype)
+    if options.kept < scores.shape[1]:
+        best, index = ordered_topk(scores, options.kept)
+        index, own = entering(index, target), torch.zeros_like(target)
+        values = scores.gather(1, index)
+        bad = not_finite_above(torch.maximum(best[:, 0], values[:, 0]))
+    else:  # nothing to select: the scores enter in class order
+        values, index, own = scores, target.new_empty((scores.shape[0], 0)), target
+        bad = not_finite_above(scores.amax(1))
+    values = values.to(row_dtype(scores)).masked_fill(bad[:, None], 0.0)
+    loss, slopes = _loss_of_kept(values, own, scores, options)
+    lost = target_scores(values, own) == -torch.inf
+    loss = loss.masked_fill(lost, torch.inf).masked_fill(bad, torch.nan).to(scores.dtype)
     if slopes is None:
         return loss, index, scores.new_empty((scores.shape[0], 0))
-    slopes = slopes.masked_fill_(values == -torch.inf, 0.0).masked_fill_(bad, torch.nan)
-    return loss, index, slopes.T.to(scores.dtype, memory_format=torch.contiguous_format)
+    slopes = slopes.masked_fill_(values == -torch.inf, 0.0).masked_fill_(bad[:, None], torch.nan)
+    return loss, index, slopes.to(scores.dtype, memory_format=torch.contiguous_format)
 
 
-def _select(scores: Tensor, target: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The kept scores (rows, kept) as they enter, their indices, the target's wire, and which rows are bad."""
-    rows, classes = scores.shape
-    if kept == classes:  # nothing to select: the scores enter in class order
-        return scores, target.new_empty((rows, 0)), target, not_finite_above(scores.amax(1))
-    values, index = ordered_topk(scores, kept)
-    mine = index == target[:, None]
-    passed = mine.cumsum(1) > mine  # beyond the target's place in the order, if it has one
-    index = torch.where(passed, index, torch.cat((target[:, None], index[:, :-1]), 1))
-    entering = scores.gather(1, index)
-    return entering, index, torch.zeros_like(target), not_finite_above(torch.maximum(values[:, 0], entering[:, 0]))
-
-
-def _loss_of_kept(
-    values: Tensor, own: Tensor, scores: Tensor, settings: _Settings, hit_of: _Hit
-) -> tuple[Tensor, Tensor | None]:
-    """The loss (rows,) and its slopes in the kept scores (kept, rows), from values (kept, rows)."""
-    parts = _parts(settings, scores.shape[1])
-    hit, slopes = hit_of(values, own, parts.shares, settings)
-    if not settings.ks:
-        return hit, slopes
-    inner = hit + parts.sure
-    if parts.first == 0.0:
-        inner = inner * _SLOPE_1 + _FLOOR
-        return -inner.log(), None if slopes is None else slopes.mul_(-_SLOPE_1 / inner)
-    own_log, minus_own = _cross_entropy(values, own, scores, settings)
-    if settings.top1 == "softmax":
-        softmax = own_log.exp() * parts.first
-        inner = (softmax + inner) * _SLOPE_1 + _FLOOR
-        if slopes is not None:
-            slopes.addcmul_(minus_own, -softmax).mul_(-_SLOPE_1 / inner)
-        return -inner.log(), slopes
-    inner = inner * _SLOPE_1 + _FLOOR
-    loss = -parts.first * own_log - (parts.rest * inner.log() if parts.rest else 0.0)
+def _loss_of_kept(values: Tensor, own: Tensor, scores: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
+    """The loss (rows,) and its slopes in the kept scores (rows, kept)."""
+    first, rest, sure, shares = split_weights(options, scores.shape[1])
+    hit, slopes = hit_and_slopes(values, own, shares, options)
+    log_softmax, pull = _log_softmax(values, own, scores, options) if first > 0.0 else (torch.zeros_like(hit), None)
+    if options.top1 == "cross_entropy":
+        inner = (hit + sure) * _SLOPE_1 + _FLOOR
+        loss = -rest * inner.log() - first * log_softmax
+        by_hit, by_log_softmax = -rest * _SLOPE_1 / inner, torch.full_like(hit, -first)
+    else:
+        softmax = first * log_softmax.exp()
+        inner = (hit + sure + softmax) * _SLOPE_1 + _FLOOR
+        loss, by_hit = -inner.log(), -_SLOPE_1 / inner
+        by_log_softmax = by_hit * softmax
     if slopes is not None:
-        slopes.mul_(-parts.rest * _SLOPE_1 / inner).add_(minus_own, alpha=parts.first)
+        slopes = slopes.mul_(by_hit[:, None])
+        slopes = slopes if pull is None else slopes.addcmul_(pull, by_log_softmax[:, None])
     return loss, slopes
 
 
-def _cross_entropy(values: Tensor, own: Tensor, scores: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
-    """log softmax_y (rows,), and softmax minus one-hot (kept, rows) or what of it `backward` does not add itself."""
-    own_value = values.gather(0, own[None])
-    minus_one = torch.full_like(own_value, -1.0)
-    if _over_all(settings, scores.shape[1]):
-        own_log = own_value[0] - _log_sum(scores).to(values.dtype)
-        return own_log, torch.zeros_like(values).scatter(0, own[None], minus_one)
-    log_softmax = values.clamp(min=_lowest(values.dtype)).log_softmax(0)
-    return log_softmax.gather(0, own[None])[0], log_softmax.exp().scatter_add(0, own[None], minus_one)
-
-
-def _over_all(settings: _Settings, classes: int) -> bool:
-    """Whether a softmax over more than the kept scores is asked for."""
-    return settings.top1 == "cross_entropy" and settings.cross_entropy_over == "all" and settings.kept < classes
+def _log_softmax(values: Tensor, own: Tensor, scores: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """log softmax_y (rows,) and its slopes (rows, kept), but for what `backward` adds where it is over all classes."""
+    mine = torch.zeros_like(values).scatter_(1, own[:, None], 1.0)
+    if over_all(options, scores.shape[1]):
+        return target_scores(values, own) - _log_sum(scores).to(values.dtype), mine
+    log_softmax = values.clamp(min=_lowest(values.dtype)).log_softmax(1)
+    return target_scores(log_softmax, own), mine.sub_(log_softmax.exp())
 
 
 def _log_sum(scores: Tensor) -> Tensor:
@@ -183,114 +374,177 @@ def _log_sum(scores: Tensor) -> Tensor:
     return total.masked_fill(total == -torch.inf, 0.0)
 
 
-def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+def backward(
+    grad: Tensor,  # (rows,)
+    scores: Tensor,
+    target: Tensor,
+    options: Options,
+    saved: tuple[Tensor, ...],
+) -> Tensor:
     """grad * d loss / d scores: the saved slopes, scattered; computed here when forward was not asked for them."""
-    settings = _Settings(*options)
-    index, slope = saved
-    if not settings.slopes:
-        _, index, slope = forward(scores, target, extras, settings._replace(slopes=True))
-    slope = slope * grad[:, None]
-    if settings.kept == scores.shape[1]:
-        return slope
-    zero = slope[:, :1] * 0.0  # NaN where the row is bad
-    if not _over_all(settings, scores.shape[1]):
-        return zero.expand(scores.shape).contiguous().scatter_(1, index, slope)
-    first = _parts(settings, scores.shape[1]).first
+    index, slopes = saved if options.slopes else forward(scores, target, options._replace(slopes=True))[1:]
+    slopes = slopes * grad[:, None]
+    if options.kept == scores.shape[1]:
+        return slopes
+    zero = slopes[:, :1] * 0.0  # NaN where the row is bad
+    if not over_all(options, scores.shape[1]):
+        return zero.expand(scores.shape).contiguous().scatter_(1, index, slopes)
     softmax = (scores - _log_sum(scores)[:, None]).exp_()
-    return softmax.mul_(grad[:, None] * first + zero).scatter_add_(1, index, slope)
+    first = split_weights(options, scores.shape[1]).first
+    return softmax.mul_(grad[:, None] * first + zero).scatter_add_(1, index, slopes)
 
 
-# --- the hit and its slopes ------------------------------------------------------------------------------------------
+_BUDGET = 2**20  # numbers worked on at a time, or _BUDGET_SHARE for each of the batch's kept scores if that is more
+_BUDGET_SHARE = 64
 
 
-def _hit_in_chunks(
-    values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
+def hit_and_slopes(
+    values: Tensor,  # (rows, kept)
+    own: Tensor,  # (rows,)
+    shares: tuple[float, ...],  # of the ranks
+    options: Options,
 ) -> tuple[Tensor, Tensor | None]:
-    """The hit (rows,) and, if wanted, its slopes (kept, rows); so many rows at a time that memory stays O(kept)."""
-    kept, rows = values.shape
+    """The hit (rows,) and, if wanted, its slopes (rows, kept), a new tensor; so many rows at a time as fit the budget.
+
+    A network's memory grows with kept, that of the others with its square, but no further than the budget.
+    """
+    rows, kept = values.shape
     if not shares or not rows:
-        return values.new_zeros(rows), torch.zeros_like(values) if settings.slopes else None
-    function, cost = _HITS[settings.method]
-    budget = max(_BUDGET, _BUDGET_SHARE * kept * rows)
-    chunks = row_chunks(rows, cost(kept, len(shares), settings), budget)
-    with torch.inference_mode():  # hundreds of small operations: each a little cheaper
-        hits, slopes = zip(*(function(values[:, c], own[c], shares, settings) for c in chunks), strict=True)
-    return torch.cat(hits), torch.cat(slopes, 1) if settings.slopes else None
+        return values.new_zeros(rows), torch.zeros_like(values) if options.slopes else None
+    chunks = row_chunks(rows, _cost(kept, len(shares), options.method), max(_BUDGET, _BUDGET_SHARE * kept * rows))
+    share = values.new_tensor(shares)
+    function = {**dict.fromkeys(NETWORKS, _network_hit), "sinkhorn": _sinkhorn_hit}.get(options.method, _softmax_hit)
+    hits, slopes = zip(*(function(values[c], own[c], share, options) for c in chunks), strict=True)
+    return torch.cat(hits), torch.cat(slopes) if options.slopes else None
 
 
-# --- swap probabilities ----------------------------------------------------------------------------------------------
+def _cost(kept: int, ranks: int, method: str) -> int:
+    """How many numbers a row takes."""
+    if method in NETWORKS:
+        return 2 * kept + 9 * sum(len(layer) for layer in network(method, kept, ranks))
+    return {"softsort": 6 * kept * ranks, "neuralsort": kept * (4 * kept + 3 * ranks), "sinkhorn": 5 * kept**2}[method]
 
 
-def _swap(difference: Tensor, settings: _Settings) -> Tensor:
-    """F: the probability that the two values of a comparator, high - low = difference / beta, stay on their wires."""
-    d = difference
-    if settings.distribution == "cauchy":
-        # Rounded so that a huge d gives exactly 0 or 1.
-        scale = (1.0 + 2.0 * torch.finfo(d.dtype).eps) / math.pi
-        return torch.add(_HALF, d.atan(), alpha=scale).clamp(0.0, 1.0)
-    if settings.distribution == "logistic":
-        return d.sigmoid()
-    if settings.distribution == "logistic_phi":
-        size = d.abs() / settings.inverse_temperature + 1e-10
-        # The second term counts for -inf's stand-in alone: a power close to 1 would bring that back among the others.
-        return torch.add(d * size.pow(-settings.art_lambda), d, alpha=-1e10 / _lowest(d.dtype)).sigmoid()
-    if settings.distribution == "gaussian":
-        return (d * math.sqrt(0.5)).erf() * 0.5 + 0.5
-    if settings.distribution == "reciprocal":
-        return d / (d.abs() * 2.0 + 4.0) + 0.5
-    outside = torch.where(d.abs() > 0.25, d, 1.0)
-    return torch.where(d.abs() > 0.25, outside.sign() * 0.5 - 0.0625 / outside, d) + 0.5
+def _softmax_hit(values: Tensor, own: Tensor, share: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
+    """As it is defined."""
+    if not options.slopes:
+        return _softmax_ranks(values, own, len(share), options) @ share, None
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_()
+        hit = _softmax_ranks(leaf, own, len(share), options) @ share
+        return hit.detach(), torch.autograd.grad(hit.sum(), leaf)[0]
 
 
-def _density(difference: Tensor, settings: _Settings) -> Tensor:
+def _sinkhorn_hit(values: Tensor, own: Tensor, share: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
+    """The slopes by the implicit function theorem: to differentiate the iterations would keep every one of them."""
+    exponents = _transport_exponents(values, options)
+    plan = _plan(exponents, *transport_potentials(exponents, options.iterations, options.tolerance))
+    mass = torch.zeros_like(values)
+    mass[:, : len(share)] = _at(plan, own)[:, : len(share)] * share
+    if not options.slopes:
+        return mass.sum(1), None
+    pull = torch.zeros_like(mass).scatter_(1, own[:, None], mass.sum(1, keepdim=True))
+    column_pull = _solve(plan, mass - _apply(plan.mT, pull))
+    row_pull = pull - _apply(plan, column_pull)
+    bend = plan.mul_(row_pull[:, :, None] + column_pull[:, None]).neg_()
+    bend.scatter_add_(1, own[:, None, None].expand(-1, 1, bend.shape[2]), mass[:, None])
+    return mass.sum(1), bend @ _anchors(values, options)
+
+
+@torch.inference_mode()  # hundreds of small operations: each a little cheaper
+def _network_hit(values: Tensor, own: Tensor, share: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
+    """Values and the target's distribution run through the layers side by side: a pool (slots, 2, rows)."""
+    rows, kept = values.shape
+    circuit = _circuit(options.method, kept, len(share), values.device)
+    pool = values.new_empty((sum(circuit.blocks), 2, rows))
+    torch.mul(values.T, options.inverse_temperature, out=pool[:kept, 0]).clamp_(min=_lowest(values.dtype))
+    pool[:kept, 1].zero_().scatter_(0, own[None], 1.0)
+    differences = values.new_empty((sum(circuit.pairs), 2, rows))
+    blocks = pool.split_with_sizes(circuit.blocks)
+    of_layer = differences.split_with_sizes(circuit.pairs)
+    of_values = differences[:, :1].split_with_sizes(circuit.pairs)
+    stay = []
+    for i, (low_places, high_places) in enumerate(zip(circuit.lows, circuit.highs, strict=True)):
+        low, high = _read(pool, low_places), _read(pool, high_places)
+        torch.sub(high, low, out=of_layer[i])
+        probability = swap_probability(of_values[i], options)
+        torch.lerp(high, low, probability, out=blocks[2 * i + 1])
+        torch.lerp(low, high, probability, out=blocks[2 * i + 2])
+        stay.append(probability)
+    hit = share @ pool[:, 1].index_select(0, circuit.outputs)
+    if not options.slopes:
+        return hit, None
+    return hit, _network_slopes(circuit, pool, differences, stay, share, options).T
+
+
+def _network_slopes(
+    circuit: _Circuit, pool: Tensor, differences: Tensor, stay: list[Tensor], share: Tensor, options: Options
+) -> Tensor:
+    """The layers backwards. A comparator's 2 x 2 matrix is symmetric, so slopes pass through it as values do.
+
+    Besides, p itself moves with the two values: d hit / d p = sum over values and distribution of
+    (slope of the larger - slope of the smaller) * (high - low).
+
+    The slopes are written over the pool: its values are needed no more, and fresh memory is slow to touch.
+    """
+    pool.index_fill_(0, circuit.unread, 0.0)
+    pool.select(1, 1).index_copy_(0, circuit.outputs, share[:, None].expand(-1, pool.shape[2]))
+    blocks = pool.split_with_sizes(circuit.blocks)
+    density = _density(differences[:, 0], options).split_with_sizes(circuit.pairs)
+    of_values = differences[:, 0].split_with_sizes(circuit.pairs)
+    of_target = differences[:, 1].split_with_sizes(circuit.pairs)
+    for i in reversed(range(len(stay))):
+        smaller, larger = blocks[2 * i + 1], blocks[2 * i + 2]
+        lead = larger - smaller
+        lead_values, lead_target = lead.unbind(1)
+        moved = torch.addcmul(lead_values * of_values[i], lead_target, of_target[i]).mul_(density[i])
+        lead.mul_(stay[i])
+        lead_values.add_(moved)
+        _write(pool, circuit.lows[i], larger, lead, -1.0)
+        _write(pool, circuit.highs[i], smaller, lead, 1.0)
+    return pool[: circuit.blocks[0], 0] * options.inverse_temperature
+
+
+def _density(difference: Tensor, options: Options) -> Tensor:
     """F'."""
     d = difference
-    if settings.distribution == "cauchy":
+    if options.distribution == "cauchy":
         return (d.square() + 1.0).reciprocal_().mul_(1.0 / math.pi)
-    if settings.distribution == "logistic":
-        p = _swap(d, settings)
+    if options.distribution == "logistic":
+        p = d.sigmoid()
         return (1.0 - p).mul_(p)
-    if settings.distribution == "logistic_phi":
-        p = _swap(d, settings)
-        distance = d.abs() / settings.inverse_temperature
+    if options.distribution == "logistic_phi":
+        p = swap_probability(d, options)
+        distance = d.abs() / options.inverse_temperature
         size = distance + 1e-10
-        steepness = size.pow(-settings.art_lambda) * (1.0 - settings.art_lambda * distance / size)
+        steepness = size.pow(-options.art_lambda) * (1.0 - options.art_lambda * distance / size)
         return (1.0 - p).mul_(p).mul_(steepness)
-    if settings.distribution == "gaussian":
+    if options.distribution == "gaussian":
         return (d.square() * -0.5).exp_().mul_(1.0 / math.sqrt(2.0 * math.pi))
-    if settings.distribution == "reciprocal":
+    if options.distribution == "reciprocal":
         return (d.abs() + 2.0).square_().reciprocal_()
     return d.abs().clamp_(min=0.25).square_().reciprocal_().mul_(0.0625)
-
-
-# --- sorting networks ------------------------------------------------------------------------------------------------
 
 
 class _Circuit(NamedTuple):
     """A network on the slots of a pool: the wires' first values, then each layer's smaller and larger ones.
 
     Nothing is overwritten on the way up, and a wire that no comparator touches needs no copy.
-
-    lows, highs: the slots each layer reads, as a slice where they are evenly spaced, else as an index tensor.
-    pairs: the number of comparators of each layer. blocks: the wires, then every layer's pairs twice.
-    unread: the slots that no layer reads. outputs: the slots of rank 1, 2, ...
     """
 
-    lows: list[slice | Tensor]
+    lows: list[slice | Tensor]  # the slots each layer reads: a slice where they are evenly spaced
     highs: list[slice | Tensor]
-    pairs: list[int]
-    blocks: list[int]
-    unread: Tensor
-    outputs: Tensor
+    pairs: list[int]  # comparators of each layer
+    blocks: list[int]  # the wires, then every layer's pairs twice
+    unread: Tensor  # the slots that no layer reads
+    outputs: Tensor  # the slots of rank 1, 2, ...
 
 
 @lru_cache(maxsize=64)
 def _circuit(method: str, wires: int, ranks: int, device: torch.device) -> _Circuit:
     """The network with its index tensors on the device."""
-    slot = list(range(wires))
-    unread = set(slot)
-    lows: list[slice | Tensor] = []
-    highs: list[slice | Tensor] = []
+    slot, unread = list(range(wires)), set(range(wires))
+    lows, highs = [], []
     layers = network(method, wires, ranks)
     pairs = [len(layer) for layer in layers]
     first = wires
@@ -327,313 +581,119 @@ def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, 
         pool.index_copy_(0, places, torch.add(start, change, alpha=sign))
 
 
-def _network_hit(
-    values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
-    """Values and the target's distribution run through the layers side by side: a pool (slots, 2, rows)."""
-    kept, rows = values.shape
-    circuit = _circuit(settings.method, kept, len(shares), values.device)
-    pool = values.new_empty((sum(circuit.blocks), 2, rows))
-    pool[:kept, 0] = (values * settings.inverse_temperature).clamp_(min=_lowest(values.dtype))
-    pool[:kept, 1].zero_().scatter_(0, own[None], 1.0)
-    differences = values.new_empty((sum(circuit.pairs), 2, rows))
-    blocks = pool.split_with_sizes(circuit.blocks)
-    of_layer = differences.split_with_sizes(circuit.pairs)
-    of_values = differences[:, :1].split_with_sizes(circuit.pairs)
-    stay = []
-    for i, (low_places, high_places) in enumerate(zip(circuit.lows, circuit.highs, strict=True)):
-        low, high = _read(pool, low_places), _read(pool, high_places)
-        torch.sub(high, low, out=of_layer[i])
-        probability = _swap(of_values[i], settings)
-        torch.lerp(high, low, probability, out=blocks[2 * i + 1])
-        torch.lerp(low, high, probability, out=blocks[2 * i + 2])
-        stay.append(probability)
-    share = torch.tensor(shares, dtype=values.dtype, device=values.device)
-    hit = share @ pool[:, 1].index_select(0, circuit.outputs)
-    if not settings.slopes:
-        return hit, None
-    return hit, _network_slopes(circuit, pool, differences, stay, share, settings)
+LOSS = Loss("differentiable", Options, definition, forward, backward, joint=True)
 
 
-def _network_slopes(
-    circuit: _Circuit, pool: Tensor, differences: Tensor, stay: list[Tensor], share: Tensor, settings: _Settings
+def differentiable_topk_loss(
+    scores: Tensor,
+    target: Tensor,
+    k: KArgument = 5,
+    *,
+    method: str = "odd_even",
+    distribution: str = "cauchy",
+    inverse_temperature: float = 1.0,
+    art_lambda: float = 0.25,
+    m: int = 16,
+    top1: str = "softmax",
+    cross_entropy_over: str = "kept",
+    iterations: int = 200,
+    tolerance: float = 1e-6,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
-    """The layers backwards. A comparator's 2 x 2 matrix is symmetric, so slopes pass through it as values do.
+    r"""The differentiable top-k cross-entropy of Petersen, Kuehne, Borgelt and Deussen (2022); chapter 8.
 
-    Besides, p itself moves with the two values: d hit / d p = sum over values and distribution of
-    (slope of the larger - slope of the smaller) * (high - low).
+    The target and the m - 1 largest other scores are sorted by a relaxed operator; :math:`Q_k` is the probability that
+    the target lands among the first k. A mapping for k is the paper's :math:`P_K`; it stands inside the logarithm, so
+    this is not a sum of losses. An int puts all weight on one k. With log1(v) = log(v (1 - 2e-7) + 1e-7):
 
-    The slopes are written over the pool: its values are needed no more, and fresh memory is slow to touch.
+    ===============  =================================================================================
+    "softmax"        -log1(P(1) softmax_y + sum over k >= 2 of P(k) Q_k)
+    "cross_entropy"  P(1) cross_entropy + (sum over k >= 2 of P(k)) (-log1(sum over k >= 2 of P(k) Q_k))
+    "sort"           -log1(sum over k >= 1 of P(k) Q_k)
+    ===============  =================================================================================
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices.
+        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; none above min(m, classes).
+        method: a comparator network ("odd_even", "bitonic", "splitter_selection"), "neuralsort", "softsort" or
+            "sinkhorn". The q_r of neuralsort and softsort do not sum to 1, so their loss can be negative.
+        distribution: the networks' swap probability: "logistic", "logistic_phi", "gaussian", "cauchy", "reciprocal"
+            or "optimal".
+        inverse_temperature: the networks' steepness, one over the others' temperature, > 0.
+        art_lambda: the power of "logistic_phi", >= 0 and < 1.
+        m: how many scores are kept. With m >= classes all are, and enter in class order, on which a network's result
+            then depends.
+        top1: one of the names above.
+        cross_entropy_over: with top1="cross_entropy", whether its softmax is over the "kept" scores or "all".
+        iterations: at most so many of Sinkhorn's; on devices other than the CPU, exactly so many.
+        tolerance: how far the marginals of "sinkhorn" may be off; beyond it the CPU warns.
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "triton".
     """
-    pool.index_fill_(0, circuit.unread, 0.0)
-    pool.select(1, 1).index_copy_(0, circuit.outputs, share[:, None].expand(-1, pool.shape[2]))
-    blocks = pool.split_with_sizes(circuit.blocks)
-    density = _density(differences[:, 0], settings).split_with_sizes(circuit.pairs)
-    of_values = differences[:, 0].split_with_sizes(circuit.pairs)
-    of_target = differences[:, 1].split_with_sizes(circuit.pairs)
-    for i in reversed(range(len(stay))):
-        smaller, larger = blocks[2 * i + 1], blocks[2 * i + 2]
-        lead = larger - smaller
-        lead_values, lead_target = lead.unbind(1)
-        moved = torch.addcmul(lead_values * of_values[i], lead_target, of_target[i]).mul_(density[i])
-        lead.mul_(stay[i])
-        lead_values.add_(moved)
-        _write(pool, circuit.lows[i], larger, lead, -1.0)
-        _write(pool, circuit.highs[i], smaller, lead, 1.0)
-    return pool[: circuit.blocks[0], 0] * settings.inverse_temperature
-
-
-def _network_cost(kept: int, ranks: int, settings: _Settings) -> int:
-    return 2 * kept + 9 * sum(len(layer) for layer in network(settings.method, kept, ranks))
-
-
-# --- NeuralSort and SoftSort -----------------------------------------------------------------------------------------
-#
-# Rank r has a softmax over the kept classes; q_r is its value at the target. Impossible classes are left out, and the
-# ranks that only they could take count nothing. The q_r of all ranks need not sum to 1.
-
-
-def _neuralsort_hit(
-    values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
-    """Logits beta ((n + 1 - 2 r) v_j - sum_l |v_j - v_l|) of Grover et al. (2019), n the number of possible classes."""
-    beta = settings.inverse_temperature
-    possible = values > -torch.inf
-    count = possible.sum(0)
-    absent = values.shape[0] - count
-    values = torch.where(possible, values, 0.0)
-    distance = _distances(values) - absent * values.abs()  # the absent ones stand at 0 and must not be counted
-    hits, bends, pulls = [], [], []
-    for _, ranks, share in _rank_blocks(shares, values):
-        factor = (count + 1 - 2 * ranks).to(values.dtype)[:, None]
-        logits = ((factor * values - distance) * beta).masked_fill(~possible, _lowest(values.dtype))
-        softmax = logits.softmax(1)
-        reached = _at_target(softmax, own) * torch.where(ranks <= count, share, 0.0)
-        hits.append(reached.sum(0))
-        if settings.slopes:
-            bend = _softmax_slopes(softmax, own, reached)
-            bends.append(bend.sum(0))
-            pulls.append(bend.mul_(factor).sum(0))
-    hit = sum(hits[1:], hits[0])
-    if not settings.slopes:
-        return hit, None
-    bend = sum(bends[1:], bends[0])
-    turn = _distance_slopes(values, bend) - absent * bend * values.sign()
-    return hit, (sum(pulls[1:], pulls[0]) - turn) * beta
-
-
-def _softsort_hit(
-    values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
-    """Logits -beta |v_[r] - v_j| of Prillo and Eisenschlos (2020); among ties the earlier wire has the better rank."""
-    beta = settings.inverse_temperature
-    possible = values > -torch.inf
-    count = possible.sum(0)
-    order = values.argsort(dim=0, descending=True, stable=True)
-    values = torch.where(possible, values, 0.0)
-    hits = []
-    slopes = torch.zeros_like(values) if settings.slopes else None
-    for block, ranks, share in _rank_blocks(shares, values):
-        gap = values - values.gather(0, order[block])[:, None]
-        softmax = (gap.abs() * -beta).masked_fill(~possible, _lowest(values.dtype)).softmax(1)
-        reached = _at_target(softmax, own) * torch.where(ranks <= count, share, 0.0)
-        hits.append(reached.sum(0))
-        if slopes is not None:
-            bend = _softmax_slopes(softmax, own, reached).mul_(gap.sign())
-            slopes.sub_(bend.sum(0)).scatter_add_(0, order[block], bend.sum(1))
-    return sum(hits[1:], hits[0]), None if slopes is None else slopes.mul_(beta)
-
-
-def _rank_blocks(shares: tuple[float, ...], values: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """So many ranks at a time that (ranks, kept, rows) stays small: where they are, the ranks and their shares."""
-    ranks = torch.arange(1, len(shares) + 1, device=values.device)[:, None]
-    share = torch.tensor(shares, dtype=values.dtype, device=values.device)[:, None]
-    for block in row_chunks(len(shares), values.numel(), _BUDGET):
-        yield block, ranks[block], share[block]
-
-
-def _at_target(softmax: Tensor, own: Tensor) -> Tensor:
-    """(ranks, rows) from (ranks, kept, rows)."""
-    return softmax.gather(1, own.expand(softmax.shape[0], 1, -1))[:, 0]
-
-
-def _softmax_slopes(softmax: Tensor, own: Tensor, reached: Tensor) -> Tensor:
-    """share_r d q_r / d logits (ranks, kept, rows), from reached = share_r q_r."""
-    bend = softmax * -reached[:, None]
-    return bend.scatter_add_(1, own.expand(softmax.shape[0], 1, -1), reached[:, None])
-
-
-def _distances(values: Tensor) -> Tensor:
-    """sum over l of |v_j - v_l| (kept, rows), a block of classes at a time."""
-    blocks = row_chunks(values.shape[0], values.numel(), _BUDGET)
-    return torch.cat([(values[block, None] - values).abs().sum(1) for block in blocks])
-
-
-def _distance_slopes(values: Tensor, bend: Tensor) -> Tensor:
-    """The gradient of sum_j bend_j sum_l |v_j - v_l|; a tie has slope 0."""
-    blocks = row_chunks(values.shape[0], values.numel(), _BUDGET)
-    return torch.cat([(values[block, None] - values).sign_().mul_(bend[block, None] + bend).sum(1) for block in blocks])
-
-
-def _soft_cost(kept: int, ranks: int, settings: _Settings) -> int:
-    """These two count their memory themselves, by blocks of ranks and classes."""
-    return 1
-
-
-# --- Sinkhorn --------------------------------------------------------------------------------------------------------
-#
-# T = kept times the plan, T_jr = exp(f_j + g_r + M_jr), M = 2 beta v_j a_r with anchors a from 1 (rank 1) to 0: the
-# squares of v and a in the cost are absorbed by the potentials f and g. All rows of T sum to 1, and all columns.
-#
-# The gradient differentiates these sums implicitly, at the price of one (kept x kept) solve a row. Differentiating the
-# iterations would keep every one of them, and near convergence it computes the same by a slower series.
-
-
-def _sinkhorn_hit(
-    values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
-    """hit = sum_r share_r T_yr, and its slopes by the implicit function theorem."""
-    exponent = _exponents(values, settings)
-    plan = _plan(exponent, *_potentials(exponent, settings))
-    mass = _own_mass(plan, own, shares)
-    if not settings.slopes:
-        return mass.sum(1), None
-    pull = torch.zeros_like(mass).scatter_(1, own[:, None], mass.sum(1, keepdim=True))
-    column_pull = _solve(plan, mass - _apply(plan.mT, pull))
-    row_pull = pull - _apply(plan, column_pull)
-    bend = plan.mul_(row_pull[:, :, None] + column_pull[:, None]).neg_()
-    bend.scatter_add_(1, own[:, None, None].expand(-1, 1, bend.shape[2]), mass[:, None])
-    return mass.sum(1), _apply(bend, _anchors(values)).mul_(2.0 * settings.inverse_temperature).T
-
-
-def _anchors(values: Tensor) -> Tensor:
-    return torch.linspace(1.0, 0.0, values.shape[0], dtype=values.dtype, device=values.device)
-
-
-def _exponents(values: Tensor, settings: _Settings) -> Tensor:
-    """M (rows, kept, ranks). Impossible classes share the last ranks among themselves and take no other."""
-    possible = (values > -torch.inf).T
-    best = values.detach().amax(0).nan_to_num(neginf=0.0)
-    centred = torch.where(possible, values.T - best[:, None], 0.0)
-    exponent = centred[:, :, None] * (_anchors(values) * (2.0 * settings.inverse_temperature))
-    ranks = torch.arange(1, values.shape[0] + 1, device=values.device)
-    reachable = ranks <= possible.sum(1, keepdim=True)
-    return torch.where(possible[:, :, None] == reachable[:, None], exponent, -torch.inf)
-
-
-def _potentials(exponent: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
-    """f and g (rows, kept) by Sinkhorn's iterations; on the CPU they stop, or warn, by the tolerance."""
-    row = torch.zeros_like(exponent[:, :, 0])
-    column = -exponent.logsumexp(1)
-    excess = torch.inf
-    for _ in range(settings.iterations):
-        row = -(exponent + column[:, None]).logsumexp(2)
-        update = -(exponent + row[:, :, None]).logsumexp(1)
-        if exponent.is_cpu:
-            excess = float((column - update).expm1().abs().amax())
-            if excess <= settings.tolerance:
-                return row, column
-        column = update
-    row = -(exponent + column[:, None]).logsumexp(2)
-    if exponent.is_cpu:
-        warnings.warn(
-            f"sinkhorn: after {settings.iterations} iterations the marginals are still off by {excess:.2g}, more than "
-            f"tolerance={settings.tolerance:g}; allow more iterations or lower inverse_temperature",
-            RuntimeWarning,
-            stacklevel=2,
+    classes = check_scores(scores, target)
+    ks, weights = check_k(k, classes)
+    m = check_count("m", m)
+    if ks[-1] > min(m, classes):
+        raise ValueError(
+            f"k must be at most min(m, classes), since only m scores are kept: got k = {ks[-1]} with m = {m} "
+            f"and {classes} classes"
         )
-    return row, column
+    check_choice("method", method, METHODS)
+    check_choice("distribution", distribution, DISTRIBUTIONS)
+    check_choice("top1", top1, TOP1)
+    check_choice("cross_entropy_over", cross_entropy_over, CROSS_ENTROPY_OVER)
+    inverse_temperature = check_number("inverse_temperature", inverse_temperature, above=0.0)
+    art_lambda = check_number("art_lambda", art_lambda, least=0.0, below=1.0)
+    iterations = check_count("iterations", iterations)
+    tolerance = check_number("tolerance", tolerance, above=0.0)
+    # Inside the logarithm a k that cannot miss still counts; alone it leaves nothing to compute.
+    used = [(each, p) for each, p in zip(ks, weights, strict=True) if p > 0.0]
+    used = [] if used[0][0] == classes else used
+    options = Options(
+        [each for each, _ in used],
+        [p for _, p in used],
+        method,
+        distribution,
+        inverse_temperature,
+        art_lambda,
+        min(m, classes),
+        top1,
+        cross_entropy_over,
+        iterations,
+        tolerance,
+        slopes=torch.is_grad_enabled() and scores.requires_grad,
+    )
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(LOSS, options, scores, target, **tail)
 
 
-def _plan(exponent: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    return (exponent + row[:, :, None] + column[:, None]).exp()
+class DifferentiableTopKLoss(LossModule):
+    """Module form of :func:`topk.differentiable_topk_loss`."""
 
+    function = staticmethod(differentiable_topk_loss)
 
-def _own_mass(plan: Tensor, own: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """share_r T_yr (rows, kept)."""
-    mine = plan.gather(1, own[:, None, None].expand(-1, 1, plan.shape[2]))[:, 0]
-    return mine * torch.tensor([*shares, *[0.0] * (plan.shape[2] - len(shares))], dtype=plan.dtype, device=plan.device)
-
-
-def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
-    return (matrices @ vectors[..., None])[..., 0]
-
-
-def _solve(plan: Tensor, right: Tensor) -> Tensor:
-    """The columns' part of the linear system of the marginals, the rows eliminated; g is free up to a constant."""
-    scaled = plan / plan.sum(2, keepdim=True)
-    system = torch.diag_embed(plan.sum(1) + _RIDGE) - plan.mT @ scaled
-    solution: Tensor = torch.linalg.solve(system, right)
-    return solution
-
-
-def _newton_step(exponent: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-    """One Newton step on the marginals. From the solution, two of them are differentiable twice, and right."""
-    plan = _plan(exponent, row, column)
-    sums = plan.sum(2)
-    row_excess = (sums - 1.0) / sums
-    column = column + (step := _solve(plan, _apply(plan.mT, row_excess) - (plan.sum(1) - 1.0)))
-    return row - row_excess - _apply(plan, step) / sums, column
-
-
-def _sinkhorn_cost(kept: int, ranks: int, settings: _Settings) -> int:
-    return 5 * kept * kept
-
-
-_HITS: dict[str, tuple[_Hit, Callable[[int, int, _Settings], int]]] = {
-    **dict.fromkeys(NETWORKS, (_network_hit, _network_cost)),
-    "neuralsort": (_neuralsort_hit, _soft_cost),
-    "softsort": (_softsort_hit, _soft_cost),
-    "sinkhorn": (_sinkhorn_hit, _sinkhorn_cost),
-}
-
-
-# --- the same number once more, for second derivatives ---------------------------------------------------------------
-
-
-def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """The loss a row, out of operations that torch differentiates twice; the selection is a constant."""
-    settings = _Settings(*options)._replace(slopes=False)
-    index = saved[0]
-    selected = settings.kept < scores.shape[1]
-    kept = scores.gather(1, index) if selected else scores
-    own = torch.zeros_like(target) if selected else target
-    values = kept.T.to(wide_type(scores))
-    values = torch.where(values.isfinite(), values, -torch.inf)
-    return _loss_of_kept(values, own, scores, settings, _differentiable_hit)[0].to(scores.dtype)
-
-
-def _differentiable_hit(
-    values: Tensor, own: Tensor, shares: tuple[float, ...], settings: _Settings
-) -> tuple[Tensor, Tensor | None]:
-    if not shares:
-        return values.new_zeros(values.shape[1]), None
-    if settings.method == "sinkhorn":
-        exponent = _exponents(values, settings)
-        row, column = _potentials(exponent.detach(), settings)
-        for _ in range(2):
-            row, column = _newton_step(exponent, row, column)
-        return _own_mass(_plan(exponent, row, column), own, shares).sum(1), None
-    if settings.method not in NETWORKS:
-        return _HITS[settings.method][0](values, own, shares, settings)
-    wires = torch.arange(values.shape[0], device=values.device)[:, None]
-    steep = (values * settings.inverse_temperature).clamp(min=_lowest(values.dtype))
-    state = torch.stack((steep, (wires == own).to(values.dtype)), 1)
-    for layer in network(settings.method, values.shape[0], len(shares)):
-        places = torch.tensor(layer, device=values.device).T
-        low, high = state[places[0]], state[places[1]]
-        stay = _swap(high[:, :1] - low[:, :1], settings)
-        both = torch.cat((torch.lerp(high, low, stay), torch.lerp(low, high, stay)))
-        state = state.index_copy(0, places.flatten(), both)
-    return values.new_tensor(shares) @ state[:, 1].flip(0)[: len(shares)], None
-
-
-DIFFERENTIABLE = Room(
-    name="differentiable",
-    options=OPTIONS,
-    extras=(),
-    saved=_saved,
-    forward=forward,
-    backward=backward,
-    formula=formula,
-)
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        method: str = "odd_even",
+        distribution: str = "cauchy",
+        inverse_temperature: float = 1.0,
+        art_lambda: float = 0.25,
+        m: int = 16,
+        top1: str = "softmax",
+        cross_entropy_over: str = "kept",
+        iterations: int = 200,
+        tolerance: float = 1e-6,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())

@@ -19,54 +19,80 @@ sums run over what exists.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk.losses.room import (
-    Options,
-    Room,
-    Saved,
-    SavedShape,
-    centred,
+from topk._cpu import ordered_topk, scaled_exponentials, sum_exponentials
+from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
+from topk.autograd import Loss
+from topk.losses.common import (
+    LossModule,
     finite_or_zero,
+    largest_classes,
+    largest_wrong_scores,
     log_sum_exp,
     not_finite_above,
-    scaled_exponentials,
-    sum_exponentials,
+    reduced_loss,
+    row_dtype,
     target_scores,
-    wide_type,
+    without_target,
 )
-from topk.losses.selection import ordered_topk, without_target
 
 VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
 
 
-def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
-    ks, _, variant, _ = options
-    depth = max(ks, default=0) + (variant == "calibrated")
-    return ((rows, depth), torch.int64), ((rows, depth + 1), None), ((rows,), None)
+class Options(NamedTuple):
+    """The arguments of the loss, besides those that every loss takes."""
+
+    ks: list[int]
+    weights: list[float]  # of the ks
+    variant: str
+    margin: float
 
 
-# --- forward ---------------------------------------------------------------------------------------------------------
+def definition(
+    scores: Tensor,  # (rows, classes)
+    target: Tensor,  # (rows,)
+    k: int,
+    variant: str = "calibrated",
+    margin: float = 1.0,
+) -> Tensor:
+    """The loss of every row (rows,)."""
+    own = target_scores(scores, target)
+    top = largest_classes(scores, k + 1)
+    if variant == "calibrated":
+        return (margin + scores.gather(1, top)[:, k] - own).relu()
+    lead = largest_wrong_scores(scores, target, k) - own[:, None]  # w_1 >= ... >= w_k
+    if variant == "kth":
+        return (margin + lead[:, -1]).relu()
+    if variant == "smooth_limit":
+        return (margin + lead[:, -1] / k).relu()
+    if variant == "beta":
+        return (margin + lead).relu().mean(1)
+    if variant == "alpha":
+        z = margin + lead
+        mean = (z[:, :-1].sum(1) + z[:, -1].relu()) / k  # z_y = 0 takes the last place if it is due
+        return torch.where(z[:, -1] == -torch.inf, 0.0, mean).relu()
+    best_wrong = without_target(top, top, target)[0][:, : k - 1]
+    left_out = torch.cat((best_wrong, target[:, None]), 1)
+    beyond = torch.ones_like(scores, dtype=torch.bool).scatter(1, left_out, False)
+    return softplus(log_sum_exp(scores, beyond) - own, threshold=50.0)
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
+def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,), the best classes (rows, depth), the slopes on them and on y (rows, depth + 1), t (rows,).
 
     t is the last of these classes' score; it serves entropy's backward.
     """
-    ks, _, variant, _ = options
-    rows, classes = scores.shape
-    if not ks:
-        empty = [scores.new_zeros(s, dtype=kind or scores.dtype) for s, kind in _saved(rows, classes, options)]
-        return empty[2].clone(), *empty
-    values, index = ordered_topk(scores, ks[-1] + 1)
+    values, index = ordered_topk(scores, options.ks[-1] + 1)
     x_target = target_scores(scores, target)
     bad, impossible = not_finite_above(values[:, 0]), x_target == -torch.inf
-    if variant != "calibrated":
+    if options.variant != "calibrated":
         values, index = without_target(values, index, target)
-    if variant == "entropy":
+    if options.variant == "entropy":
         loss, slopes, at_target = _truncated_entropy(scores, target, values, index, x_target, options)
     else:
         loss, slopes, at_target = _piecewise(target, values, index, x_target, options)
@@ -74,8 +100,8 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
     slopes = torch.cat((slopes, at_target.masked_fill(impossible, 0.0)[:, None]), 1).masked_fill(
         bad[:, None], torch.nan
     )
-    kind = scores.dtype
-    return loss.to(kind), index.contiguous(), slopes.to(kind), finite_or_zero(values[:, -1])
+    dtype = scores.dtype
+    return loss.to(dtype), index.contiguous(), slopes.to(dtype), finite_or_zero(values[:, -1])
 
 
 def _piecewise(
@@ -83,8 +109,8 @@ def _piecewise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its slopes on the best classes and on y, for the variants that are piecewise linear."""
     ks, weights, variant, margin = options
-    wide = wide_type(values)
-    lead = torch.where(values == -torch.inf, -torch.inf, values.to(wide) - x_target.to(wide)[:, None])
+    dtype = row_dtype(values)
+    lead = torch.where(values == -torch.inf, -torch.inf, values.to(dtype) - x_target.to(dtype)[:, None])
     loss, slopes = torch.zeros_like(lead[:, 0]), torch.zeros_like(lead)
     for k, weight in zip(ks, weights, strict=True):
         if variant in ("alpha", "beta"):
@@ -95,7 +121,7 @@ def _piecewise(
             place = slice(k, k + 1) if variant == "calibrated" else slice(k - 1, k)
             rate = 1.0 / k if variant == "smooth_limit" else 1.0
             gap = margin + rate * lead[:, place]
-            term, slope = gap.relu().squeeze(1), rate * (gap > 0).to(wide)
+            term, slope = gap.relu().squeeze(1), rate * (gap > 0).to(dtype)
         loss = loss + weight * term
         slopes[:, place] += weight * slope
     return loss, slopes, -slopes.sum(1)
@@ -120,37 +146,37 @@ def _truncated_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss and its slopes on the best wrong classes and on y; scores are taken relative to the best wrong one."""
     ks, weights, _, _ = options
-    wide = wide_type(scores)
-    origin, shift = finite_or_zero(values[:, 0]).to(wide), finite_or_zero(values[:, -1])
+    dtype = row_dtype(scores)
+    origin, shift = finite_or_zero(values[:, 0]).to(dtype), finite_or_zero(values[:, -1])
     beyond = sum_exponentials(scores, shift, torch.cat((index, target[:, None]), 1))
-    rest = shift.to(wide) - origin + beyond.to(wide).log()
-    best = values.to(wide) - origin[:, None]
+    rest = shift.to(dtype) - origin + beyond.to(dtype).log()
+    best = values.to(dtype) - origin[:, None]
     suffix = torch.cat((rest[:, None], best.flip(1)), 1).logcumsumexp(1).flip(1)
     loss, at_target, slopes = torch.zeros_like(rest), torch.zeros_like(rest), torch.zeros_like(best)
     for k, weight in zip(ks, weights, strict=True):
         others = suffix[:, k - 1]
-        gap = others + (origin - x_target.to(wide))
+        gap = others + (origin - x_target.to(dtype))
         loss = loss + weight * softplus(gap, threshold=50.0)
         missed = weight * gap.sigmoid().masked_fill(others == -torch.inf, 0.0)
         at_target = at_target - missed
         # With no class left the slopes are 0, not exp(-inf + inf).
-        others = others.clamp(min=torch.finfo(wide).min)
+        others = others.clamp(min=torch.finfo(dtype).min)
         slopes[:, k - 1 :] += missed[:, None] * (best[:, k - 1 :] - others[:, None]).exp_()
     return loss, slopes, at_target
 
 
-# --- backward --------------------------------------------------------------------------------------------------------
-
-
-def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+def backward(
+    grad: Tensor,  # (rows,)
+    scores: Tensor,
+    target: Tensor,
+    options: Options,
+    saved: tuple[Tensor, ...],
+) -> Tensor:
     """grad * d loss / d scores: kept slopes put in their places; entropy's other classes continue from the last one."""
-    ks, _, variant, _ = options
-    if not ks:
-        return torch.zeros_like(scores, memory_format=torch.contiguous_format)
     index, slopes, last = saved
     slopes = grad[:, None] * slopes
     best, at_target = slopes[:, :-1], slopes[:, -1:]
-    if variant == "entropy":
+    if options.variant == "entropy":
         result = scaled_exponentials(scores, last, best[:, -1]).scatter_(1, index, best)
         return result.scatter_(1, target[:, None], at_target)
     background = torch.where(at_target.isnan(), torch.nan, 0.0).to(scores.dtype)
@@ -158,34 +184,70 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
     return result.scatter_add_(1, index, best).scatter_add_(1, target[:, None], at_target)  # y may be in `index`
 
 
-# --- the same number once more, for second derivatives ---------------------------------------------------------------
+LOSS = Loss("hinge", Options, definition, forward, backward)
 
 
-def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """Entropy by log-sum-exps over masks; of the others the linear piece, up to its constant."""
-    ks, weights, variant, _ = options
-    index, slopes, _ = saved
-    places = torch.cat((index, target[:, None]), 1)
-    if variant != "entropy":
-        return torch.where(slopes == 0, 0.0, slopes * scores.gather(1, places)).sum(1)
-    scores = centred(scores)
-    x_target = target_scores(scores, target)
-    impossible = x_target == -torch.inf
-    loss = torch.zeros_like(x_target)
-    for k, weight in zip(ks, weights, strict=True):
-        left_out = torch.cat((index[:, : k - 1], target[:, None]), 1)
-        others = log_sum_exp(scores, torch.ones_like(scores, dtype=torch.bool).scatter(1, left_out, False))
-        gap = others - torch.where(impossible, 0.0, x_target)
-        loss = loss + weight * torch.where(impossible, others, softplus(gap, threshold=50.0))
-    return loss
+def topk_hinge_loss(
+    scores: Tensor,
+    target: Tensor,
+    k: KArgument = 5,
+    *,
+    variant: str = "calibrated",
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The top-k hinge losses and the truncated top-k entropy; chapter 4.
+
+    With x_[j] the j-th largest score, w_j the j-th largest score of a wrong class minus x_y, and z the w + margin
+    together with z_y = 0:
+
+    ================  ==================================================
+    "calibrated"      relu(margin + x_[k+1] - x_y)
+    "kth"             relu(margin + w_k)
+    "alpha"           relu(mean of the k largest z)
+    "beta"            mean of relu over the k largest z
+    "smooth_limit"    relu(margin + w_k / k)
+    "entropy"         log(1 + sum of exp(w_j) over j >= k)
+    ================  ==================================================
+
+    At kinks the slope of relu is 0, and of tied classes the lower index counts as the larger.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices.
+        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
+        variant: one of the names above.
+        margin: by how much the right class must lead, >= 0. It plays no part in "entropy".
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "triton".
+    """
+    ks, weights = check_k(k, check_scores(scores, target))
+    check_choice("variant", variant, VARIANTS)
+    margin = check_number("margin", margin, least=0.0)
+    options = Options(ks, weights, variant, margin)
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(LOSS, options, scores, target, **tail)
 
 
-HINGE = Room(
-    name="hinge",
-    options="int[] ks, float[] weights, str variant, float margin",
-    extras=(),
-    saved=_saved,
-    forward=forward,
-    backward=backward,
-    formula=formula,
-)
+class TopKHingeLoss(LossModule):
+    """Module form of :func:`topk.topk_hinge_loss`."""
+
+    function = staticmethod(topk_hinge_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        variant: str = "calibrated",
+        margin: float = 1.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())

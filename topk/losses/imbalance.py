@@ -13,36 +13,106 @@ wrong class has the slope s f'(gap) q_j, q = softmax(s x) over the wrong classes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk.losses.room import (
-    Options,
-    Room,
-    Saved,
-    SavedShape,
-    centred,
+from topk._cpu import scaled_exponentials, sum_exponentials
+from topk.arguments import check_number, check_scores
+from topk.autograd import Loss
+from topk.losses.common import (
+    LossModule,
     finite_or_zero,
     log_sum_exp,
     not_finite_above,
-    scaled_exponentials,
-    sum_exponentials,
+    reduced_loss,
+    row_dtype,
+    row_margins,
     target_scores,
-    wide_type,
 )
 
 
-def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
-    return (((rows, 3), None),)
+def log_odds_against(scores: Tensor, target: Tensor) -> Tensor:
+    """log((1 - p_y) / p_y) = log sum_{j != y} exp(x_j) - x_y (rows,); the least number where no other class is left."""
+    wrong = torch.ones_like(scores, dtype=torch.bool).scatter(1, target[:, None], False)
+    gap = log_sum_exp(scores, wrong) - target_scores(scores, target)
+    return gap.clamp(min=torch.finfo(gap.dtype).min)
+
+
+def ldam_definition(
+    scores: Tensor,  # (rows, classes)
+    target: Tensor,  # (rows,)
+    margins: Tensor,  # (rows,), of every row's class
+    scale: float = 30.0,
+) -> Tensor:
+    """The loss of every row (rows,): cross-entropy of scale (x - margin e_y)."""
+    return softplus(log_odds_against(scale * scores, target) + scale * margins, threshold=50.0)
+
+
+def focal_definition(scores: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
+    """The loss of every row (rows,): (1 - p_y)^gamma times cross-entropy."""
+    gap = log_odds_against(scores, target)
+    entropy = softplus(gap, threshold=50.0)
+    return (gamma * (gap - entropy)).exp() * entropy
+
+
+class LDAMOptions(NamedTuple):
+    """LDAM's own number; the margins are a tensor."""
+
+    scale: float
+
+
+def ldam_forward(scores: Tensor, target: Tensor, options: LDAMOptions, margins: Tensor) -> tuple[Tensor, ...]:
+    """loss (rows,) and the table of `_table`."""
+    gap, shift, total = _gap(scores, target, margins, options.scale)
+    return softplus(gap, threshold=50.0).to(scores.dtype), _table(shift, total, options.scale * gap.sigmoid(), gap)
+
+
+def ldam_backward(
+    grad: Tensor, scores: Tensor, target: Tensor, options: LDAMOptions, saved: tuple[Tensor, ...], margins: Tensor
+) -> Tensor:
+    """grad * d loss / d scores: one exponential a class."""
+    return _spread(grad, scores, target, saved[0], options.scale)
+
+
+LDAM = Loss("ldam", LDAMOptions, ldam_definition, ldam_forward, ldam_backward)
+
+
+class FocalOptions(NamedTuple):
+    """Focal's own number."""
+
+    gamma: float
+
+
+def focal_forward(scores: Tensor, target: Tensor, options: FocalOptions) -> tuple[Tensor, ...]:
+    """loss (rows,) and the table of `_table`."""
+    gap, shift, total = _gap(scores, target, 0.0, 1.0)
+    entropy, missed = softplus(gap, threshold=50.0), gap.sigmoid()
+    fall = options.gamma * torch.where(gap == torch.inf, 0.0, (-gap).sigmoid() * entropy)
+    factor = missed**options.gamma
+    return (factor * entropy).to(scores.dtype), _table(shift, total, factor * (fall + missed), gap)
+
+
+def focal_backward(
+    grad: Tensor, scores: Tensor, target: Tensor, options: FocalOptions, saved: tuple[Tensor, ...]
+) -> Tensor:
+    """grad * d loss / d scores: one exponential a class."""
+    return _spread(grad, scores, target, saved[0], 1.0)
+
+
+FOCAL = Loss("focal", FocalOptions, focal_definition, focal_forward, focal_backward)
 
 
 def _gap(scores: Tensor, target: Tensor, margins: Tensor | float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gap (NaN in bad rows), the largest wrong score t, the sum of exp(scale (x - t)) over the wrong classes."""
     largest = scores.scatter(1, target[:, None], -torch.inf).amax(1)
-    shift, x_target, wide = finite_or_zero(largest), target_scores(scores, target), wide_type(scores)
-    total = sum_exponentials(scores, shift, target[:, None], scale).to(wide)
-    lead = shift.to(wide) - x_target.to(wide) + margins
+    shift, x_target, dtype = finite_or_zero(largest), target_scores(scores, target), row_dtype(scores)
+    total = sum_exponentials(scores, shift, target[:, None], scale).to(dtype)
+    lead = shift.to(dtype) - x_target.to(dtype) + margins
     bad = not_finite_above(largest, x_target)
     # An impossible y is never right, not even where no other class is possible either.
     gap = (scale * lead + total.log()).masked_fill(x_target == -torch.inf, torch.inf)
@@ -62,77 +132,125 @@ def _spread(grad: Tensor, scores: Tensor, target: Tensor, table: Tensor, scale: 
     return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
 
 
-def _gap_formula(scores: Tensor, target: Tensor, margins: Tensor | float, scale: float) -> tuple[Tensor, Tensor]:
-    """The gap, differentiable and never -inf, and whether y is impossible: then the loss grows like the gap."""
-    scores = centred(scores)
-    wrong = torch.ones_like(scores, dtype=torch.bool).scatter(1, target[:, None], False)
-    x_target = target_scores(scores, target)
-    impossible = x_target == -torch.inf
-    gap = log_sum_exp(scale * scores, wrong) - scale * (torch.where(impossible, 0.0, x_target) - margins)
-    return gap.clamp(min=torch.finfo(gap.dtype).min), impossible
-
-
-def ldam_forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
-    """loss (rows,) and the table of `_table`."""
-    (scale,) = options
-    gap, shift, total = _gap(scores, target, extras[0], scale)
-    return softplus(gap, threshold=50.0).to(scores.dtype), _table(shift, total, scale * gap.sigmoid(), gap)
-
-
-def ldam_backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options
+def ldam_loss(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    margins: float | Tensor,
+    scale: float = 30.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
-    """grad * d loss / d scores: one exponential a class."""
-    return _spread(grad, scores, target, saved[0], options[0])
+    r"""The label-distribution-aware margin loss of Cao, Wei, Gaidon, Arechiga and Ma (2019); chapter 4.
+
+    Cross-entropy of scale (x - margins_y e_y): rare classes must lead by more, see ``class_margins``.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type; cosines in the paper.
+        target: class indices.
+        margins: a number for every class, or one >= 0 for all.
+        scale: what the scores are multiplied by, > 0.
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "triton".
+    """
+    check_scores(scores, target)
+    options = LDAMOptions(check_number("scale", scale, above=0.0))
+    margin = row_margins(margins, scores, target)
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(LDAM, options, scores, target, margin, **tail)
 
 
-def ldam_formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """The loss a row by a masked log-sum-exp."""
-    gap, impossible = _gap_formula(scores, target, extras[0], options[0])
-    return torch.where(impossible, gap, softplus(gap, threshold=50.0))
-
-
-def focal_forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
-    """loss (rows,) and the table of `_table`."""
-    (gamma,) = options
-    gap, shift, total = _gap(scores, target, 0.0, 1.0)
-    entropy, missed = softplus(gap, threshold=50.0), gap.sigmoid()
-    fall = gamma * torch.where(gap == torch.inf, 0.0, (-gap).sigmoid() * entropy)
-    factor = missed**gamma
-    return (factor * entropy).to(scores.dtype), _table(shift, total, factor * (fall + missed), gap)
-
-
-def focal_backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options
+def focal_loss(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    gamma: float = 2.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
 ) -> Tensor:
-    """grad * d loss / d scores: one exponential a class."""
-    return _spread(grad, scores, target, saved[0], 1.0)
+    r"""The focal loss of Lin, Goyal, Girshick, He and Dollar (2017); chapter 4.
+
+    (1 - p_y)^gamma times cross-entropy; ``gamma=0`` is cross-entropy.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices.
+        gamma: how fast examples that are right already stop counting, >= 0.
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "triton".
+    """
+    check_scores(scores, target)
+    options = FocalOptions(check_number("gamma", gamma, least=0.0))
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(FOCAL, options, scores, target, **tail)
 
 
-def focal_formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """The loss a row by a masked log-sum-exp."""
-    gap, impossible = _gap_formula(scores, target, 0.0, 1.0)
-    entropy = softplus(gap, threshold=50.0)
-    log_missed = gap - entropy
-    return torch.where(impossible, gap, (options[0] * log_missed).exp() * entropy)
+def class_margins(counts: Tensor | Sequence[float] | np.ndarray[Any, Any], max_margin: float = 0.5) -> Tensor:
+    """counts^(-1/4), scaled so that the largest, of the rarest class, is `max_margin`; chapters 4 and 7.
+
+    Args:
+        counts: how often every class occurs, > 0: a tensor, a sequence or an array.
+        max_margin: the margin of the rarest class, > 0.
+
+    Returns:
+        One margin a class, in the type of `counts` if that is a floating-point tensor, else the default type.
+    """
+    max_margin = check_number("max_margin", max_margin, above=0.0)
+    try:
+        given = torch.as_tensor(counts)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"counts must hold a number for every class, got {type(counts).__name__}") from error
+    if given.dtype.is_complex or given.dtype == torch.bool:
+        raise TypeError(f"counts must be real numbers, got {given.dtype}")
+    if given.dim() != 1 or given.numel() == 0:
+        raise ValueError(f"counts must have shape (classes,), one number a class, got {tuple(given.shape)}")
+    wrong = ~((given > 0) & (given < torch.inf))
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0])
+        raise ValueError(f"counts must be finite and > 0, got {given[place].item()} for class {place}")
+    dtype = given.dtype if isinstance(counts, Tensor) and given.dtype.is_floating_point else torch.get_default_dtype()
+    margins = given.to(row_dtype(given)) ** -0.25
+    return (margins * (max_margin / margins.max())).to(dtype)
 
 
-LDAM = Room(
-    name="ldam",
-    options="float scale",
-    extras=("margins",),
-    saved=_saved,
-    forward=ldam_forward,
-    backward=ldam_backward,
-    formula=ldam_formula,
-)
+class LDAMLoss(LossModule):
+    """Module form of :func:`topk.ldam_loss`; a tensor of margins becomes a buffer."""
 
-FOCAL = Room(
-    name="focal",
-    options="float gamma",
-    extras=(),
-    saved=_saved,
-    forward=focal_forward,
-    backward=focal_backward,
-    formula=focal_formula,
-)
+    function = staticmethod(ldam_loss)
+
+    def __init__(
+        self,
+        *,
+        margins: float | Tensor,
+        scale: float = 30.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class FocalLoss(LossModule):
+    """Module form of :func:`topk.focal_loss`."""
+
+    function = staticmethod(focal_loss)
+
+    def __init__(
+        self,
+        *,
+        gamma: float = 2.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())

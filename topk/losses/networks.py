@@ -91,8 +91,7 @@ def _packed(comparators: Iterable[tuple[int, int]]) -> list[Layer]:
 
 
 @lru_cache(maxsize=64)
-def network(method: str, wires: int, ranks: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-    """The comparators of `method` that can reach the `ranks` largest places, layer by layer."""
+def _network(method: str, wires: int, ranks: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     if method == "odd_even":
         layers = odd_even(wires)
     elif method == "bitonic":
@@ -100,3 +99,11 @@ def network(method: str, wires: int, ranks: int) -> tuple[tuple[tuple[int, int],
     else:
         layers = splitter_selection(wires, ranks)
     return tuple(tuple(layer) for layer in pruned(layers, range(wires - ranks, wires)))
+
+
+def network(method: str, wires: int, ranks: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The comparators of `method` that can reach the `ranks` largest places, layer by layer."""
+    return _network(method, wires, ranks)
+
+
+network._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compile runs it, and does not trace it

@@ -7,98 +7,158 @@ With Z standard normal, one independent draw a class, and x_[j] the j-th largest
 The expectation is taken in one of three ways:
 
 * epsilon = 0: it is x_[k+1], the calibrated hinge;
-* a number of samples: the mean over that many draws (`noised_sampling`), whose gradient puts 1/samples on the class
-  that is (k+1)-th in each draw, so that these indices are all that is saved;
-* samples = None: by quadrature, exact to far below the rounding of float32 (`noised_quadrature`).
+* a number of samples: the mean over that many draws, whose gradient puts 1/samples on the class that is (k+1)-th in
+  each draw, so that these classes are all that is saved; `noised_sampling` draws only what can matter;
+* samples = None: by quadrature, exact to far below the rounding of float32; `noised_quadrature` says how, and has the
+  gradient.
 
-Several k share one draw, or have a grid each. The op is a function of its inputs: noise comes from the extra `seeds`,
-one for each of as many equal groups of rows, so that a vmap, which folds its examples into groups, stays right.
+All is a function of the inputs: noise comes from `seeds`, one for each of as many equal groups of rows, so that a vmap,
+which folds its examples into groups, stays right.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topk.losses.noised_quadrature import expected_order, expected_order_formula, expected_order_gradient
-from topk.losses.noised_sampling import centre, sampled_orders
-from topk.losses.room import Options, Room, Saved, SavedShape, not_finite_above, target_scores, wide_type
-from topk.losses.selection import ordered_topk
+from topk._cpu import ordered_topk
+from topk.arguments import KArgument, check_count, check_generator, check_k, check_number, check_scores
+from topk.autograd import Loss
+from topk.losses import polynomials
+from topk.losses.common import (
+    LossModule,
+    finite_or_zero,
+    largest_classes,
+    not_finite_above,
+    reduced_loss,
+    row_dtype,
+    row_margins,
+    target_scores,
+)
+from topk.losses.noised_quadrature import STEPS, expected_order, expected_order_gradient, grid
+from topk.losses.noised_sampling import draw
 
 
-class _Settings(NamedTuple):
-    """The room's options by name."""
+class Options(NamedTuple):
+    """The arguments of the loss, besides those that every loss takes."""
 
     ks: list[int]
-    weights: list[float]
+    weights: list[float]  # of the ks
     epsilon: float
     samples: int | None
     scale: float
 
-    @property
-    def by_quadrature(self) -> bool:
-        return self.samples is None and self.epsilon > 0
 
-    @property
-    def draws(self) -> int:
-        """How many indices a row and k are kept: without noise, all draws are the same one."""
-        return 1 if self.samples is None or self.epsilon == 0 else self.samples
+def definition(
+    scores: Tensor,  # (rows, classes)
+    target: Tensor,  # (rows,)
+    margins: Tensor,  # (rows,): m_y
+    seeds: Tensor,  # (groups,)
+    k: int,
+    epsilon: float = 1.0,
+    samples: int | None = 5,
+    scale: float = 1.0,
+) -> Tensor:
+    """The loss of every row (rows,)."""
+    if epsilon == 0:
+        following = scores.gather(1, largest_classes(scores, k + 1))[:, k]
+    elif samples is None:
+        following = expected_score(scores, k, epsilon)
+    else:
+        classes, noise = noised_classes(scores.detach(), seeds, k, epsilon, samples)
+        following = (scores.gather(1, classes) + noise).mean(1)
+    return (scale * (margins.to(scores.dtype) + following - target_scores(scores, target))).relu()
 
 
-def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
-    settings = _Settings(*options)
-    count = len(settings.ks)
-    how = ((rows, count, 3), torch.float64) if settings.by_quadrature else ((rows, settings.draws, count), torch.int64)
-    return ((rows, count), torch.float64), how
+def expected_score(scores: Tensor, k: int, epsilon: float) -> Tensor:
+    """E[(x + epsilon Z)_[k+1]] (rows,): c + integral of (1{v > c} - F(v)) dv by the trapezoid rule, differentiable.
+
+    F(v) is the probability that at most k noised scores exceed v, the sum of a polynomial's coefficients up to k.
+    """
+    level = scores.gather(1, largest_classes(scores, k + 1)[:, k:]).detach()
+    z = (scores - finite_or_zero(level)) / epsilon
+    middle, spacing = (number.to(z.dtype) for number in grid(z.detach(), k))
+    steps = torch.tensor(STEPS, dtype=z.dtype, device=z.device)
+    nodes = middle[:, None] + spacing[:, None] * steps
+    distance = (z[:, None, :] - nodes[:, :, None]).clamp(-30.0, 30.0)
+    factors = torch.stack((torch.special.ndtr(-distance), torch.special.ndtr(distance)))
+    under = polynomials.tree(factors, k).sum(0)  # F (rows, nodes)
+    return level[:, 0] + epsilon * (middle + spacing * ((steps > 0).to(z.dtype) - under).sum(1))
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
-    """loss (rows,), the hinges' slopes (rows, ks), and the grids (rows, ks, 3) or the indices (rows, draws, ks)."""
-    margins, seeds = extras
-    settings = _Settings(*options)
-    rows, classes = scores.shape
-    if not settings.ks:
-        empty = [scores.new_zeros(shape, dtype=dtype) for shape, dtype in _saved(rows, classes, options)]
-        return scores.new_zeros(rows), *empty
-    largest, middle, rise, kept = _smoothed_order(scores, seeds, settings)
+@torch.library.custom_op("topk::noised_classes", mutates_args=())
+def noised_classes(scores: Tensor, seeds: Tensor, k: int, epsilon: float, samples: int) -> tuple[Tensor, Tensor]:
+    """Which class is (k+1)-th in every draw, and epsilon times its noise (rows, samples); a function of the seeds."""
+    _, centre, noised, classes = (part.squeeze(-1) for part in draw(scores, seeds, [k], epsilon, samples))
+    noise = noised - (scores.gather(1, classes) - centre[:, None])
+    return classes.clone(), finite_or_zero(noise)
+
+
+@noised_classes.register_fake
+def _(scores: Tensor, seeds: Tensor, k: int, epsilon: float, samples: int) -> tuple[Tensor, Tensor]:
+    shape = (scores.shape[0], samples)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
+
+
+@noised_classes.register_vmap
+def _(
+    info: Any, in_dims: tuple[int | None, ...], scores: Tensor, seeds: Tensor, k: int, epsilon: float, samples: int
+) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    folded = [
+        (tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
+        for tensor, dim in zip((scores, seeds), in_dims[:2], strict=True)
+    ]
+    found = noised_classes(*folded, k, epsilon, samples)
+    return tuple(tensor.unflatten(0, (info.batch_size, -1)) for tensor in found), (0, 0)
+
+
+def forward(scores: Tensor, target: Tensor, options: Options, margins: Tensor, seeds: Tensor) -> tuple[Tensor, ...]:
+    """loss (rows,), the hinges' slopes (rows, ks), and the classes (rows, draws, ks) or the grids (rows, ks, 3).
+
+    Several k share the draws. Levels are taken relative to a score nearby, so that they keep their digits.
+    """
+    ks, weights, epsilon, samples, scale = options
+    dtype = row_dtype(scores)
+    if epsilon > 0 and samples is not None:
+        best, centre, noised, kept = draw(scores, seeds, ks, epsilon, samples)
+        rise = noised.mean(1, dtype=dtype)
+    else:
+        order, index = ordered_topk(scores, ks[-1] + 1)
+        best, centre = order[:, 0], finite_or_zero(order[:, ks])
+        if epsilon > 0:
+            rise, kept = expected_order(scores, order, centre, ks, epsilon)
+        else:
+            rise, kept = order[:, ks].to(dtype) - centre.to(dtype), index[:, None, ks]
     x_target = target_scores(scores, target)
     # Where there is no (k+1)-th score the rise is -inf, and so is the gap, or NaN if y is impossible as well.
-    gap = margins.to(rise.dtype)[:, None] + ((middle.to(rise.dtype) - x_target[:, None]) + rise)
-    bad, impossible = not_finite_above(largest), x_target == -torch.inf
-    rates = settings.scale * torch.tensor(settings.weights, dtype=rise.dtype, device=scores.device)
+    gap = margins.to(dtype)[:, None] + ((centre.to(dtype) - x_target[:, None]) + rise)
+    bad, impossible = not_finite_above(best), x_target == -torch.inf
+    rates = scale * torch.tensor(weights, dtype=dtype, device=scores.device)
     loss = (gap.relu() * rates).sum(1).masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    slope = ((gap > 0) * rates).masked_fill(bad[:, None], torch.nan)
-    return loss.to(scores.dtype), slope.to(torch.float64), kept
+    slopes = ((gap > 0) * rates).masked_fill(bad[:, None], torch.nan)
+    return loss.to(scores.dtype), slopes, kept
 
 
-def _smoothed_order(scores: Tensor, seeds: Tensor, settings: _Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest score (rows,), `centre` and E[(x + epsilon Z)_[k+1]] less it (rows, ks), and what to save."""
-    ks, depth = settings.ks, max(settings.ks) + 1
-    if not settings.by_quadrature and settings.epsilon > 0:
-        return sampled_orders(scores, seeds, ks, settings.epsilon, settings.draws)
-    order, index = ordered_topk(scores, depth)
-    middle = centre(order[:, ks])
-    if settings.by_quadrature:
-        return order[:, 0], middle, *expected_order(scores, order, middle, ks, settings.epsilon)
-    rise = order[:, ks].to(wide_type(scores)) - middle.to(wide_type(scores))
-    return order[:, 0], middle, rise, index[:, None, ks]
-
-
-def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+def backward(
+    grad: Tensor,  # (rows,)
+    scores: Tensor,
+    target: Tensor,
+    options: Options,
+    saved: tuple[Tensor, ...],
+    *_: Tensor,
+) -> Tensor:
     """grad * d loss / d scores: -slope on y, and slope spread over the classes that may be (k+1)-th."""
-    settings = _Settings(*options)
-    slope, kept = saved
-    wide = wide_type(scores)
-    slope = slope.to(wide)
-    push = (grad.to(wide)[:, None] * slope).masked_fill(slope == 0, 0.0)
+    slopes, kept = saved
+    push = (grad.to(slopes.dtype)[:, None] * slopes).masked_fill(slopes == 0, 0.0)
     result = torch.zeros_like(scores, memory_format=torch.contiguous_format)
-    if settings.ks:
-        result = _broken_rows_to_nan(result, slope[:, 0])
-    if settings.by_quadrature:
-        for place, k in enumerate(settings.ks):
-            expected_order_gradient(result, push[:, place], scores, kept[:, place], k, settings.epsilon)
+    broken = slopes[:, 0].isnan()
+    if not broken.is_cpu or bool(broken.any()):
+        result.masked_fill_(broken[:, None], torch.nan)
+    if kept.is_floating_point():
+        for place, k in enumerate(options.ks):
+            expected_order_gradient(result, push[:, place], scores, kept[:, place], k, options.epsilon)
     else:
         spread = (push / kept.shape[1])[:, None, :].expand(kept.shape).flatten(1)
         result.scatter_add_(1, kept.flatten(1), spread.to(scores.dtype))
@@ -106,37 +166,87 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved:
     return result.scatter_add_(1, target[:, None], -pull.to(scores.dtype)[:, None])
 
 
-def _broken_rows_to_nan(result: Tensor, slope: Tensor) -> Tensor:
-    """A row with NaN or +inf has a NaN slope, and a NaN gradient everywhere."""
-    broken = slope.isnan()
-    if result.is_cpu and not bool(broken.any()):
-        return result
-    return result.masked_fill_(broken[:, None], torch.nan)
+LOSS = Loss("noised", Options, definition, forward, backward)
 
 
-def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """The loss a row up to a constant: the hinges' slopes are given, and so is which class is (k+1)-th."""
-    settings = _Settings(*options)
-    slope, kept = saved[0].to(scores.dtype), saved[1]
-    x_target = target_scores(scores, target)
-    x_target = torch.where(x_target == -torch.inf, 0.0, x_target)
-    loss = torch.zeros_like(x_target)
-    for place, k in enumerate(settings.ks):
-        if settings.by_quadrature:
-            level = expected_order_formula(scores, kept[:, place], k, settings.epsilon)
-        else:
-            level = scores.gather(1, kept[:, :, place]).mean(1)
-        silent = slope[:, place] == 0
-        loss = loss + torch.where(silent, 0.0, slope[:, place] * (torch.where(silent, 0.0, level) - x_target))
-    return loss
+def noised_topk_loss(
+    scores: Tensor,
+    target: Tensor,
+    k: KArgument = 5,
+    *,
+    epsilon: float = 1.0,
+    samples: int | None = 5,
+    margins: float | Tensor | None = None,
+    scale: float = 1.0,
+    generator: torch.Generator | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The noised top-k calibrated hinge of Garcin, Servajean, Joly and Salmon (2022); chapter 7.
+
+    With Z one standard normal number a class and x_[j] the j-th largest score,
+
+    .. math:: \ell = \mathrm{relu}\big(\text{scale}\,(m_y + E[(x + \epsilon Z)_{[k+1]}] - x_y)\big).
+
+    ``epsilon=0`` is ``topk_hinge_loss(variant="calibrated")``. The paper's balanced loss is ``epsilon=1`` with 5 or 10
+    samples; its imbalanced one ``epsilon=0.01, scale=60, margins=class_margins(counts, 0.2)``, on cosines.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices.
+        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; all of them share the noise,
+            unless some level x_[k+1] is thousands of epsilon from another.
+        epsilon: how much noise, in units of the scores, >= 0.
+        samples: how many draws of the noise the expectation is taken over, or None: by quadrature, without noise.
+        margins: by how much the right class must lead: a number for every class, one >= 0 for all, or None: 1.
+        scale: what the difference is multiplied by, > 0.
+        generator: where the noise's seed comes from; None: torch's own. Under ``vmap`` the examples share the noise
+            with ``randomness="same"`` and have their own with "different".
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "triton".
+    """
+    ks, weights = check_k(k, check_scores(scores, target))
+    epsilon = check_number("epsilon", epsilon, least=0.0)
+    samples = None if samples is None else check_count("samples", samples)
+    scale = check_number("scale", scale, above=0.0)
+    check_generator(generator, scores)
+    margin = row_margins(1.0 if margins is None else margins, scores, target)
+    if epsilon == 0:
+        samples = 1  # without noise, all samples are the same one
+    if samples is None or epsilon == 0:
+        seeds = torch.zeros(1, dtype=torch.int64, device=scores.device)
+    else:
+        seeds = torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=scores.device, generator=generator)
+    options = Options(ks, weights, epsilon, samples, scale)
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(LOSS, options, scores, target, margin, seeds, **tail)
 
 
-NOISED = Room(
-    name="noised",
-    options="int[] ks, float[] weights, float epsilon, int? samples, float scale",
-    extras=("margins", "seeds"),
-    saved=_saved,
-    forward=forward,
-    backward=backward,
-    formula=formula,
-)
+class NoisedTopKLoss(LossModule):
+    """Module form of :func:`topk.noised_topk_loss`; a tensor of margins becomes a buffer.
+
+    The noise is drawn anew at every call, in evaluation mode too; ``samples=None`` draws none. A generator stays on
+    its device and is not part of the state dict.
+    """
+
+    function = staticmethod(noised_topk_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        epsilon: float = 1.0,
+        samples: int | None = 5,
+        margins: float | Tensor | None = None,
+        scale: float = 1.0,
+        generator: torch.Generator | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())

@@ -17,16 +17,16 @@ A class whose P is below 1e-13 at every node is out of reach and left out where 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
+from topk._cpu import row_chunks
 from topk.losses import polynomials
-from topk.losses.room import row_chunks, wide_type
+from topk.losses.common import row_dtype
 
-BELOW, ABOVE = 16, 20
-"""Nodes below and above c."""
+STEPS = tuple(j + 0.5 for j in range(-16, 20))
+"""Where the nodes are, in units of their spacing, from c."""
 
 _SPACING = 7.0 / 16.0  # of the nodes, in units of s
 _ROOT_STEPS = 5
@@ -35,42 +35,18 @@ _LANES = 2**13  # polynomials advanced together by one step of the recursion
 _CHUNK = 2**20  # probabilities worked on at a time
 
 
-def expected_order(
-    scores: Tensor, order: Tensor, centre: Tensor, ks: list[int], epsilon: float
+def grid(
+    z: Tensor,  # (rows, classes), the (k+1)-th largest at 0
+    k: int,
 ) -> tuple[Tensor, Tensor]:
-    """E[(x + epsilon Z)_[k+1]] - centre (rows, ks), -inf where absent; the grids (rows, ks, 3): centre, c, spacing.
-
-    The centres (rows, ks) are scores close to x_[k+1], so that however large scores are z keeps its digits.
-    """
-    rows, classes = scores.shape
-    rise = scores.new_empty((rows, len(ks)), dtype=wide_type(scores))
-    grids = scores.new_zeros((rows, len(ks), 3), dtype=torch.float64)
-    grids[:, :, 0] = centre
-    for here in row_chunks(rows, classes * (BELOW + ABOVE), _CHUNK):
-        for place, k in enumerate(ks):
-            z = (scores[here] - centre[here, place, None]) / epsilon
-            middle, spread = _middle(z, (order[here, k] - centre[here, place]) / epsilon, k)
-            spacing = _SPACING * spread
-            nodes = _nodes(middle, spacing)
-            near = _within_reach(z, nodes)[0]
-            under = _success_counts(near, nodes, k).sum(0).view(nodes.shape)  # F at the nodes
-            steps = torch.arange(nodes.shape[1], device=z.device) >= BELOW
-            rise[here, place] = epsilon * (middle + spacing * (steps.to(under.dtype) - under).sum(1))
-            grids[here, place, 1:] = torch.stack((middle, spacing), 1).to(grids.dtype)
-    return rise.masked_fill(order[:, ks] == -torch.inf, -torch.inf), grids
-
-
-def _middle(z: Tensor, kth: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """c and s (rows,): safeguarded Newton steps on the logarithm of sum P; `kth` is the (k+1)-th largest z.
+    """c and the spacing (rows,): safeguarded Newton steps on the logarithm of sum P.
 
     Any c and s near the ones defined do, for E does not depend on them.
     """
-    wide, normal = wide_type(z), NormalDist()
     goal = k + 0.5
-    kth = torch.where(kth.isfinite(), kth, 0.0).to(wide)
-    low = kth - normal.inv_cdf(goal / (k + 1))
-    high = kth - normal.inv_cdf(0.5 / (z.shape[1] - k))
-    middle = kth
+    middle = torch.zeros_like(z[:, 0], dtype=row_dtype(z))
+    low = -torch.special.ndtri(torch.full_like(middle, goal / (k + 1)))
+    high = -torch.special.ndtri(torch.full_like(middle, 0.5 / (z.shape[1] - k)))
     for _ in range(_ROOT_STEPS):
         total, _, density = _moments(z, middle)
         low, high = torch.where(total > goal, middle, low), torch.where(total < goal, middle, high)
@@ -78,7 +54,7 @@ def _middle(z: Tensor, kth: Tensor, k: int) -> tuple[Tensor, Tensor]:
         middle = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
     _, variance, density = _moments(z, middle)
     spread = variance.sqrt() / density
-    return middle, torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
+    return middle, _SPACING * torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
 
 
 def _moments(z: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,9 +67,33 @@ def _moments(z: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return total, variance, density
 
 
+def expected_order(
+    scores: Tensor,  # (rows, classes)
+    order: Tensor,  # (rows, depth): the largest scores, in order
+    centre: Tensor,  # (rows, ks): x_[k+1], or 0 where it is not finite
+    ks: list[int],
+    epsilon: float,
+) -> tuple[Tensor, Tensor]:
+    """E[(x + epsilon Z)_[k+1]] - centre (rows, ks), -inf where absent; the grids (rows, ks, 3): centre, c, spacing."""
+    rows, classes = scores.shape
+    rise = scores.new_empty((rows, len(ks)), dtype=row_dtype(scores))
+    grids = scores.new_zeros((rows, len(ks), 3), dtype=rise.dtype)
+    grids[:, :, 0] = centre
+    for here in row_chunks(rows, classes * len(STEPS), _CHUNK):
+        for place, k in enumerate(ks):
+            z = (scores[here] - centre[here, place, None]) / epsilon
+            middle, spacing = grid(z, k)
+            nodes = _nodes(middle, spacing)
+            near = _within_reach(z, nodes)[0]
+            under = _success_counts(near, nodes, k).sum(0).view(nodes.shape)  # F at the nodes
+            above = torch.tensor(STEPS, device=z.device) > 0
+            rise[here, place] = epsilon * (middle + spacing * (above.to(under.dtype) - under).sum(1))
+            grids[here, place, 1:] = torch.stack((middle, spacing), 1)
+    return rise.masked_fill(order[:, ks] == -torch.inf, -torch.inf), grids
+
+
 def _nodes(middle: Tensor, spacing: Tensor) -> Tensor:
-    steps = torch.arange(-BELOW, ABOVE, device=middle.device, dtype=middle.dtype) + 0.5
-    return middle[:, None] + spacing[:, None] * steps
+    return middle[:, None] + spacing[:, None] * torch.tensor(STEPS, dtype=middle.dtype, device=middle.device)
 
 
 def _within_reach(z: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -124,10 +124,7 @@ def _success_counts(z: Tensor, nodes: Tensor, k: int) -> Tensor:
     steps = -(-classes // lanes)
     padded = torch.nn.functional.pad(z, (0, lanes * steps - classes), value=-torch.inf)
     trials = _probabilities(padded.view(rows, lanes, steps).permute(2, 1, 0), nodes)
-    return polynomials.success_counts(trials, k, wide_type(z))
-
-
-# --- gradient --------------------------------------------------------------------------------------------------------
+    return polynomials.success_counts(trials, k, row_dtype(z))
 
 
 def expected_order_gradient(
@@ -136,8 +133,8 @@ def expected_order_gradient(
     """Adds push * dE / dx to `result`, a sum over the nodes of phi(z_i - v) Pr[S without i = k]."""
     rows, classes = scores.shape
     limit = min(classes, _upper_limit(k))
-    for here in row_chunks(rows, (BELOW + ABOVE) * max(classes, limit * (k + 1) // 2), _CHUNK):
-        centre, middle, spacing = grids[here].to(wide_type(scores)).unbind(1)
+    for here in row_chunks(rows, len(STEPS) * max(classes, limit * (k + 1) // 2), _CHUNK):
+        centre, middle, spacing = grids[here].unbind(1)
         nodes = _nodes(middle, spacing)
         z, index = _within_reach((scores[here] - centre.to(scores.dtype)[:, None]) / epsilon, nodes)
         field = _inclusion_integral(z, nodes, k, limit)
@@ -206,15 +203,3 @@ def _with_trial(counts: Tensor, trial: Tensor) -> Tensor:
     longer = counts * (1.0 - trial)
     longer[1:].addcmul_(counts[:-1], trial)
     return longer
-
-
-# --- the same number once more, for second derivatives ---------------------------------------------------------------
-
-
-def expected_order_formula(scores: Tensor, grids: Tensor, k: int, epsilon: float) -> Tensor:
-    """E up to a constant a row, from one balanced tree of products; the grid is held."""
-    centre, middle, spacing = grids.to(scores.dtype).unbind(1)
-    z = (scores - centre[:, None]) / epsilon
-    distance = (z[:, None, :] - _nodes(middle, spacing)[:, :, None]).clamp(-30.0, 30.0)
-    factors = torch.stack((torch.special.ndtr(-distance), torch.special.ndtr(distance)))
-    return -epsilon * spacing * polynomials.tree(factors, k).sum((0, 2))

@@ -25,13 +25,14 @@ Elsewhere noise is counted, not drawn: a pure function of (seed, row, class, sam
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from topk.losses.room import row_chunks, wide_type
-from topk.losses.selection import largest
+from topk._cpu import CHUNK, largest, row_chunks
+from topk.losses.common import finite_or_zero
 
 HEAD = 96
 """The least number of classes of a row that are drawn plainly, unless fewer are enough."""
@@ -41,25 +42,51 @@ _BLOCK = 8  # intervals searched together
 _PROBES = 4  # rows looked at to choose the head
 _FAR_APART = 1e4  # in units of epsilon: where noise no longer tells which of the levels it is added to
 _FEW_POINTS = 1 / 32  # a score, below which equal intervals do
-_CHUNK = 2**18  # noised scores worked on at a time on the CPU
-_COUNTED_CHUNK = 2**24  # and elsewhere
+_COUNTED_CHUNK = 2**24  # noised scores worked on at a time on other devices
 _ROUNDING = 1e-4  # added to the bounds' logarithms, so that they stay bounds in float32
 _WORD = 0xFFFFFFFF
 
 
-def sampled_orders(
-    scores: Tensor, seeds: Tensor, ks: list[int], epsilon: float, samples: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sampled_order`, with a `centre` for every k (rows, ks).
+class Draws(NamedTuple):
+    """What the samples of the noise say of x_[k+1]; differences from the centre keep their digits."""
 
-    All k share the noise, but where their levels are so far apart that float32 would lose it (looked for on the CPU).
-    """
-    far_apart = scores.is_cpu and len(ks) > 1 and _far_apart(scores, ks, epsilon)
-    groups = [[k] for k in ks] if far_apart else [ks]
-    parts = [sampled_order(scores, seeds, group, epsilon, samples) for group in groups]
-    best, middle, rise, index = zip(*parts, strict=True)
-    middles = [level[:, None].expand(-1, len(group)) for level, group in zip(middle, groups, strict=True)]
-    return best[0], torch.cat(middles, 1), torch.cat(rise, 1), torch.cat(index, 2)
+    best: Tensor  # (rows,): the largest score, without noise
+    centre: Tensor  # (rows, ks): a score near x_[k+1], finite
+    noised: Tensor  # (rows, samples, ks): the (k+1)-th largest noised score, less the centre
+    classes: Tensor  # (rows, samples, ks): whose it is
+
+
+def draw(
+    scores: Tensor,  # (rows, classes)
+    seeds: Tensor,  # (groups,): as many equal groups of rows start from their own
+    ks: list[int],
+    epsilon: float,
+    samples: int,
+) -> Draws:
+    """All k share the noise, but where float32 would lose it between their levels (looked for on the CPU)."""
+    if scores.is_cpu and len(ks) > 1 and _far_apart(scores, ks, epsilon):
+        apart = [draw(scores, seeds, [k], epsilon, samples) for k in ks]
+        columns = list(zip(*apart, strict=True))
+        return Draws(apart[0].best, *(torch.cat(column, -1) for column in columns[1:]))
+    depth = max(ks) + 1
+    size = scores.shape[0] // seeds.shape[0]
+    nothing = scores.new_empty((samples, 0, depth))
+    parts = [] if size else [(scores[:, 0], scores[:, 0], nothing, nothing.long())]
+    for seed, group in zip(seeds, scores.split(size) if size else (), strict=False):
+        if scores.is_cpu:
+            generator = torch.Generator().manual_seed(int(seed))
+            head = head_size(group, depth, epsilon)
+            chunks = row_chunks(size, max(scores.shape[1], samples * head), CHUNK)
+            parts += [_drawn(group[rows], generator, head, depth, epsilon, samples) for rows in chunks]
+        else:
+            chunks = row_chunks(size, scores.shape[1] * samples, _COUNTED_CHUNK)
+            parts += [_counted(group[rows], seed, rows.start, depth, epsilon, samples) for rows in chunks]
+    best, centre, value, index = (
+        column[0] if len(column) == 1 else torch.cat(column, dim)
+        for column, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1), strict=True)
+    )
+    noised, classes = (torch.stack([part[:, :, k].T for k in ks], 2) for part in (value, index))
+    return Draws(best, centre[:, None].expand(-1, len(ks)), noised, classes)
 
 
 def _far_apart(scores: Tensor, ks: list[int], epsilon: float) -> bool:
@@ -69,39 +96,6 @@ def _far_apart(scores: Tensor, ks: list[int], epsilon: float) -> bool:
     order = largest(scores, max(ks) + 1)[0].to(torch.float64)
     apart = order[:, min(ks)] - order[:, max(ks)]
     return bool(((apart > _FAR_APART * epsilon) & (apart < torch.inf)).any())
-
-
-def sampled_order(
-    scores: Tensor, seeds: Tensor, ks: list[int], epsilon: float, samples: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The largest score (rows,), a `centre` (rows,), the mean noised x_[k+1] less it (rows, ks), and its classes.
-
-    The classes (rows, samples, ks) are indices. Each of the groups of rows restarts from its own seed.
-    """
-    depth = max(ks) + 1
-    size = scores.shape[0] // seeds.shape[0]
-    nothing = scores.new_empty((samples, 0, depth))
-    parts = [(scores[:0, 0], scores[:0, 0], nothing, nothing.long())]
-    for seed, group in zip(seeds, scores.split(size) if size else (), strict=False):
-        if scores.is_cpu:
-            generator = torch.Generator().manual_seed(int(seed))
-            head = head_size(group, depth, epsilon)
-            chunks = row_chunks(size, max(scores.shape[1], samples * head), _CHUNK)
-            parts += [_drawn(group[rows], generator, head, depth, epsilon, samples) for rows in chunks]
-        else:
-            chunks = row_chunks(size, scores.shape[1] * samples, _COUNTED_CHUNK)
-            parts += [_counted(group[rows], seed, rows.start, depth, epsilon, samples) for rows in chunks]
-    best, middle, value, index = (
-        column[1] if len(column) == 2 else torch.cat(column, dim)
-        for column, dim in zip(zip(*parts, strict=True), (0, 0, 1, 1), strict=True)
-    )
-    rise = torch.stack([value[:, :, k].mean(0, dtype=wide_type(scores)) for k in ks], 1)
-    return best, middle, rise, torch.stack([index[:, :, k].T for k in ks], 2)
-
-
-def centre(near: Tensor) -> Tensor:
-    """A finite score close to the ones that matter: differences from it keep their digits."""
-    return near.nan_to_num(0.0, 0.0, 0.0)
 
 
 def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
@@ -126,9 +120,9 @@ def head_size(scores: Tensor, depth: int, epsilon: float) -> int:
 def _drawn(
     scores: Tensor, generator: torch.Generator, head: int, depth: int, epsilon: float, samples: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Largest score, `centre` (rows,), largest noised scores less it, and their classes (samples, rows, depth)."""
+    """Largest score, centre (rows,), largest noised scores less it, and their classes (samples, rows, depth)."""
     top, place = largest(scores, head)
-    middle = centre(top[:, depth - 1])
+    middle = finite_or_zero(top[:, depth - 1])
     noised = torch.randn((samples, *top.shape), generator=generator, dtype=scores.dtype, device=scores.device)
     noised.mul_(epsilon).add_(top - middle[:, None])
     value, slot = noised.topk(depth, dim=2)
@@ -238,7 +232,7 @@ def _counted(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `_drawn`, from noise that depends on nothing but the seed and the place; every class is noised."""
     order = scores.topk(depth, dim=1).values
-    middle = centre(order[:, -1])
+    middle = finite_or_zero(order[:, -1])
     noise = counted_normals(seed, first_row, scores.shape[0], scores.shape[1], samples).to(scores.dtype)
     value, index = noise.mul_(epsilon).add_(scores - middle[:, None]).topk(depth, dim=2)
     return order[:, 0], middle, value, index

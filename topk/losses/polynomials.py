@@ -15,7 +15,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
-def success_counts(trials: Tensor, k: int, wide: torch.dtype) -> Tensor:
+def success_counts(trials: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """Pr[S = j], j = 0..k (k + 1, rows), with S the successes of all trials (steps, lanes, rows) of a row.
 
     A recursion over the steps of every lane, then truncated products of the lanes: only positive numbers are added.
@@ -27,7 +27,7 @@ def success_counts(trials: Tensor, k: int, wide: torch.dtype) -> Tensor:
     for trial in trials.unbind(0):
         torch.lerp(now[1:], now[:-1], trial, out=then[1:])
         now, then = then, now
-    merged = now[1:].to(wide)
+    merged = now[1:].to(dtype)
     while merged.shape[1] > 1:
         half = merged.shape[1] // 2
         pairs = product(merged[:, :half], merged[:, half : 2 * half])

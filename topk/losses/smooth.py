@@ -29,28 +29,28 @@ a large head, where all are probabilities, each class is divided out from the ot
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from topk._cpu import SMALLEST, buffers, chunks, exponentials, exponents, lowest
+from topk.arguments import KArgument, check_k, check_number, check_scores
+from topk.autograd import Loss
 from topk.losses import polynomials
-from topk.losses.room import (
-    SMALLEST,
-    Options,
-    Room,
-    Saved,
-    SavedShape,
-    buffers,
-    chunks,
-    exponentials,
-    exponents,
-    lowest,
+from topk.losses.common import (
+    LossModule,
+    finite_or_zero,
+    largest_classes,
+    largest_wrong,
     not_finite_above,
+    reduced_loss,
+    row_dtype,
     target_scores,
-    wide_type,
+    without_target,
 )
-from topk.losses.selection import largest_wrong
 
 POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
@@ -61,51 +61,108 @@ _SUM_CHUNK = 2**17  # elements worked on at a time: buffers stay in cache, far b
 _LANE_CHUNK = 2**17  # larger, since every step of the recursion costs one call
 
 
-def _head_size(k: int, classes: int) -> int:
-    return min(k if k <= POWER_SUM_LIMIT else 2 * k, classes - 1)
+class Options(NamedTuple):
+    """The arguments of the loss, besides those that every loss takes."""
+
+    ks: list[int]
+    weights: list[float]  # of the ks
+    tau: float
+    margin: float
 
 
-def _depth(ks: list[int], classes: int) -> int:
-    return max((_head_size(k, classes) for k in ks), default=0)
+# --- the definition --------------------------------------------------------------------------------------------------
 
 
-def _columns(k: int, classes: int) -> list[int]:
-    """Widths of the parts of the saved table for one k: (t, tilt, slope), the polynomial's and the head's gradient."""
-    return [3, k, _head_size(k, classes)]
+def definition(
+    scores: Tensor,  # (rows, classes)
+    target: Tensor,  # (rows,)
+    k: int,
+    tau: float = 1.0,
+    margin: float = 1.0,
+) -> Tensor:
+    """The loss of every row (rows,)."""
+    rate = 1.0 / (k * tau)
+    rho = log_ratio(scores, target, k, rate)  # log e_k - log e_{k-1}
+    gap = margin / tau + rho - rate * target_scores(scores, target).to(rho.dtype)
+    return (tau * softplus(gap, threshold=30.0)).to(scores.dtype)
 
 
-def _saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
-    ks = options[0]
-    width = sum(sum(_columns(k, classes)) for k in ks) + 1
-    return ((rows, _depth(ks, classes)), torch.int64), ((rows, width), torch.float64)
+def log_ratio(scores: Tensor, target: Tensor, k: int, rate: float) -> Tensor:
+    """log e_k - log e_{k-1} of exp(rate x) over the classes other than y (rows,); -inf where fewer than k exist.
+
+    In the type of a few numbers a row: what is left of rate x_y must not lose the digits of a large score.
+    """
+    top = largest_classes(scores, k + 1)
+    head, classes = without_target(scores.gather(1, top), top, target)
+    kth = head[:, -1].detach()
+    absent, about = kth == -torch.inf, finite_or_zero(kth)[:, None]  # any `about` gives the same ratio
+    if k <= POWER_SUM_LIMIT:
+        column = torch.arange(scores.shape[1], device=scores.device)
+        behind = (scores < kth[:, None]) | ((scores == kth[:, None]) & (column > classes[:, -1:]))
+        sums = _sums_of_powers((scores - about) * rate, behind & (column != target[:, None]), k)
+        head_odds = rate * (head.to(row_dtype(scores)) - about)
+        lower, upper = _multiplied_in(head_odds, _from_power_sums(sums))
+        tilt = torch.zeros_like(lower)
+    else:
+        log_odds = ((scores - about) * rate).scatter(1, target[:, None], -torch.inf)
+        tilt = _balance(log_odds.detach(), k)
+        tilted = log_odds + tilt[:, None]
+        counts = polynomials.tree(torch.stack((torch.sigmoid(-tilted), torch.sigmoid(tilted))), k)
+        lower, upper = counts[k - 1].to(row_dtype(scores)), counts[k].to(row_dtype(scores))
+    lower, upper = torch.where(absent, 1.0, lower), torch.where(absent, 1.0, upper)
+    rho = rate * about[:, 0].to(lower.dtype) - tilt + (upper / lower).log()
+    return torch.where(absent, -torch.inf, rho)
 
 
-def _unpack(table: Tensor, ks: list[int], classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each k its (t, tilt, slope) (3, rows) and gradient, polynomial (k, rows) and head (size, rows)."""
-    widths = [width for k in ks for width in _columns(k, classes)]
-    parts = table.T.split([*widths, 1])
-    return list(zip(parts[0:-1:3], parts[1:-1:3], parts[2:-1:3], strict=True))
+def _sums_of_powers(log_odds: Tensor, counted: Tensor, k: int) -> list[Tensor]:
+    """sum of w^m over the counted classes for m = 1..k, w = exp(log odds) <= 1; what is too small to be fast is 0."""
+    smallest = SMALLEST[log_odds.dtype]
+    counted = counted & (log_odds > smallest)
+    odds = torch.where(counted, torch.where(counted, log_odds, 0.0).exp(), 0.0)
+    power, sums = odds, [odds.sum(1)]
+    for m in range(1, k):
+        power = torch.where(power > math.exp(smallest * m / (m + 1)), power, 0.0) * odds
+        sums.append(power.sum(1))
+    return [total.to(row_dtype(log_odds)) for total in sums]
+
+
+def _from_power_sums(sums: list[Tensor]) -> list[Tensor]:
+    """e_0..e_k by Newton's identities: e_m is the mean of (-1)^(i-1) e_{m-i} p_i over i = 1..m."""
+    e = [torch.ones_like(sums[0])]
+    for m in range(1, len(sums) + 1):
+        terms = [(-1) ** (i - 1) * e[m - i] * sums[i - 1] for i in range(1, m + 1)]
+        e.append(sum(terms[1:], terms[0]) / m)
+    return e
+
+
+def _multiplied_in(head: Tensor, tail: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """The last two coefficients of tail times the product of (1 + w z) / (1 + w) over the head's w = exp(log odds)."""
+    product = tail
+    for column in head.unbind(1):
+        success, failure = column.sigmoid(), (-column).sigmoid()
+        product = [product[0] * failure] + [now * failure + before * success for before, now in pairwise(product)]
+    return product[-2], product[-1]
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> tuple[Tensor, ...]:
-    """loss (rows,), the head's indices (rows, depth), and the table of `_columns`, last in it y's gradient."""
+def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
+    """loss (rows,), the head's classes (rows, depth), and a table: `_columns` for every k, and last y's gradient."""
     ks, weights, tau, margin = options
     rows, classes = scores.shape
-    wide = wide_type(scores)
+    dtype = row_dtype(scores)
     x_target = target_scores(scores, target)
-    head, index = largest_wrong(scores, target, _depth(ks, classes))
-    usual = scores.is_cpu and math.isfinite(float(head.sum()) + float(x_target.sum()))
-    lead, loss, pull = x_target.to(wide), x_target.new_zeros(rows, dtype=wide), x_target.new_zeros(rows, dtype=wide)
+    head, index = largest_wrong(scores, target, max(_head_size(k, classes) for k in ks))
+    all_finite = scores.is_cpu and math.isfinite(float(head.sum()) + float(x_target.sum()))
+    lead, loss, pull = x_target.to(dtype), x_target.new_zeros(rows, dtype=dtype), x_target.new_zeros(rows, dtype=dtype)
     table = []
     for k, weight in zip(ks, weights, strict=True):
         size = _head_size(k, classes)
         rate = 1.0 / (k * tau)
-        kth, absent, bad = (head[:, k - 1], None, None) if usual else _kth_wrong(head, x_target, k)
+        kth, absent, bad = (head[:, k - 1], None, None) if all_finite else _kth_wrong(head, x_target, k)
         tilt, tail = _tail(scores, target, index[:, :size], kth, k, rate)
-        kth = kth.to(wide)
+        kth = kth.to(dtype)
         log_odds = _log_odds(head[:, :size], kth, tilt, rate)
         products, full = _with_head(log_odds, tail)
         ratio = (full[k] / full[k - 1]).log_()
@@ -117,12 +174,26 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, options: Options) -> 
         loss.add_(term, alpha=weight * tau)
         slope.mul_(weight / k)
         pull.sub_(slope)
-        # Where backward needs no tilt, the one that makes Pr[S = k] and Pr[S = k-1] equal is kept, for `formula`.
-        tilt = tilt if k > POWER_SUM_LIMIT else ratio.neg_().nan_to_num_(0.0, 0.0, 0.0)
-        table += [torch.stack((kth, tilt, slope)), *_inclusion(log_odds, tail, products, full, slope)]
-    if not usual:
+        table += [torch.stack((kth, tilt)), *_inclusion(log_odds, tail, products, full, slope)]
+    if not all_finite:
         pull.masked_fill_(x_target == -torch.inf, 0.0)
     return loss.to(scores.dtype), index, torch.cat([*table, pull[None]]).T.contiguous()
+
+
+def _head_size(k: int, classes: int) -> int:
+    return min(k if k <= POWER_SUM_LIMIT else 2 * k, classes - 1)
+
+
+def _columns(k: int, classes: int) -> list[int]:
+    """Widths of the parts of the saved table for one k: (t, tilt), the polynomial's and the head's gradient."""
+    return [2, k, _head_size(k, classes)]
+
+
+def _unpack(table: Tensor, ks: list[int], classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For each k its (t, tilt) (2, rows) and gradient, polynomial (k, rows) and head (size, rows)."""
+    widths = [width for k in ks for width in _columns(k, classes)]
+    parts = table.T.split([*widths, 1])
+    return list(zip(parts[0:-1:3], parts[1:-1:3], parts[2:-1:3], strict=True))
 
 
 def _kth_wrong(head: Tensor, x_target: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,22 +201,21 @@ def _kth_wrong(head: Tensor, x_target: Tensor, k: int) -> tuple[Tensor, Tensor, 
     largest, kth = head[:, 0], head[:, k - 1]
     bad = not_finite_above(largest, x_target)
     absent = kth == -torch.inf  # fewer than k wrong classes are possible: y cannot be missed
-    stand_in = torch.where(largest.isfinite(), largest, 0.0)
-    return torch.where(absent | bad, stand_in, kth), absent, bad
+    return torch.where(absent | bad, finite_or_zero(largest), kth), absent, bad
 
 
 def _tail(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> tuple[Tensor, Tensor]:
     """The tilt (rows,) and the tail's coefficients r (k + 1, rows), up to one common factor a row."""
-    wide = wide_type(scores)
+    dtype = row_dtype(scores)
     if k <= POWER_SUM_LIMIT:
         sums = _power_sums(scores, torch.cat((index, target[:, None]), 1), kth, k, rate)
-        return torch.zeros_like(kth, dtype=wide), _newton_identities(sums.to(wide))
-    tilts, tails = [kth[:0]], [scores.new_zeros((k + 1, 0), dtype=wide)]
+        return torch.zeros_like(kth, dtype=dtype), _newton_identities(sums.to(dtype))
+    tilts, tails = [kth[:0]], [scores.new_zeros((k + 1, 0), dtype=dtype)]
     for rows in chunks(scores, _LANE_CHUNK):
         tilt, tail = _lanes(scores[rows], target[rows], index[rows], kth[rows], k, rate)
         tilts.append(tilt)
         tails.append(tail)
-    return torch.cat(tilts).to(wide), torch.cat(tails, 1)
+    return torch.cat(tilts).to(dtype), torch.cat(tails, 1)
 
 
 def _power_sums(scores: Tensor, places: Tensor, kth: Tensor, k: int, rate: float) -> Tensor:
@@ -187,31 +257,33 @@ def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, r
     log_odds[:, classes:] = -torch.inf
     exponents(scores, kth, rate, log_odds[:, :classes])
     log_odds.scatter_(1, target[:, None], -torch.inf)
-    tilt = _balance(log_odds, buffer, k, classes - 1)
+    tilt = _balance(log_odds, k, buffer)
     probability = log_odds.add_(tilt[:, None]).sigmoid_().scatter_(1, index, 0.0)
     trials = buffer.view(steps, lanes, rows).copy_(probability.view(rows, lanes, steps).permute(2, 1, 0))
-    return tilt, polynomials.success_counts(trials, k, wide_type(scores))
+    return tilt, polynomials.success_counts(trials, k, row_dtype(scores))
 
 
-def _balance(exponents: Tensor, buffer: Tensor, k: int, wrong: int) -> Tensor:
-    """The tilt at which the expected number of successes is about k - 1/2: safeguarded Newton steps.
+def _balance(log_odds: Tensor, k: int, buffer: Tensor | None = None) -> Tensor:
+    """The tilt (rows,) at which the expected number of successes is about k - 1/2: safeguarded Newton steps.
 
     Any tilt is right at which the chances of k and of k - 1 are far from underflow: within a few standard deviations.
-    Three steps get there but for leaders far ahead of a crowd of ties. To look would stall a device.
+    Three steps get there but for leaders far ahead of a crowd of ties. To look would stall a device, or a tracer: only
+    forward, which brings a `buffer`, does.
     """
-    below = torch.clamp(exponents, max=0.0, out=buffer).exp_().sum(1) - (k - 1)
-    low = torch.full_like(below, -math.log(2 * (wrong - k) + 1))
+    below = torch.clamp(log_odds, max=0.0, out=buffer).exp_().sum(1) - (k - 1)
+    low = torch.full_like(below, -math.log(2 * (log_odds.shape[1] - k) + 1))
     high = torch.full_like(below, math.log(2 * k - 1))
     tilt = (k / below.clamp_(min=1)).log_().clamp_(max=0.0).maximum(low)
-    usual, most = _NEWTON_STEPS
+    most_often, most = _NEWTON_STEPS
     for done in range(1, most + 1):
-        probability = torch.add(exponents, tilt[:, None], out=buffer).sigmoid_()
+        probability = torch.add(log_odds, tilt[:, None], out=buffer).sigmoid_()
         mean = probability.sum(1)
         variance = mean - torch.linalg.vecdot(probability, probability)
         low, high = torch.where(mean < k - 0.5, tilt, low), torch.where(mean > k - 0.5, tilt, high)
         step = tilt - (mean - (k - 0.5)) / variance
         tilt = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
-        if done >= usual and exponents.is_cpu and not bool(((mean - (k - 0.5)) ** 2 > 4 * variance + 0.25).any()):
+        look = done >= most_often and buffer is not None and buffer.is_cpu
+        if look and not bool(((mean - (k - 0.5)) ** 2 > 4 * variance + 0.25).any()):
             break
     return tilt
 
@@ -304,13 +376,19 @@ def _horner(polynomial: Tensor, odds: Tensor) -> Tensor:
     return value
 
 
-def backward(grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
+def backward(
+    grad: Tensor,  # (rows,)
+    scores: Tensor,
+    target: Tensor,
+    options: Options,
+    saved: tuple[Tensor, ...],
+) -> Tensor:
     """grad * d loss / d scores: for every k one exponential and k multiply-adds an element."""
     ks, _, tau, _ = options
     classes = scores.shape[1]
     index, table = saved
     scaled = (table * grad.to(table.dtype)[:, None]).to(scores.dtype)
-    result = torch.empty_like(scores, memory_format=torch.contiguous_format) if ks else torch.zeros_like(scores)
+    result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     parts = zip(ks, _unpack(table, ks, classes), _unpack(scaled, ks, classes), strict=True)
     for place, (k, (about, _, _), (_, polynomial, at_head)) in enumerate(parts):
         kth, tilt = about[0].to(scores.dtype), about[1].to(scores.dtype) if k > POWER_SUM_LIMIT else None
@@ -353,37 +431,62 @@ def _add_one_k(
             result[rows] += field
 
 
-# --- the same number once more, for second derivatives ---------------------------------------------------------------
+LOSS = Loss("smooth", Options, definition, forward, backward, centred=False)
 
 
-def formula(scores: Tensor, target: Tensor, extras: Saved, saved: Saved, options: Options) -> Tensor:
-    """The loss a row from one balanced tree of products; lambda is a constant, since rho does not depend on it.
+def smooth_topk_loss(
+    scores: Tensor,
+    target: Tensor,
+    k: KArgument = 5,
+    *,
+    tau: float = 1.0,
+    margin: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The smooth top-k SVM of Berrada, Zisserman and Kumar (2018); chapter 6.
 
-    It must be such that k successes are likely: at another one their probability underflows where classes are many.
+    With :math:`u = x / (k\tau)` and :math:`e_j` the elementary symmetric polynomials of :math:`e^{u_i}, i \ne y`,
+
+    .. math:: \ell = \tau\,\mathrm{softplus}\big(\text{margin}/\tau + \log e_k - \log e_{k-1} - x_y/(k\tau)\big).
+
+    ``margin=0, tau=1, k=1`` is cross-entropy; ``tau -> 0`` is ``topk_hinge_loss(variant="smooth_limit")``.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices.
+        k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
+        tau: temperature, > 0. The gradient shrinks like 1/k, so tune the learning rate with it.
+        margin: by how much the right class must lead, >= 0.
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "triton".
     """
-    ks, weights, tau, margin = options
-    classes = scores.shape[1]
-    mine = torch.arange(classes, device=scores.device) == target[:, None]
-    x_target = target_scores(scores, target)
-    loss = torch.zeros_like(x_target)
-    parts = _unpack(saved[1].to(scores.dtype), ks, classes)
-    for k, weight, ((kth, tilt, slope), _, _) in zip(ks, weights, parts, strict=True):
-        rate = 1.0 / (k * tau)
-        log_odds = ((scores - kth[:, None]) * rate + tilt[:, None]).masked_fill(mine, -torch.inf)
-        both = polynomials.tree(torch.stack((torch.sigmoid(-log_odds), torch.sigmoid(log_odds))), k)
-        silent = slope == 0
-        ratio = torch.where(silent, 1.0, both[k]) / torch.where(silent, 1.0, both[k - 1])
-        gap = margin / tau + (kth - x_target) * rate - tilt + ratio.log()
-        loss = loss + weight * torch.where(silent, 0.0, softplus(gap, threshold=30.0) * tau)
-    return loss
+    ks, weights = check_k(k, check_scores(scores, target))
+    tau = check_number("tau", tau, above=0.0)
+    margin = check_number("margin", margin, least=0.0)
+    options = Options(ks, weights, tau, margin)
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(LOSS, options, scores, target, **tail)
 
 
-SMOOTH = Room(
-    name="smooth",
-    options="int[] ks, float[] weights, float tau, float margin",
-    extras=(),
-    saved=_saved,
-    forward=forward,
-    backward=backward,
-    formula=formula,
-)
+class SmoothTopKLoss(LossModule):
+    """Module form of :func:`topk.smooth_topk_loss`."""
+
+    function = staticmethod(smooth_topk_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        tau: float = 1.0,
+        margin: float = 1.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())

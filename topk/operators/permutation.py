@@ -14,8 +14,17 @@ import torch
 from torch import Tensor
 
 from topk.arguments import check_choice, check_count, check_number
-from topk.losses.differentiable import DISTRIBUTIONS, METHODS
-from topk.losses.differentiable import _exponents, _lowest, _newton_step, _plan, _potentials, _Settings, _swap
+from topk.losses.differentiable import (
+    DISTRIBUTIONS,
+    METHODS,
+    _exponents,
+    _lowest,
+    _newton_step,
+    _plan,
+    _potentials,
+    _Settings,
+    _swap,
+)
 from topk.losses.networks import network
 from topk.operators.rows import as_rows, check_scores
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from topk._cpu import largest, ordered_topk
 from topk.arguments import check_number
-from topk.losses.selection import largest, ordered_topk
 
 Context = Any
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

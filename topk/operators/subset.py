@@ -19,17 +19,16 @@ second row. It is symmetric, so one function serves as jvp and as vjp; and it is
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints, kl_divergence, register_kl
+from torch.distributions import Distribution, constraints, register_kl
 from torch.nn.functional import pad, softplus
 
+from topk._cpu import largest
 from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
 from topk.losses.polynomials import product
-from topk.losses.selection import largest
 from topk.operators.rows import (
     LOWEST,
     Constant,

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topk.losses.room import buffers, chunks
+from topk._cpu import buffers, chunks
 from topk.operators.rows import LOWEST, Context, RowFunction, compiled, float_type, order_statistics
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
@@ -70,9 +70,7 @@ def _laplace_quantile(p: Tensor) -> Tensor:
 
 
 FAMILIES = {
-    "logistic": Family(
-        torch.sigmoid, lambda z, m: torch.addcmul(m, m, m, value=-1.0), torch.logit, math.pi**2 / 3.0
-    ),
+    "logistic": Family(torch.sigmoid, lambda z, m: torch.addcmul(m, m, m, value=-1.0), torch.logit, math.pi**2 / 3.0),
     "laplace": Family(_laplace_cdf, lambda z, m: _laplace_tail(z), _laplace_quantile, 2.0),
     "gaussian": Family(torch.special.ndtr, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
     "sparse": Family(
@@ -98,9 +96,7 @@ def threshold_mask(
     return threshold(scores, k, temperature, method)[0]
 
 
-def threshold(
-    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def threshold(scores: Tensor, k: float | Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The mask (rows, n), b - anchor and the anchor (rows,)."""
     fixed, goal = (None, k) if isinstance(k, Tensor) else (k, torch.full_like(temperature, k))
     mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(scores, goal, temperature, fixed, method)

@@ -1,14 +1,106 @@
-"""The largest scores of every row: torch.topk, quicker on the CPU, and with a rule for ties."""
+"""All that is tuned for the CPU: work in chunks that fit the cache, kept work spaces, exponentials, selection.
+
+Elsewhere the same functions do the plain thing.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
+import threading
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from topk.losses.room import CHUNK
+CHUNK = 2**18
+"""Elements worked on at a time: the buffer stays in cache, far below the size of the scores."""
+
+_DEVICE_CHUNK = 2**24  # elsewhere, where a chunk costs launches
+
+SMALLEST = {dtype: math.log(torch.finfo(dtype).tiny) + 8.0 for dtype in (torch.float32, torch.float64)}
+"""Logarithms below which `exponentials` gives 0: 8 from denormal numbers, so that products with a gradient are none."""
+
+
+def row_chunks(rows: int, cost: int, budget: int) -> Iterator[slice]:
+    """Slices of rows so that a slice costs at most `budget` units at `cost` units a row (but one row at least)."""
+    step = max(1, budget // max(1, cost))
+    for start in range(0, rows, step):
+        yield slice(start, min(rows, start + step))
+
+
+def chunks(scores: Tensor, chunk: int = CHUNK) -> Iterator[slice]:
+    """Slices of rows to work on at a time: of `chunk` elements on the CPU, of many more on devices."""
+    return row_chunks(scores.shape[0], scores.shape[1], _budget(scores, chunk))
+
+
+def _budget(scores: Tensor, chunk: int) -> int:
+    return chunk if scores.is_cpu else max(chunk, _DEVICE_CHUNK)
+
+
+_kept = threading.local()
+
+
+def buffers(scores: Tensor, count: int, chunk: int = CHUNK, width: int | None = None) -> list[Tensor]:
+    """Work spaces for one chunk of rows, to be used before anything else asks for any: the CPU's are used again.
+
+    Fresh memory costs the CPU more than the arithmetic, a microsecond for every page of it. So every thread keeps what
+    it needed last, `count * chunk` elements at most.
+    """
+    rows, classes = scores.shape
+    shape = (count, min(rows, max(1, _budget(scores, chunk) // classes)), width or classes)
+    size = math.prod(shape)
+    if not scores.is_cpu or size > 2 * CHUNK:
+        return list(scores.new_empty(shape).unbind())
+    kept: Tensor | None = getattr(_kept, str(scores.dtype), None)
+    if kept is None or kept.numel() < size:
+        with torch.inference_mode(False):  # else it could not be written outside that mode later
+            kept = scores.new_empty(size)
+        setattr(_kept, str(scores.dtype), kept)
+    return list(kept[:size].view(shape).unbind())
+
+
+def lowest(field: Tensor) -> float:
+    """The least number; 0 on other devices, which a look would stall, and which do not mind denormal numbers."""
+    return float(field.amin()) if field.is_cpu and field.numel() > 0 else 0.0
+
+
+def exponentials(field: Tensor, least: float | None = None) -> Tensor:
+    """exp of every number, in place, with 0 for what is below the smallest normal numbers; `least`: `lowest(field)`.
+
+    Denormal results, and exp(-inf), can cost the CPU a hundred times as much; to look for them costs next to nothing.
+    """
+    smallest = SMALLEST[field.dtype]
+    if (lowest(field) if least is None else least) > smallest:
+        return field.exp_()
+    return torch.threshold_(field.clamp_(min=smallest).exp_(), 1.01 * math.exp(smallest), 0.0)
+
+
+def exponents(scores: Tensor, shift: Tensor, rate: float, out: Tensor) -> Tensor:
+    """(x - shift) rate, written into `out`."""
+    torch.sub(scores, shift[:, None], out=out)
+    return out if rate == 1.0 else out.mul_(rate)
+
+
+def sum_exponentials(scores: Tensor, shift: Tensor, index: Tensor, rate: float = 1.0) -> Tensor:
+    """Sum of exp(rate (x - shift)) over the classes of each row that `index` does not list."""
+    total = torch.empty_like(shift)
+    (buffer,) = buffers(scores, 1)
+    for part in chunks(scores):
+        field = exponents(scores[part], shift[part], rate, buffer[: part.stop - part.start])
+        torch.sum(exponentials(field).scatter_(1, index[part], 0.0), 1, out=total[part])
+    return total
+
+
+def scaled_exponentials(scores: Tensor, shift: Tensor, scale: Tensor, rate: float = 1.0) -> Tensor:
+    """A new tensor, scale exp(rate (x - shift))."""
+    result = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    for part in chunks(scores):
+        field = exponents(scores[part], shift[part], rate, result[part])
+        exponentials(field).mul_(scale[part, None])
+    return result
+
 
 _GROUP = 8  # classes compared before `largest` selects
 _FEW = 64  # classes that numpy sorts, rather than to look for the largest
@@ -92,21 +184,6 @@ def _grouping_pays(scores: Tensor, count: int) -> bool:
 def _numpy_is_vectorised() -> bool:
     """Whether numpy partitions and sorts with AVX-512; without, it is slower than torch."""
     return np.lib.NumpyVersion(np.__version__) >= "2.0.0" and "AVX512" in torch.backends.cpu.get_cpu_capability()
-
-
-def without_target(values: Tensor, index: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Drops the target from the columns of a selection, or the last column where the target is not in it."""
-    # From the slot where the target sits, if it does, everything moves up by one.
-    passed = (index == target[:, None]).cumsum(1)[:, :-1] > 0
-    return torch.where(passed, values[:, 1:], values[:, :-1]), torch.where(passed, index[:, 1:], index[:, :-1])
-
-
-def largest_wrong(scores: Tensor, target: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-    """The `depth` largest scores among the classes other than the target, descending, and their indices.
-
-    Which of several tied classes is returned first is left open: use it where ties cannot matter.
-    """
-    return without_target(*largest(scores, depth + 1), target)
 
 
 def ordered_topk(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Brute-force definitions: obviously right, at any cost. What the tests and the book compare against.
 
 Everything here is written from the definition, in float64, one row at a time: scores (classes,), target an int,
-result a 0-dim tensor that autograd can differentiate. Nothing is shared with `topk.losses` or the kernels.
+result a 0-dim tensor that autograd can differentiate. Nothing is shared with the package.
 """
 
 from __future__ import annotations
@@ -330,92 +330,15 @@ def differentiable_topk_loss(
     return (first * entropy if first else zero) - (rest * log1(beyond) if rest else zero)
 
 
-# --- hinges (chapter 4) ----------------------------------------------------------------------------------------------
+# --- hinges (chapter 4) -----------------------------------------------------------------------------------------------
 
 
-def best_classes(scores: Tensor) -> list[int]:
-    """All classes by falling score, the lower index first among equals."""
-    values = scores.tolist()
-    return sorted(range(len(values)), key=lambda index: (-values[index], index))
-
-
-def topk_hinge_loss(scores: Tensor, target: int, k: int, variant: str = "calibrated", margin: float = 1.0) -> Tensor:
-    """Every variant by sorting; only the absent, -inf, is treated apart: it leaves the loss at 0, or adds nothing."""
-    x = scores.double()
-    mine, order = x[target], best_classes(scores)
-    zero = torch.zeros((), dtype=torch.float64)
-    if mine == -torch.inf:
-        return zero + torch.inf
-    if variant == "calibrated":
-        return torch.relu(margin + x[order[k]] - mine)
-    wrong = [index for index in order if index != target]
-    if variant == "kth":
-        return torch.relu(margin + x[wrong[k - 1]] - mine)
-    if variant == "smooth_limit":
-        return torch.relu(margin + (x[wrong[k - 1]] - mine) / k)
-    if variant == "entropy":
-        rest = [(x[index] - mine).exp() for index in wrong[k - 1 :]]
-        return torch.log1p(torch.stack(rest).sum())
-    z = torch.stack([zero if index == target else x[index] + margin - mine for index in range(len(x))])
-    largest = torch.stack([z[index] for index in best_classes(z)[:k]])
-    if variant == "beta":
-        return torch.relu(largest).mean()
-    if x[wrong[k - 1]] == -torch.inf:
-        return 0.0 * mine
-    return torch.relu(largest.mean())
-
-
-# --- transition (chapter 5) ------------------------------------------------------------------------------------------
-
-
-def transition_weight(scores: Tensor, target: int, k: int, width: float = 1.0) -> Tensor:
-    """a = s^2 (3 - 2 s) for the margin s between the right score and the (k+1)-th, without a gradient."""
-    x = scores.detach().double()
-    s = ((x[target] - x[best_classes(scores)[k]]) / width).clamp(0.0, 1.0)
-    return s**2 * (3 - 2 * s)
-
-
-def transition_topk_loss(
-    scores: Tensor,
-    target: int,
-    k: int,
-    a: Tensor | float | None = None,
-    width: float = 1.0,
-    label_smoothing: float = 0.0,
-) -> Tensor:
-    """(1 - a) CE + a G from the softmax, with a held fixed; a = None takes it from the margin."""
-    x = scores.double()
-    if x[target] == -torch.inf:
-        return torch.full((), torch.inf, dtype=torch.float64)
-    if a is None:
-        a = transition_weight(scores, target, k, width)
-    log_p = torch.log_softmax(x, 0)
-    uniform = torch.stack([value for value, score in zip(log_p, x, strict=True) if score > -torch.inf]).mean()
-    entropy = -(1 - label_smoothing) * log_p[target] - label_smoothing * uniform
-    top = best_classes(scores)[:k]
-    grouped = -torch.logsumexp(log_p[top], 0) if target in top else -log_p[target]
-    return (1 - a) * entropy + a * grouped
-
-
-# --- classes of unequal size (chapter 4) -----------------------------------------------------------------------------
-
-
-def ldam_loss(scores: Tensor, target: int, margin: float, scale: float = 30.0) -> Tensor:
-    """Cross-entropy of scale (x - margin e_y); `margin` is the target's own."""
-    shifted = torch.stack([x - margin if index == target else x for index, x in enumerate(scores.double())])
-    return -torch.log_softmax(scale * shifted, 0)[target]
-
-
-def focal_loss(scores: Tensor, target: int, gamma: float = 2.0) -> Tensor:
-    """(1 - p)^gamma times cross-entropy, p the softmax's probability of the target."""
-    p = torch.softmax(scores.double(), 0)
-    return -((torch.cat((p[:target], p[target + 1 :])).sum()) ** gamma) * torch.log_softmax(scores.double(), 0)[target]
-
-
-def class_margins(counts: list[float], max_margin: float = 0.5) -> list[float]:
-    """counts^(-1/4), scaled so that the largest is `max_margin`."""
-    margins = [count**-0.25 for count in counts]
-    return [max_margin * margin / max(margins) for margin in margins]
+def lapin_hinge(scores: Tensor, target: int, k: int, variant: str, margin: float = 1.0) -> Tensor:
+    """Hinge alpha or beta over the k largest z = x + margin - x_y, y itself among them with z_y = 0."""
+    z = scores.double() + margin - scores[target].double()
+    z[target] = 0.0
+    largest = z.sort(descending=True).values[:k]
+    return largest.mean().relu() if variant == "alpha" else largest.relu().mean()
 
 
 # --- ranks (chapter 13) ----------------------------------------------------------------------------------------------
