@@ -1,7 +1,7 @@
 """Who runs: our losses on every backend, the peers' packages, cross-entropy, and plain copies as the floor.
 
 A contender is built for a setting and a device, and then called with scores and target; it returns a scalar loss.
-`gate` compares loss and gradient on a small problem with `topk.reference`, on the device that is measured, and the
+`gate` compares loss and gradient on a small problem with the loss's definition, on the device that is measured, and the
 runner prints no number for a contender that fails.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import io
 import shutil
@@ -22,12 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import topk
-from topk import ops, reference
+from topk import backend
+from topk.autograd import Loss
 from topk_lab.study.timing import Work
 
 LossCall = Callable[[Tensor, Tensor], Tensor]
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BY_DEFINITION = 500  # classes; beyond, a gate compares with our float64 path, which the tests compare with reference
+_BY_DEFINITION = 20_000  # classes; beyond, a gate compares with our float64 path
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,7 @@ def _triton_path(setting: Setting, device: torch.device) -> LossCall:
 def _no_triton(setting: Setting, device: torch.device) -> str | None:
     if device.type != "cuda":
         return "interpreted kernels are for tests"
-    return ops.why_not_triton(device, TYPES[setting.dtype], setting.family)
+    return backend.why_not_triton(device, TYPES[setting.dtype], setting.family)
 
 
 def _compiled(build: Callable[[Setting, torch.device], LossCall]) -> Callable[[Setting, torch.device], LossCall]:
@@ -298,23 +300,28 @@ def _cross_entropy(setting: Setting, device: torch.device) -> LossCall:
 # --- truths ----------------------------------------------------------------------------------------------------------
 
 
-def _by_rows(definition: Callable[[Setting, Tensor, int], Tensor]) -> Callable[[Setting, Tensor, Tensor], Tensor]:
-    """The mean over rows of a definition of `topk.reference`; for long rows our own path in float64."""
+def _options_of(setting: Setting) -> Any:
+    """The options of the setting's loss, as its file declares them."""
+    own: dict[str, tuple[Any, ...]] = {
+        "smooth": (1.0, 1.0),
+        "transition": (1.0, 0.0),
+        "hinge": ("calibrated", 1.0),
+        "differentiable": (setting.method, "cauchy", 1.0, 0.25, min(setting.m, setting.classes)),
+    }
+    return _loss_of(setting.family).options([setting.k], [1.0], *own[setting.family])
 
-    def truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
-        if setting.classes > _BY_DEFINITION:
-            return _ours(setting, "torch")(scores, target)
-        pairs = zip(scores, target.tolist(), strict=True)
-        return torch.stack([definition(setting, row, y) for row, y in pairs]).mean()
 
-    return truth
+def _loss_of(family: str) -> Loss:
+    """The loss that `topk.losses` holds under this name."""
+    loss: Loss = importlib.import_module(f"topk.losses.{family}").LOSS
+    return loss
 
 
-def _smooth_definition(setting: Setting, row: Tensor, y: int) -> Tensor:
-    """The log-space recursion with its own gradient: autograd through a logarithm of 0 would give NaN."""
-    loss = reference.smooth_topk_loss_log_space(row.detach(), y, setting.k)
-    slope = reference.smooth_topk_gradient_log_space(row.detach(), y, setting.k)
-    return loss + (slope * (row - row.detach())).sum()
+def _definition(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
+    """The mean over rows of the definition; for very long rows our own path in float64."""
+    if setting.classes > _BY_DEFINITION:
+        return _ours(setting, "torch")(scores, target)
+    return _loss_of(setting.family).formula(scores, target, _options_of(setting)).mean()
 
 
 def _noised_truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
@@ -322,13 +329,11 @@ def _noised_truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
 
 
 _TRUTHS: dict[str, Callable[[Setting, Tensor, Tensor], Tensor]] = {
-    "smooth": _by_rows(_smooth_definition),
-    "transition": _by_rows(lambda s, row, y: reference.transition_topk_loss(row, y, s.k)),
-    "hinge": _by_rows(lambda s, row, y: reference.topk_hinge_loss(row, y, s.k, "calibrated")),
+    "smooth": _definition,
+    "transition": _definition,
+    "hinge": _definition,
     "noised": _noised_truth,
-    "differentiable": _by_rows(
-        lambda s, row, y: reference.differentiable_topk_loss(row, y, s.k, method=s.method, m=s.m)
-    ),
+    "differentiable": _definition,
 }
 
 

@@ -69,7 +69,7 @@ def versions(run: Run) -> None:
     import torch
 
     from bench.contenders import PLAIN_COPY, Setting, contenders
-    from topk.lab.timing import clock_of, gigabytes_per_second, in_turns, quantiles
+    from topk_lab.study.timing import clock_of, gigabytes_per_second, in_turns, quantiles
 
     device = "cpu" if run.dry else "cuda"
     clock = clock_of(device)

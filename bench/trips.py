@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bench.contenders import Setting, _ours
 from topk.kernels import common
-from topk.lab.traffic import kernel_traffic
+from topk_lab.study.traffic import kernel_traffic
 
 KERNELS = os.path.dirname(common.__file__)
 

@@ -47,7 +47,7 @@ def _output_problems(cell: NotebookNode) -> list[str]:
         elif not any(str(value).strip() for value in output.data.values()):
             problems.append("an empty output")
         elif any(kind in output.data for kind in _IMAGES) and not _alternative_text(output):
-            problems.append("a picture without alternative text (use topk.lab.figures.show)")
+            problems.append("a picture without alternative text (use topk_lab.figures)")
     return problems
 
 

@@ -47,9 +47,10 @@ def versions() -> dict[str, str]:
 
 @cache
 def surroundings() -> bytes:
-    """A digest of the module's files and of the versions: outputs and API pages depend on it."""
+    """A digest of both packages' files, the records and the versions: outputs and API pages depend on them."""
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
-    for path in sorted((ROOT / "topk").rglob("*")):
+    folders = (ROOT / "topk", ROOT / "lab" / "topk_lab", ROOT / "book" / "results")
+    for path in sorted(path for folder in folders for path in folder.rglob("*")):
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.digest()

@@ -35,11 +35,11 @@ def api() -> str:
     parts += ["## Functions", *(_auto("function", f"topk.{name}") for name in functions)]
     if classes:
         parts += ["## Modules", *(_auto("class", f"topk.{name}", "show-inheritance") for name in classes)]
-    for name in ("topk.metrics", "topk.svm", "topk.reference"):
+    for name in ("topk.operators", "topk.metrics", "topk.svm"):
         if importlib.util.find_spec(name) is not None:
             parts += [f"## {name}", _auto("module", name, "members")]
     inside = sorted(info.name for info in pkgutil.iter_modules([str(ROOT / "topk" / "losses")]))
-    parts += ["## Inside", "The rooms, one a loss, for readers of the code:"]
+    parts += ["## Inside", "One file a loss, for readers of the code:"]
     parts += [f"- `topk.losses.{name}`: {_first_line(f'topk.losses.{name}')}" for name in inside]
     return "\n\n".join(parts) + "\n"
 

@@ -98,7 +98,7 @@ def draw() -> bytes:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    from topk.lab import figures
+    from topk_lab import figures
 
     figures.use_style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
@@ -116,7 +116,7 @@ def draw() -> bytes:
 
 
 def _bars(axes: Any) -> None:
-    from topk.lab import figures
+    from topk_lab import figures
 
     found = costs()
     bars = [("cross-entropy", found["smooth"]["cross_entropy"], figures.BLACK)]
