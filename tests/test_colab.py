@@ -16,8 +16,8 @@ import torch
 
 pytest.importorskip("jupytext")
 from book.pipeline import chapters, layout, times
-from topk import ops
-from topk.lab import notebook
+from topk import backend
+from topk_lab import page
 
 BOOK = f"git+{layout.address()}@v{layout.version()}"
 PACKAGES = [f"topk-losses @ {BOOK}", f"topk-lab @ {BOOK}#subdirectory=lab"]
@@ -46,15 +46,15 @@ def tesla_t4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    monkeypatch.setattr(ops, "_missing_triton", lambda: None)
+    monkeypatch.setattr(backend, "_missing_triton", lambda: None)
 
 
 @pytest.mark.parametrize("complaint", [None, "the hinge kernels give other results"])
 def test_notebook_says_what_serves_an_old_gpu(
     complaint: str | None, tesla_t4: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ops, "_self_check", lambda *_: complaint)
-    notebook.begin("smoke")
+    monkeypatch.setattr(backend, "_self_check", lambda *_: complaint)
+    page.begin("smoke")
     said = capsys.readouterr().out
     if complaint is None:
         assert said.endswith("| Tesla T4, losses by Triton kernels\n")
@@ -67,7 +67,7 @@ def test_notebook_says_what_serves_a_new_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    notebook.begin("smoke")
+    page.begin("smoke")
     assert capsys.readouterr().out.endswith("| H100, losses by Triton kernels\n")
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import topk
-from topk.lab.timing import peak_temporaries
+from topk_lab.study.timing import peak_temporaries
 from topk.losses import differentiable, networks
 from topk.losses.differentiable import LOSS, Options
 

@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 
 from topk import smooth_topk_loss
 from topk.kernels import common, smooth
-from topk.lab.traffic import kernel_traffic
+from topk_lab.study.traffic import kernel_traffic
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 

@@ -112,9 +112,9 @@ def test_a_difference_is_found() -> None:
 
 
 def test_numbers_in_a_table_stay_on_one_line() -> None:
-    from topk.lab import notebook
+    from topk_lab import page
 
-    assert notebook._cell("61.24 ± 0.11") == "61.24\u00a0±\u00a00.11"
-    assert notebook._cell("3 of 4 runs") == "3 of 4 runs"
-    assert notebook._cell("learning rate 0.1") == "learning rate 0.1"
-    assert notebook._cell(0.12345) == "0.123"
+    assert page._cell("61.24 ± 0.11") == "61.24\u00a0±\u00a00.11"
+    assert page._cell("3 of 4 runs") == "3 of 4 runs"
+    assert page._cell("learning rate 0.1") == "learning rate 0.1"
+    assert page._cell(0.12345) == "0.123"
