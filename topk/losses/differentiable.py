@@ -178,20 +178,26 @@ def _softmax_ranks(values: Tensor, own: Tensor, ranks: int, options: Options) ->
 
     Impossible classes are left out, and the ranks that only they could take have q_r = 0.
     """
+    logits, count, _ = _logits(values, ranks, options)
+    mine = logits.gather(2, own[:, None, None].expand(-1, ranks, 1)).squeeze(2)
+    rank = torch.arange(1, ranks + 1, device=values.device)
+    return torch.where(rank <= count, (mine - logits.logsumexp(2)).exp(), 0.0)
+
+
+def _logits(values: Tensor, ranks: int, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits (rows, ranks, m), how many classes are possible (rows, 1), and which of them come first, in order."""
     possible = values > -torch.inf
     count = possible.sum(1, keepdim=True)
-    order = values.argsort(dim=1, descending=True, stable=True)[:, :ranks]
+    order = values.argsort(dim=1, descending=True, stable=True)[:, :ranks] if options.method == "softsort" else count
     values = torch.where(possible, values, 0.0)
-    rank = torch.arange(1, ranks + 1, device=values.device)
     if options.method == "neuralsort":
         distance = (values[:, :, None] - values[:, None]).abs().sum(2)
         distance = distance - (values.shape[1] - count) * values.abs()  # the impossible ones stand at 0
+        rank = torch.arange(1, ranks + 1, device=values.device)
         logits = (count + 1 - 2 * rank)[:, :, None] * values[:, None] - distance[:, None]
     else:
         logits = -(values.gather(1, order)[:, :, None] - values[:, None]).abs()
-    logits = (logits * options.inverse_temperature).masked_fill(~possible[:, None], _lowest(values.dtype))
-    mine = logits.gather(2, own[:, None, None].expand(-1, ranks, 1)).squeeze(2)
-    return torch.where(rank <= count, (mine - logits.logsumexp(2)).exp(), 0.0)
+    return (logits * options.inverse_temperature).masked_fill(~possible[:, None], _lowest(values.dtype)), count, order
 
 
 def _sinkhorn_ranks(values: Tensor, own: Tensor, ranks: int, options: Options) -> Tensor:
@@ -426,13 +432,25 @@ def _cost(kept: int, ranks: int, method: str) -> int:
 
 
 def _softmax_hit(values: Tensor, own: Tensor, share: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
-    """As it is defined."""
+    """The logits' slopes are share_r q_r (one-hot - softmax_r)."""
+    logits, count, order = _logits(values, len(share), options)
+    softmax = logits.softmax(2)
+    place, rank = own[:, None, None].expand(-1, len(share), 1), torch.arange(1, len(share) + 1, device=values.device)
+    reached = softmax.gather(2, place).squeeze(2) * torch.where(rank <= count, share, 0.0)
+    hit = reached.sum(1)
     if not options.slopes:
-        return _softmax_ranks(values, own, len(share), options) @ share, None
-    with torch.enable_grad():
-        leaf = values.detach().requires_grad_()
-        hit = _softmax_ranks(leaf, own, len(share), options) @ share
-        return hit.detach(), torch.autograd.grad(hit.sum(), leaf)[0]
+        return hit, None
+    bend = softmax.mul_(-reached[:, :, None]).scatter_add_(2, place, reached[:, :, None])
+    values = torch.where(values > -torch.inf, values, 0.0)
+    if options.method == "neuralsort":
+        pull, total = ((count + 1 - 2 * rank).to(bend.dtype)[:, None] @ bend).squeeze(1), bend.sum(1)
+        sides = (values[:, :, None] - values[:, None]).sign_()  # a tie has slope 0
+        turn = total * sides.sum(2) + (sides @ total[:, :, None]).squeeze(2)
+        slopes = pull - turn + (values.shape[1] - count) * total * values.sign()
+    else:
+        bend.mul_((values[:, None] - values.gather(1, order)[:, :, None]).sign_())
+        slopes = bend.sum(1).neg_().scatter_add_(1, order, bend.sum(2))
+    return hit, slopes.mul_(options.inverse_temperature)
 
 
 def _sinkhorn_hit(values: Tensor, own: Tensor, share: Tensor, options: Options) -> tuple[Tensor, Tensor | None]:
