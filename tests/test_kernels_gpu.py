@@ -11,7 +11,7 @@ import torch
 from kernel_cases import GPU_CASES, TYPES, compare, losses_and_gradient, random_scores, special_rows
 from torch import Tensor
 
-from topk import ops
+from topk import backend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -117,7 +117,7 @@ def test_more_than_two_to_the_31_elements(loss: Loss, keywords: Mapping[str, Any
 def test_the_kernels_are_the_default_where_they_are_promised(loss: Loss, keywords: Mapping[str, Any]) -> None:
     scores, target = _problem(5, 50)
     if torch.cuda.get_device_capability() >= (8, 0):
-        assert ops.why_not_triton(scores.device) is None
+        assert backend.why_not_triton(scores.device) is None
     chosen = losses_and_gradient(loss, scores, target, torch.ones(5, device="cuda"), None, **keywords)
     explicit = losses_and_gradient(loss, scores, target, torch.ones(5, device="cuda"), "triton", **keywords)
     assert torch.equal(chosen[0], explicit[0])
@@ -128,7 +128,7 @@ def test_the_kernels_are_the_default_where_they_are_promised(loss: Loss, keyword
 def test_the_device_check_of_old_devices_passes(loss: Loss, keywords: Mapping[str, Any]) -> None:
     name = next(name for name, (function, _) in GPU_CASES.items() if function is loss)
     for kind in TYPES:
-        assert ops._self_check(name, torch.device("cuda", 0), kind) is None
+        assert backend._self_check(name, torch.device("cuda", 0), kind) is None
 
 
 @every_room

@@ -17,13 +17,13 @@ from topk.arguments import check_choice, check_count, check_number
 from topk.losses.differentiable import (
     DISTRIBUTIONS,
     METHODS,
-    _exponents,
+    Options,
     _lowest,
     _newton_step,
     _plan,
-    _potentials,
-    _Settings,
-    _swap,
+    _transport_exponents,
+    swap_probability,
+    transport_potentials,
 )
 from topk.losses.networks import network
 from topk.operators.rows import as_rows, check_scores
@@ -64,7 +64,7 @@ def soft_permutation(
         raise ValueError(f"ranks must be at most the number of elements, {n}, got {ranks}")
     beta = 1.0 / check_number("temperature", temperature, above=0.0)
     art_lambda = check_number("art_lambda", art_lambda, least=0.0, below=1.0)
-    settings = _Settings(
+    settings = Options(
         [], [], method, distribution, beta, art_lambda, n, "sort", "kept", check_count("iterations", iterations),
         check_number("tolerance", tolerance, above=0.0), False,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def soft_permutation(
     return matrix.reshape(*scores.movedim(dim, -1).shape[:-1], ranks, n).to(scores.dtype)
 
 
-def _network(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
+def _network(rows: Tensor, ranks: int, settings: Options) -> Tensor:
     """Every wire carries its value and its distribution over the elements through the layers."""
     n = rows.shape[1]
     values = (rows * settings.inverse_temperature).clamp(min=_lowest(rows.dtype))
@@ -84,7 +84,7 @@ def _network(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
     for layer in network(settings.method, n, ranks):
         low, high = torch.tensor(layer, device=rows.device).T
         small, large = values[:, low], values[:, high]
-        stay = _swap(large - small, settings)
+        stay = swap_probability(large - small, settings)
         values = values.index_copy(1, torch.cat((low, high)), _exchanged(small, large, stay))
         stay = stay[:, :, None]
         content = content.index_copy(1, torch.cat((low, high)), _exchanged(content[:, low], content[:, high], stay))
@@ -95,7 +95,7 @@ def _exchanged(low: Tensor, high: Tensor, stay: Tensor) -> Tensor:
     return torch.cat((torch.lerp(high, low, stay), torch.lerp(low, high, stay)), 1)
 
 
-def _neuralsort(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
+def _neuralsort(rows: Tensor, ranks: int, settings: Options) -> Tensor:
     possible = rows > -torch.inf
     known = torch.where(possible, rows, 0.0)
     gaps = ((known[:, :, None] - known[:, None]).abs() * possible[:, None]).sum(2)
@@ -104,7 +104,7 @@ def _neuralsort(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
     return _ranked(factor[:, :, None] * known[:, None] - gaps[:, None], possible, rank, settings)
 
 
-def _softsort(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
+def _softsort(rows: Tensor, ranks: int, settings: Options) -> Tensor:
     possible = rows > -torch.inf
     known = torch.where(possible, rows, 0.0)
     ordered = known.gather(1, rows.argsort(dim=1, descending=True, stable=True)[:, :ranks])
@@ -112,16 +112,16 @@ def _softsort(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
     return _ranked(logits, possible, torch.arange(1, ranks + 1, device=rows.device), settings)
 
 
-def _ranked(logits: Tensor, possible: Tensor, rank: Tensor, settings: _Settings) -> Tensor:
+def _ranked(logits: Tensor, possible: Tensor, rank: Tensor, settings: Options) -> Tensor:
     """The softmax over the possible elements; ranks that only impossible ones could take are empty."""
     logits = (logits * settings.inverse_temperature).masked_fill(~possible[:, None], _lowest(logits.dtype))
     return logits.softmax(2) * (rank <= possible.sum(1, keepdim=True))[:, :, None]
 
 
-def _sinkhorn(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
+def _sinkhorn(rows: Tensor, ranks: int, settings: Options) -> Tensor:
     """The iterations without a gradient; two Newton steps on the marginals from there have the right derivatives."""
-    exponent = _exponents(rows.T, settings)
-    row, column = _potentials(exponent.detach(), settings)
+    exponent = _transport_exponents(rows, settings)
+    row, column = transport_potentials(exponent.detach(), settings.iterations, settings.tolerance)
     for _ in range(2):
         row, column = _newton_step(exponent, row, column)
     return _plan(exponent, row, column).mT[:, :ranks]
