@@ -38,7 +38,7 @@ def frame_of(by_loss: dict[str, list[float]], **settings: Any) -> pd.DataFrame:
 THREE = {"cross-entropy": [0.5, 0.6, 0.7], "smooth": [0.51, 0.612, 0.708], "focal": [0.4, 0.7, 0.6]}
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
+# --- intervals ---
 
 
 def test_an_interval_by_hand() -> None:
@@ -100,7 +100,7 @@ def test_ahead_counts_every_comparison() -> None:
     assert report.ahead(frame, "noise", "smooth", comparisons=10**6) == {}
 
 
-# --- names and words -------------------------------------------------------------------------------------------------
+# --- names and words ---
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_provenance_names_where_runs_were_made() -> None:
     assert report.provenance(frame.iloc[:0]) == "no records yet"
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def test_the_table_of_accuracies(said: list[str]) -> None:
@@ -209,7 +209,7 @@ def test_training_beside_test(said: list[str]) -> None:
     assert "90.0,\u00a095.0 | 60.0,\u00a035.0" in first
 
 
-# --- the book's own records ------------------------------------------------------------------------------------------
+# --- the book's own records ---
 
 
 def test_tables_list_losses_in_one_order() -> None:

@@ -87,7 +87,7 @@ def look(loss: str) -> Look:
     return LOSSES.get(loss, LOSSES.get(family, {"color": GREY}))
 
 
-# --- showing ---------------------------------------------------------------------------------------------------------
+# --- showing ---
 
 
 def png(figure: Figure, palette: bool = False) -> bytes:
@@ -138,7 +138,7 @@ def _plain(text: str) -> str:
     return text.replace("$", "").replace("\\", "").replace("\n", " ")
 
 
-# --- lines -----------------------------------------------------------------------------------------------------------
+# --- lines ---
 
 
 class Band(NamedTuple):
@@ -368,7 +368,7 @@ def _short(values: Iterable[Any]) -> list[float]:
     return [float(f"{float(value):.4g}") for value in values]
 
 
-# --- intervals, bars, maps -------------------------------------------------------------------------------------------
+# --- intervals, bars, maps ---
 
 
 def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points") -> None:
@@ -524,7 +524,7 @@ def diagram(
     show(figure, alt, dict(zip(("from", "to", "where"), map(list, columns), strict=True)))
 
 
-# --- pictures of a loss ----------------------------------------------------------------------------------------------
+# --- pictures of a loss ---
 
 
 def value_and_gradient(loss: RowLoss, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

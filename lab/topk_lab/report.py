@@ -35,7 +35,7 @@ _TUNED = (
 )  # fmt: skip
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names ---
 
 
 def runs(chapter: str, profile: str = "full", records: str = "committed", **options: Any) -> pd.DataFrame:
@@ -127,7 +127,7 @@ def side(interval: Interval, above: str = "above", level: str = "level", below: 
     return f"{(level, above, below)[interval.side]} ({interval.mean:+.2f})"
 
 
-# --- where numbers come from -----------------------------------------------------------------------------------------
+# --- where numbers come from ---
 
 
 def pending(chapter: str) -> None:
@@ -176,7 +176,7 @@ def measured(frame: pd.DataFrame) -> None:
     say(f"*Measured: {provenance(frame)}.*")
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def accuracies(
@@ -265,7 +265,7 @@ def live(contenders: Mapping[str, Mapping[str, Any]], seeds: int, **common: Any)
     return pd.DataFrame(rows)
 
 
-# --- differences to a baseline ---------------------------------------------------------------------------------------
+# --- differences to a baseline ---
 
 
 def differences(
@@ -362,7 +362,7 @@ def _parts(frame: pd.DataFrame, setting: str) -> Iterator[tuple[str, float, pd.D
                 yield words, float(str(value)), part
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def forest(frame: pd.DataFrame, metrics: Sequence[str], alt: str, baseline: str = BASELINE) -> None:
@@ -424,7 +424,7 @@ def curve_differences(frame: pd.DataFrame, losses: Sequence[str], longest: int =
     return found
 
 
-# --- tuning ----------------------------------------------------------------------------------------------------------
+# --- tuning ---
 
 
 def tuning(tried: pd.DataFrame, final: pd.DataFrame, metric: str = "top5") -> None:
