@@ -145,7 +145,7 @@ def test_the_still_of_sliders_compares() -> None:
     figure = figures._still(draw, {"tau": 1.0, "k": 2}, "tau", (0.5, 4.0))
     assert [line.get_label() for line in figure.axes[0].lines] == ["tau 0.5", "tau 4"]
     assert figure.axes[0].lines[1].get_ydata().tolist() == [4.0, 2.0]
-    assert figure.axes[0].get_xlabel() == "lead (k 2)"
+    assert figure.get_suptitle() == "at k 2"
     figure = figures._still(draw, {"tau": 1.0, "k": 2}, "tau", ())
     assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
 

@@ -358,9 +358,10 @@ def _still(
     still = []
     for number, panel in enumerate(at_start):
         shown = {text: next(iter(panels[number].lines.values())) for text, panels in found.items()} or panel.lines
-        label = f"{panel.x_label} ({rest})" if rest else panel.x_label
-        still.append(replace(panel, lines=shown, x_label=label, markers=panel.points, points=False))
-    return _drawn(still, (7.6, 3.2) if len(still) > 1 else (5.4, 3.2))
+        still.append(replace(panel, lines=shown, markers=panel.points, points=False))
+    figure = _drawn(still, (7.6, 3.4) if len(still) > 1 else (5.4, 3.4))
+    figure.suptitle(f"at {rest}" if rest else "", fontsize=9, color="grey")
+    return figure
 
 
 def _short(values: Iterable[Any]) -> list[float]:
