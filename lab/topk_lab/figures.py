@@ -87,7 +87,7 @@ def look(loss: str) -> Look:
     return LOSSES.get(loss, LOSSES.get(family, {"color": GREY}))
 
 
-# --- showing ---------------------------------------------------------------------------------------------------------
+# --- showing ---
 
 
 def png(figure: Figure, palette: bool = False) -> bytes:
@@ -138,7 +138,7 @@ def _plain(text: str) -> str:
     return text.replace("$", "").replace("\\", "").replace("\n", " ")
 
 
-# --- lines -----------------------------------------------------------------------------------------------------------
+# --- lines ---
 
 
 class Band(NamedTuple):
@@ -358,9 +358,10 @@ def _still(
     still = []
     for number, panel in enumerate(at_start):
         shown = {text: next(iter(panels[number].lines.values())) for text, panels in found.items()} or panel.lines
-        label = f"{panel.x_label} ({rest})" if rest else panel.x_label
-        still.append(replace(panel, lines=shown, x_label=label, markers=panel.points, points=False))
-    return _drawn(still, (7.6, 3.2) if len(still) > 1 else (5.4, 3.2))
+        still.append(replace(panel, lines=shown, markers=panel.points, points=False))
+    figure = _drawn(still, (7.6, 3.4) if len(still) > 1 else (5.4, 3.4))
+    figure.suptitle(f"at {rest}" if rest else "", fontsize=9, color="grey")
+    return figure
 
 
 def _short(values: Iterable[Any]) -> list[float]:
@@ -368,7 +369,7 @@ def _short(values: Iterable[Any]) -> list[float]:
     return [float(f"{float(value):.4g}") for value in values]
 
 
-# --- intervals, bars, maps -------------------------------------------------------------------------------------------
+# --- intervals, bars, maps ---
 
 
 def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points") -> None:
@@ -524,7 +525,7 @@ def diagram(
     show(figure, alt, dict(zip(("from", "to", "where"), map(list, columns), strict=True)))
 
 
-# --- pictures of a loss ----------------------------------------------------------------------------------------------
+# --- pictures of a loss ---
 
 
 def value_and_gradient(loss: RowLoss, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
 _AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"}
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def load() -> pd.DataFrame:
@@ -124,7 +124,7 @@ def provenance(frame: pd.DataFrame) -> str:
     return "\n\n".join(lines)
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def look(contender: str) -> dict[str, Any]:
