@@ -10,14 +10,24 @@ Rows of the first two kinds and of softsort are distributions; the columns of ne
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from topk.arguments import check_choice, check_count, check_number
-from topk.losses.differentiable import DISTRIBUTIONS, METHODS
-from topk.losses.differentiable import _exponents, _lowest, _newton_step, _plan, _potentials, _Settings, _swap
+from topk.losses.differentiable import (
+    DISTRIBUTIONS,
+    METHODS,
+    _exponents,
+    _lowest,
+    _newton_step,
+    _plan,
+    _Settings,
+    _swap,
+)
 from topk.losses.networks import network
-from topk.operators.rows import as_rows, check_scores
+from topk.operators.rows import Constant, as_rows, check_scores, compiled, float_type
 
 
 def soft_permutation(
@@ -42,8 +52,9 @@ def soft_permutation(
         temperature: of the relaxation, > 0: one over the inverse temperature of ``differentiable_topk_loss``.
         distribution: the networks' swap probability, as in ``differentiable_topk_loss``.
         art_lambda: the power of "logistic_phi", >= 0 and < 1.
-        iterations: at most so many of Sinkhorn's; where values cannot be looked at, exactly so many.
-        tolerance: how far Sinkhorn's marginals may be off.
+        iterations: at most so many of Sinkhorn's; where values cannot be looked at, exactly so many. Two Newton steps
+            on the marginals follow.
+        tolerance: how far the marginals may be off before those.
         dim: where the elements are. The ranks stand before them, at the end.
     """
     check_scores(scores, dim)
@@ -62,7 +73,8 @@ def soft_permutation(
     rows = as_rows(scores, dim)
     broken = ~(rows.detach().amax(1) < torch.inf)
     rows = torch.where(broken[:, None], 0.0, rows)
-    matrix = _NAMES.get(method, _network)(rows, ranks, settings)
+    # Impossible elements take the ranks that no other can, and those are left empty.
+    matrix = _NAMES.get(method, _network)(rows, ranks, settings) * (rows > -torch.inf)[:, None]
     matrix = torch.where(broken[:, None, None], torch.nan, matrix)
     return matrix.reshape(*scores.movedim(dim, -1).shape[:-1], ranks, n).to(scores.dtype)
 
@@ -111,11 +123,29 @@ def _ranked(logits: Tensor, possible: Tensor, rank: Tensor, settings: _Settings)
 
 def _sinkhorn(rows: Tensor, ranks: int, settings: _Settings) -> Tensor:
     """The iterations without a gradient; two Newton steps on the marginals from there have the right derivatives."""
-    exponent = _exponents(rows.T, settings)
-    row, column = _potentials(exponent.detach(), settings)
+    exponent = _exponents(rows.T.to(float_type(rows)), settings)
+    row, column = _Potentials.of(exponent, settings.iterations, settings.tolerance).unbind(2)
     for _ in range(2):
         row, column = _newton_step(exponent, row, column)
-    return _plan(exponent, row, column).mT[:, :ranks]
+    return _plan(exponent, row, column).mT[:, :ranks].to(rows.dtype)
+
+
+class _Potentials(Constant):
+    """Sinkhorn's iterations on the exponents (rows, n, n): both potentials (rows, n, 2)."""
+
+    @staticmethod
+    def forward(exponent: Tensor, iterations: int, tolerance: float) -> Tensor:
+        column = -exponent.logsumexp(1)
+        for _ in range(iterations):
+            row = -(exponent + column[:, None]).logsumexp(2)
+            before, column = column, -(exponent + row[:, :, None]).logsumexp(1)
+            if exponent.is_cpu and not compiled() and not bool(((before - column).expm1().abs() > tolerance).any()):
+                break
+        return torch.stack((-(exponent + column[:, None]).logsumexp(2), column), 2)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _Potentials.fold(info, in_dims, *arguments)
 
 
 _NAMES = {"neuralsort": _neuralsort, "softsort": _softsort, "sinkhorn": _sinkhorn}

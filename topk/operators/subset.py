@@ -4,7 +4,7 @@ r"""The subset distribution: k of n at random, likelier where scores are higher 
 
 Its inclusion probabilities pi_i = Pr[i in S], the gradient of T log e_k, are the soft top-k of greatest entropy, and
 their Jacobian is the covariance of the indicators over T. Both come from one polynomial, as in chapter 10. With
-w_i = exp(x_i / T - level), P_i = w_i / (1 + w_i) and A(z) = prod(1 - P_i + P_i z), whose coefficients are probabilities,
+w_i = exp(x_i / T - level), P_i = w_i / (1 + w_i) and the polynomial A(z) = prod(1 - P_i + P_i z) of probabilities,
 
     pi_i = w_i alpha_{k-1} / A_k,        A(z) = (1 + w_i z) alpha(z),
 
@@ -19,12 +19,11 @@ second row. It is symmetric, so one function serves as jvp and as vjp; and it is
 from __future__ import annotations
 
 import itertools
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints, kl_divergence, register_kl
+from torch.distributions import Distribution, constraints, register_kl
 from torch.nn.functional import pad, softplus
 
 from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
@@ -254,7 +253,7 @@ class KSubset(Distribution):
         validate_args: as in every distribution of torch.
     """
 
-    arg_constraints = {"scores": constraints.independent(constraints.real, 1)}
+    arg_constraints: ClassVar[dict[str, Any]] = {"scores": constraints.independent(constraints.real, 1)}
     has_rsample = True
     has_enumerate_support = True
 
@@ -269,7 +268,8 @@ class KSubset(Distribution):
         super().__init__(scores.shape[:-1], scores.shape[-1:], validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> KSubset:
-        new = self._get_checked_instance(KSubset, _instance)
+        """The same distribution for a larger batch."""
+        new: KSubset = self._get_checked_instance(KSubset, _instance)  # type: ignore[no-untyped-call]
         shape = torch.Size(batch_shape)
         new.scores, new.k = self.scores.expand(*shape, *self.event_shape), self.k
         new.temperature = self.temperature.expand(shape)
@@ -279,6 +279,7 @@ class KSubset(Distribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
+        """Vectors of zeros and k ones."""
         return _KHot(self.k)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -295,6 +296,7 @@ class KSubset(Distribution):
 
     @property
     def variance(self) -> Tensor:
+        """Of every element's indicator."""
         mean = self.mean
         return mean * (1.0 - mean)
 
@@ -304,6 +306,7 @@ class KSubset(Distribution):
         return hard_mask(as_rows(self.scores, -1), self.k).view(self.scores.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """log Pr of a set, as a vector of zeros and k ones."""
         if self._validate_args:
             self._validate_sample(value)
         _, u, total = self._parts()
@@ -311,6 +314,7 @@ class KSubset(Distribution):
         return torch.where(log_prob < LOWEST / 2, -torch.inf, log_prob)
 
     def entropy(self) -> Tensor:
+        """log e_k - <mean, scores / temperature>."""
         mask, u, total = self._parts()
         return total - (mask * u).sum(-1)
 
@@ -345,7 +349,7 @@ class KSubset(Distribution):
         return values.expand(-1, *self.batch_shape, n) if expand else values
 
 
-@register_kl(KSubset, KSubset)
+@register_kl(KSubset, KSubset)  # type: ignore[untyped-decorator]
 def _kl(p: KSubset, q: KSubset) -> Tensor:
     if p.event_shape != q.event_shape:
         raise ValueError(f"p and q must choose from as many elements, got {p.event_shape[0]} and {q.event_shape[0]}")

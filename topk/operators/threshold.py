@@ -38,7 +38,7 @@ _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
 class Family(NamedTuple):
-    """F, its density at z given m = F(z), its inverse, how many Newton steps are always enough, and both sums at once."""
+    """F, its density at z given m = F(z), its inverse, its variance, and how many Newton steps are always enough."""
 
     cdf: Callable[[Tensor], Tensor]
     density: Callable[[Tensor, Tensor], Tensor]
@@ -70,9 +70,7 @@ def _laplace_quantile(p: Tensor) -> Tensor:
 
 
 FAMILIES = {
-    "logistic": Family(
-        torch.sigmoid, lambda z, m: torch.addcmul(m, m, m, value=-1.0), torch.logit, math.pi**2 / 3.0
-    ),
+    "logistic": Family(torch.sigmoid, lambda z, m: torch.addcmul(m, m, m, value=-1.0), torch.logit, math.pi**2 / 3.0),
     "laplace": Family(_laplace_cdf, lambda z, m: _laplace_tail(z), _laplace_quantile, 2.0),
     "gaussian": Family(torch.special.ndtr, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
     "sparse": Family(
@@ -92,15 +90,14 @@ def threshold_mask(
     if method == "fixed":
         count, n = int(k), scores.shape[1]
         level = scores.topk(min(count + 1, n), dim=1).values[:, count - 1 :].mean(1)
-        possible = scores > -torch.inf
+        possible, broken = scores > -torch.inf, ~(scores.detach().amax(1) < torch.inf)
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
-        return torch.sigmoid((scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None])
+        z = (scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None]
+        return torch.sigmoid(z) + torch.where(broken, torch.nan, 0.0)[:, None]
     return threshold(scores, k, temperature, method)[0]
 
 
-def threshold(
-    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str
-) -> tuple[Tensor, Tensor, Tensor]:
+def threshold(scores: Tensor, k: float | Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The mask (rows, n), b - anchor and the anchor (rows,)."""
     fixed, goal = (None, k) if isinstance(k, Tensor) else (k, torch.full_like(temperature, k))
     mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(scores, goal, temperature, fixed, method)
@@ -196,7 +193,7 @@ class Rows(NamedTuple):
             self.u.div_(self.temperature[:, None])
 
     def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next level, the sum S at this one, and |S - k| / k; a few numbers a row, so in float64 if there is any."""
+        """The next level, the sum S at this one, and |S - k| / k; few numbers, so in float64 if there is any."""
         n = self.u.shape[1]
         torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.z)
         total, slope = (each.to(level.dtype) for each in self.family.sums(self.z))
@@ -230,7 +227,7 @@ def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
     level = torch.zeros_like(k)
     for _ in range(4):
         level, _, excess = rows.newton(level, k, aim)
-        if bool((excess <= rows.enough()).all()):
+        if bool(((excess <= rows.enough()) & (level.abs() < torch.inf)).all()):
             return anchor, level.to(u.dtype)
     return None
 
