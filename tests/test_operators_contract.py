@@ -48,9 +48,7 @@ DRAWN = {
     "perturbed, gumbel": Case("perturbed", {"samples": 4, "noise": "gumbel"}, twice=False),
 }
 every_operator = pytest.mark.parametrize("operator", [*CASES.values()], ids=[*CASES])
-every_operator_and_noise = pytest.mark.parametrize(
-    "operator", [*CASES.values(), *DRAWN.values()], ids=[*CASES, *DRAWN]
-)
+every_operator_and_noise = pytest.mark.parametrize("operator", [*CASES.values(), *DRAWN.values()], ids=[*CASES, *DRAWN])
 
 
 def batch(rows: int = 4, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -232,7 +230,7 @@ def test_a_hundred_thousand_rows_without_a_nan(operator: Case) -> None:
         ({"method": "perturbed", "noise": "gumbel", "samples": None}, ValueError, "samples must be a number of draws"),
         ({"method": "perturbed", "generator": 3}, TypeError, "generator must be a torch.Generator or None, got int"),
         ({"method": "sort", "sorter": "bubble"}, ValueError, "method must be one of 'odd_even'.*got 'bubble'"),
-        ({"method": "sort", "temperature": torch.ones(())}, TypeError, "temperature must be a number for method='sort'"),
+        ({"method": "sort", "temperature": torch.ones(())}, TypeError, "temperature must be a number for"),
     ],
 )
 def test_errors_name_argument_value_and_expectation(
