@@ -107,7 +107,7 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
     tail = u.scatter(1, index, -torch.inf)
     if v is None and most <= POWER_SUM_LIMIT:
         odds = tail.exp_()
-        behind, scale = _from_power_sums(odds, most), 0.0
+        behind, scale = _from_power_sums(odds, most), torch.zeros_like(u[:, 0])
     else:
         behind, scale = _tree(_factors(tail, v), most), softplus(tail, threshold=40.0).sum(1)
         odds = tail.exp()
