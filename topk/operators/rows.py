@@ -116,20 +116,24 @@ class Constant(RowFunction):
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Any) -> None:
+        """Tells autograd so."""
         ctx.outputs = None if isinstance(output, Tensor) else len(output)
         ctx.inputs = len(inputs)
         ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
 
     @staticmethod
     def backward(ctx: Context, *grads: Tensor) -> tuple[None, ...]:
+        """Never asked for a gradient."""
         return (None,) * int(ctx.inputs)
 
     @staticmethod
     def jvp(ctx: Context, *tangents: Any) -> Any:
+        """No tangent for any output."""
         return None if ctx.outputs is None else (None,) * ctx.outputs
 
     @classmethod
     def of(cls, *arguments: Any) -> Any:
+        """The function's value."""
         if compiled():
             return cls.forward(*(each.detach() if isinstance(each, Tensor) else each for each in arguments))
         return cls.apply(*arguments)
@@ -156,7 +160,7 @@ class _HardMask(Constant):
 
 
 def hard_mask(scores: Tensor, k: float | Tensor) -> Tensor:
-    """1 on the round(k) largest scores (rows, n), of equal ones those that come first; NaN rows where `scores` has any."""
+    """1 on the round(k) largest scores (rows, n), of equal ones those that come first, but never on -inf."""
     mask: Tensor = _HardMask.of(scores, k)
     return mask
 

@@ -4,7 +4,7 @@ r"""The subset distribution: k of n at random, likelier where scores are higher 
 
 Its inclusion probabilities pi_i = Pr[i in S], the gradient of T log e_k, are the soft top-k of greatest entropy, and
 their Jacobian is the covariance of the indicators over T. Both come from one polynomial, as in chapter 10. With
-w_i = exp(x_i / T - level), P_i = w_i / (1 + w_i) and A(z) = prod(1 - P_i + P_i z), whose coefficients are probabilities,
+w_i = exp(x_i / T - level), P_i = w_i / (1 + w_i) and the polynomial A(z) = prod(1 - P_i + P_i z) of probabilities,
 
     pi_i = w_i alpha_{k-1} / A_k,        A(z) = (1 + w_i z) alpha(z),
 
@@ -19,7 +19,7 @@ second row. It is symmetric, so one function serves as jvp and as vjp; and it is
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +44,9 @@ from topk.operators.rows import (
     per_row,
 )
 from topk.operators.threshold import threshold_level
+
+POWER_SUM_LIMIT = 8
+"""Up to this k Newton's identities are used for the value: beyond it their cancellation shows in float32."""
 
 _WIDE_BELOW = 32  # factors, from which on their products are taken in float64
 _SETTLED, _BROKEN = 1.0, 2.0
@@ -98,11 +101,16 @@ def _factors(u: Tensor, v: Tensor | None) -> Tensor:
 
 
 def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """pi (rows, n), or its derivative along v, and log Pr[k trials succeed] (rows,); u = log w."""
+    """pi (rows, n), or its derivative along v, and log e_k(w) (rows,); u = log w."""
     head = u.gather(1, index)
     head_factors = _factors(head, None if v is None else v.gather(1, index)).to(float_type(u))
     tail = u.scatter(1, index, -torch.inf)
-    behind = _tree(_factors(tail, v), most)
+    if v is None and most <= POWER_SUM_LIMIT:
+        odds = tail.exp_()
+        behind, scale = _from_power_sums(odds, most), torch.zeros_like(u[:, 0])
+    else:
+        behind, scale = _tree(_factors(tail, v), most), softplus(tail, threshold=40.0).sum(1)
+        odds = tail.exp()
     one = torch.zeros_like(behind)
     one[0, 0] = 1.0
     before = [one + 0.0 * behind]  # as many dimensions as `behind` has under vmap
@@ -121,16 +129,15 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
     full = _up_to(behind, k)
     chance = torch.where(full[0, -1] > 0, full[0, -1], 1.0)
     full = full / chance
-    log_chance = chance.log().to(u.dtype)
+    log_sum = chance.log().to(u.dtype) + softplus(head, threshold=40.0).sum(1) + scale
     at_head = (at_head * (head_factors[0, 1] / chance[:, None])).to(u.dtype)
     coefficients = full[:, :-1, :, None].to(u.dtype)
-    odds = tail.exp()
     alpha = coefficients[0, 0].expand_as(odds)
     if v is None:
         alpha = alpha.clone()
         for coefficient in coefficients[0, 1:].unbind(0):
             torch.addcmul(coefficient, alpha, odds, value=-1.0, out=alpha)
-        return alpha.mul_(odds).scatter_(1, index, at_head[0]), log_chance
+        return alpha.mul_(odds).scatter_(1, index, at_head[0]), log_sum
     moved = odds * v
     slope = coefficients[1, 0].expand_as(odds)
     for value, derivative in zip(coefficients[0, 1:].unbind(0), coefficients[1, 1:].unbind(0), strict=True):
@@ -139,14 +146,26 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
     drift = full[1, -1, :, None].to(u.dtype)
     at_tail = moved * alpha + odds * slope - odds * alpha * drift
     of_head = at_head[0] * (v.gather(1, index) - drift) + at_head[1]
-    return at_tail.scatter(1, index, of_head), log_chance
+    return at_tail.scatter(1, index, of_head), log_sum
+
+
+def _from_power_sums(odds: Tensor, degree: int) -> Tensor:
+    """prod(1 + w z) (1, degree + 1, rows) by Newton's identities, e_m the mean of (-1)^(i-1) e_{m-i} p_i, i = 1..m."""
+    power, sums = odds.clone(), [odds.sum(1)]
+    for _ in range(1, degree):
+        sums.append(power.mul_(odds).sum(1))
+    signed = [(-1) ** i * each.to(float_type(odds)) for i, each in enumerate(sums)]
+    products = [torch.ones_like(signed[0])]
+    for m in range(1, degree + 1):
+        products.append(torch.stack([signed[i] * products[m - 1 - i] for i in range(m)]).mean(0))
+    return torch.stack(products)[None]
 
 
 # --- mask and log e_k ------------------------------------------------------------------------------------------------
 
 
 class _Plan(Constant):
-    """Of every row the anchor, the level and 0, _SETTLED or _BROKEN (rows, 3), and the head's places (rows, size)."""
+    """Of every row the pivot and 0, _SETTLED or _BROKEN (rows, 2), and the head's places (rows, size)."""
 
     @staticmethod
     def forward(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor]:
@@ -157,7 +176,7 @@ class _Plan(Constant):
         index = scores.topk(size, dim=1).indices if compiled() else largest(scores, size)[1]
         broken = level.isnan()
         status = torch.where(broken, _BROKEN, settled * _SETTLED)
-        return torch.stack((anchor, torch.where(broken | (settled > 0), 0.0, level), status), 1), index
+        return torch.stack((anchor + torch.where(status > 0, 0.0, level) * temperature, status), 1), index
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -169,8 +188,7 @@ class _Subset(RowFunction):
 
     @staticmethod
     def forward(u: Tensor, k: Tensor, status: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        mask, log_chance = _inclusion(u, None, k, index, most)
-        total = log_chance + softplus(u, threshold=40.0).sum(1)
+        mask, total = _inclusion(u, None, k, index, most)
         if compiled() or not u.is_cpu or bool((status != 0).any()):
             chosen = (u > LOWEST / 2) & (k > 0)[:, None]
             settled, broken = status == _SETTLED, torch.where(status == _BROKEN, torch.nan, 0.0)
@@ -215,13 +233,12 @@ def subset_mask(
     temperature: Tensor,  # (rows,)
     most: int,  # the largest k
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pi (rows, n), u = (x - anchor) / T (rows, n) and log e_k(exp u) (rows,)."""
+    """pi (rows, n), u = (x - pivot) / T (rows, n) and log e_k(exp u) (rows,), the pivot being where P is 1/2."""
     plan, index = _Plan.of(scores, k, temperature, most)
-    anchor, level, status = plan.unbind(1)
-    u = (scores - anchor[:, None]).clamp(min=LOWEST) / temperature[:, None]
-    shifted = u - level[:, None]
-    mask, total = (_Subset if compiled() else _ForwardSubset).apply(shifted, k, status, index, most)
-    return mask, shifted, total
+    pivot, status = plan.unbind(1)
+    u = (scores - pivot[:, None]).clamp(min=LOWEST) / temperature[:, None]
+    mask, total = (_Subset if compiled() else _ForwardSubset).apply(u, k, status, index, most)
+    return mask, u, total
 
 
 # --- the distribution ------------------------------------------------------------------------------------------------
@@ -253,7 +270,7 @@ class KSubset(Distribution):
         validate_args: as in every distribution of torch.
     """
 
-    arg_constraints = {"scores": constraints.independent(constraints.real, 1)}
+    arg_constraints: ClassVar[dict[str, Any]] = {"scores": constraints.independent(constraints.real, 1)}
     has_rsample = True
     has_enumerate_support = True
 
@@ -268,7 +285,8 @@ class KSubset(Distribution):
         super().__init__(scores.shape[:-1], scores.shape[-1:], validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> KSubset:
-        new = self._get_checked_instance(KSubset, _instance)
+        """The same distribution for a larger batch."""
+        new: KSubset = self._get_checked_instance(KSubset, _instance)  # type: ignore[no-untyped-call]
         shape = torch.Size(batch_shape)
         new.scores, new.k = self.scores.expand(*shape, *self.event_shape), self.k
         new.temperature = self.temperature.expand(shape)
@@ -278,6 +296,7 @@ class KSubset(Distribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
+        """Vectors of zeros and k ones."""
         return _KHot(self.k)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -294,6 +313,7 @@ class KSubset(Distribution):
 
     @property
     def variance(self) -> Tensor:
+        """Of every element's indicator."""
         mean = self.mean
         return mean * (1.0 - mean)
 
@@ -303,6 +323,7 @@ class KSubset(Distribution):
         return hard_mask(as_rows(self.scores, -1), self.k).view(self.scores.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """log Pr of a set, as a vector of zeros and k ones."""
         if self._validate_args:
             self._validate_sample(value)
         _, u, total = self._parts()
@@ -310,6 +331,7 @@ class KSubset(Distribution):
         return torch.where(log_prob < LOWEST / 2, -torch.inf, log_prob)
 
     def entropy(self) -> Tensor:
+        """log e_k - <mean, scores / temperature>."""
         mask, u, total = self._parts()
         return total - (mask * u).sum(-1)
 
@@ -344,7 +366,7 @@ class KSubset(Distribution):
         return values.expand(-1, *self.batch_shape, n) if expand else values
 
 
-@register_kl(KSubset, KSubset)
+@register_kl(KSubset, KSubset)  # type: ignore[untyped-decorator]
 def _kl(p: KSubset, q: KSubset) -> Tensor:
     if p.event_shape != q.event_shape:
         raise ValueError(f"p and q must choose from as many elements, got {p.event_shape[0]} and {q.event_shape[0]}")

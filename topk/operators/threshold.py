@@ -38,7 +38,7 @@ _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
 class Family(NamedTuple):
-    """F, its density at z given m = F(z), its inverse, how many Newton steps are always enough, and both sums at once."""
+    """F, its density at z given m = F(z), its inverse, its variance, and how many Newton steps are always enough."""
 
     cdf: Callable[[Tensor], Tensor]
     density: Callable[[Tensor, Tensor], Tensor]
@@ -74,7 +74,7 @@ FAMILIES = {
     "laplace": Family(_laplace_cdf, lambda z, m: _laplace_tail(z), _laplace_quantile, 2.0),
     "gaussian": Family(torch.special.ndtr, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
     "sparse": Family(
-        lambda z: z.clamp(0.0, 1.0), lambda z, m: ((z >= 0) & (z <= 1)).to(z.dtype), lambda p: p, None, steps=16
+        lambda z: z.clamp(0.0, 1.0), lambda z, m: ((z >= 0) & (z <= 1)).to(z.dtype), lambda p: p, None, steps=24
     ),
 }
 METHODS = (*FAMILIES, "fixed")
@@ -90,9 +90,10 @@ def threshold_mask(
     if method == "fixed":
         count, n = int(k), scores.shape[1]
         level = scores.topk(min(count + 1, n), dim=1).values[:, count - 1 :].mean(1)
-        possible = scores > -torch.inf
+        possible, broken = scores > -torch.inf, ~(scores.detach().amax(1) < torch.inf)
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
-        return torch.sigmoid((scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None])
+        z = (scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None]
+        return torch.sigmoid(z) + torch.where(broken, torch.nan, 0.0)[:, None]
     return threshold(scores, k, temperature, method)[0]
 
 
@@ -105,9 +106,14 @@ def threshold(scores: Tensor, k: float | Tensor, temperature: Tensor, method: st
 
 def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
     """anchor and (b - anchor) / T (rows,), without a derivative: +-inf, or nearly so, where it is settled."""
-    u, z = torch.empty_like(scores), torch.empty_like(scores)
-    rows = Rows(scores, k, temperature, None, FAMILIES[method], u, z)
-    return _by_moments(rows) or _by_order(rows)
+    anchor, level = torch.zeros_like(temperature), torch.zeros_like(temperature)
+    for part in [slice(None)] if compiled() else chunks(scores):
+        u, z = torch.zeros_like(scores).expand(2, -1, -1).clone() if compiled() else buffers(scores, 2)
+        used = scores[part]
+        u, z = u[: used.shape[0]], z[: used.shape[0]]
+        rows = Rows(used, k[part], temperature[part], None, FAMILIES[method], u, z)
+        anchor[part], level[part] = _by_moments(rows) or _by_order(rows)
+    return anchor, level
 
 
 class _Mask(RowFunction):
@@ -117,11 +123,11 @@ class _Mask(RowFunction):
     def forward(
         scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
-        anchor, offset = torch.empty_like(temperature), torch.empty_like(temperature)
+        mask = torch.zeros_like(scores, memory_format=torch.contiguous_format)
+        anchor, offset = torch.zeros_like(temperature), torch.zeros_like(temperature)
         for part in [slice(None)] if compiled() else chunks(scores):
             z = mask[part]
-            u = torch.empty_like(z) if compiled() else buffers(scores, 1)[0][: z.shape[0]]
+            u = torch.zeros_like(z) if compiled() else buffers(scores, 1)[0][: z.shape[0]]
             rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u, z)
             anchor[part], level = _by_moments(rows) or _by_order(rows)
             offset[part] = level * rows.temperature
@@ -143,7 +149,8 @@ class _Mask(RowFunction):
         z = ((scores - anchor[:, None]).clamp(min=LOWEST) - offset[:, None]) / temperature[:, None]
         density = FAMILIES[ctx.method].density(z, mask)
         total = density.sum(1, keepdim=True)
-        inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
+        moves = total > torch.finfo(total.dtype).tiny
+        inverse = torch.where(moves, 1.0 / torch.where(moves, total, 1.0), 0.0)
         return density, z, temperature[:, None], inverse
 
     @staticmethod
@@ -192,14 +199,14 @@ class Rows(NamedTuple):
             self.u.div_(self.temperature[:, None])
 
     def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next level, the sum S at this one, and |S - k| / k; a few numbers a row, so in float64 if there is any."""
+        """The next level, the sum S at this one, and |S - k| / min(k, n - k), in float64 where there is any."""
         n = self.u.shape[1]
         torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.z)
         total, slope = (each.to(level.dtype) for each in self.family.sums(self.z))
         share = total / n
         link = self.family.quantile(share)
         gain = n * self.family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
-        return level + (link - aim) * gain, total, (total - k).abs() / k
+        return level + (link - aim) * gain, total, (total - k).abs() / torch.minimum(k, n - k)
 
     def enough(self) -> float:
         """An excess after which one more step is exact; F that is linear in pieces has no such thing."""
@@ -226,7 +233,7 @@ def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
     level = torch.zeros_like(k)
     for _ in range(4):
         level, _, excess = rows.newton(level, k, aim)
-        if bool((excess <= rows.enough()).all()):
+        if bool(((excess <= rows.enough()) & (level.abs() < torch.inf) & (temperature > 0)).all()):
             return anchor, level.to(u.dtype)
     return None
 
@@ -242,8 +249,9 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
     settled = full | empty | broken
     goal = torch.where(settled, 0.5, k).to(wide)
     drop = torch.where(settled, 0.0, (lower - upper) / temperature).to(wide)
-    low = drop - family.quantile(goal / (goal.floor() + 1.0))
-    high = -family.quantile((goal - goal.ceil() + 1.0) / (n + 1.0 - goal.ceil()))
+    # A little wider than the bounds, since the root may lie on one.
+    low = drop - family.quantile(goal / (goal.floor() + 1.0)) - 1e-3
+    high = 1e-3 - family.quantile((goal - goal.ceil() + 1.0) / (n + 1.0 - goal.ceil()))
     level = (low + high) / 2.0 if family.variance is None else drop / 2.0
     aim = family.quantile(goal / n)
     rows.standardize(anchor)
@@ -251,7 +259,8 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
         step, total, excess = rows.newton(level, goal, aim)
         low, high = torch.where(total > goal, level, low), torch.where(total < goal, level, high)
         inside = (step > low) & (step < high)
-        level = torch.where(inside, step, torch.where(excess <= 1e-5, level, (low + high) / 2.0))
+        there = excess <= 16.0 * torch.finfo(u.dtype).eps
+        level = torch.where(inside, step, torch.where(there, level, (low + high) / 2.0))
         if u.is_cpu and not compiled() and not bool(((excess > rows.enough()) & ~settled).any()):
             break
     # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
