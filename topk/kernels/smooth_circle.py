@@ -111,7 +111,8 @@ def _multiplied(real, imag, signed, circle, count, ROWS: tl.constexpr, BLOCK: tl
     """
     lanes = tl.arange(0, real.shape[1])[None, :]
     evens, odds = tl.split(tl.reshape(signed, (ROWS, BLOCK // 4, 2, 2)))
-    (one, third), (other, fourth) = tl.split(evens), tl.split(odds)
+    one, third = tl.split(evens)
+    other, fourth = tl.split(odds)
     a0, a1, b0, b1 = _two(one, other)
     c0, c1, d0, d1 = _two(third, fourth)
     square, cross, top = b0 * d0, b0 * d1 + b1 * d0, b1 * d1
