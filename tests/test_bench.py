@@ -385,9 +385,10 @@ def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
 def test_a_step_ends_with_its_time(tmp_path: Path) -> None:
     """It is killed, whatever it waits for, and says so."""
     assert gpu.main(["--dry", "--out", str(tmp_path), "--seconds", "0.01", "tests"]) == 1
-    last = json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
-    assert last["finished"] is False
-    assert last["seconds"] < 30
+    told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert told[-1]["finished"] is False
+    assert told[-1]["seconds"] < 30
+    assert "not done" in told[0]["summary"][0]
 
 
 def test_devices_never_share_a_folder() -> None:
