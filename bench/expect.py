@@ -30,7 +30,7 @@ from typing import Any, TextIO
 import torch
 
 from bench.contenders import TYPES, Setting
-from bench.trips import KERNELS, Traced
+from bench.trips import KERNELS, Traced, statement
 
 EFFICIENCY = 0.75
 """The share of its cycles in which the busiest pipe works: an assumption, until a device has been measured."""
@@ -224,7 +224,7 @@ def instructions(cubin: bytes) -> list[Instruction]:
         if told := re.match(r'\s*//## File "(.*?)", line (\d+)', line):
             chain, fresh = ([] if fresh else chain), False
             if told[1].startswith(KERNELS):
-                chain.append(f"{os.path.basename(told[1])}:{told[2]}")
+                chain.append(statement(told[1], int(told[2])))
         elif told := re.match(r"\s*(\.L_x_\d+):", line):
             labels[told[1]] = len(found)
         elif told := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+ )?\s*(.*?);", line):

@@ -47,6 +47,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.end = time.monotonic() + self.seconds
+        self.failed = False
 
     @property
     def left(self) -> float:
@@ -54,7 +55,8 @@ class Run:
         return self.end - time.monotonic()
 
     def tell(self, **result: Any) -> None:
-        """Writes one result at once."""
+        """Writes one result at once; `ok` False makes the step a failed one."""
+        self.failed = self.failed or result.get("ok") is False
         line = {"step": self.step, "dry": self.dry, "commit": self.commit, "at": round(time.time()), **result}
         with (self.out / "results.jsonl").open("a") as stream:
             stream.write(json.dumps(line, default=str) + "\n")
@@ -143,6 +145,7 @@ def benchmark(run: Run) -> None:
         command = [*_python(), "bench.gpu", "--inside", *_passed(run), "measure", f"{run.left:.0f}"]
         done = subprocess.run(command, cwd=ROOT, env=_environment(run))
         if done.returncode != _BROKEN or run.left < 30:
+            run.failed = done.returncode != 0
             return
 
 
@@ -172,7 +175,8 @@ def measure(run: Run, seconds: str) -> None:
         except RuntimeError as error:
             run.tell(ok=False, error=str(error)[:500])
             sys.exit(_BROKEN)
-    run.tell(ok=True, rows=len(runner.read(path)), wrong=[row["note"] for row in runner.wrong(path)])
+    wrong = [row["note"] for row in runner.wrong(path)]
+    run.tell(ok=not wrong, rows=len(runner.read(path)), wrong=wrong)
 
 
 def training(run: Run) -> None:
@@ -297,7 +301,7 @@ def _start(step: str, out: Path, commit: str, dry: bool, seconds: float) -> bool
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: 0 if all steps ended by themselves."""
+    """The command line: 0 if all steps ended by themselves and found nothing wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -314,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, *words = chosen.steps
         run = Run(name, out, chosen.seconds, chosen.commit, chosen.dry)
         (_PARTS.get(name) or STEPS[name][0])(run, *words)
-        return 0
+        return int(run.failed)
     unknown = [step for step in chosen.steps if step not in STEPS]
     if unknown:
         parser.error(f"steps are {', '.join(STEPS)}, got {', '.join(unknown)}")

@@ -217,6 +217,21 @@ def exponential(values):
     return tl.exp2(values * 1.4426950408889634)
 
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def log2(values):
+    """The device's own logarithm, off by 2^-22 at most: one instruction where tl.log2 takes a dozen."""
+    if _INTERPRETED:
+        result = tl.log2(values)
+    else:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
 @triton.jit
 def softplus(z):
     """log(1 + exp z); where exp z is small its digits count, not those of 1 + exp z."""

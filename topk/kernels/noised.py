@@ -31,6 +31,7 @@ from topk.kernels.common import (
     finite_or_zero,
     in_order,
     lane,
+    log2,
     nothing_kept,
     order_of,
     row_states,
@@ -42,7 +43,8 @@ from topk.kernels.patched import patched_exponentials
 _THREAD = 8  # scores a thread: four samples of them are in registers at once
 _WIDEST = 4096  # the longest row in registers
 _STREAMED = 2048  # the width of a tile of longer ones
-_CHUNK = 16  # entries of a row compared together with all others
+_LANES = 64  # entries of a row added up together, at most
+_CHUNK = 16  # entries that these are compared with at a time
 _LARGEST_NORMAL = tl.constexpr(6.8)  # no noise is larger: sqrt(-2 log 2^-33) = 6.76
 _BELOW_MINUS_INFINITY = tl.constexpr(-2139095042)  # the order of -inf is one more
 
@@ -295,7 +297,7 @@ def _normals(one, other):
     cos t = -cos(2 pi h) and sin t = sin(2 pi h) are polynomials in z (times h), off by at most 5e-7 in float32.
     """
     uniform = (one.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    radius = tl.sqrt(tl.maximum(-1.3862943611198906 * tl.log2(uniform), 0.0))  # the approximate log of 1 may be above 0
+    radius = tl.sqrt(tl.maximum(-1.3862943611198906 * log2(uniform), 0.0))  # the approximate log of 1 may be above 0
     h = 0.5 - other.to(tl.float32) * 2.3283064365386963e-10
     z = h * h
     cosine = 25.968313217163086 - 6.5296101570129395 * z
@@ -320,9 +322,11 @@ def _normals(one, other):
 def _ranked(noised, tops, columns, K: tl.constexpr, GROUPS: tl.constexpr):
     """The (K + 1)-th largest of every sample (WIDTH,), and its class; of equal ones the lower class is the larger."""
     if 2 * (K + 1) <= GROUPS:
-        level = tl.max(tops, 1)
+        orders = order_of(tops)  # a warp's largest integer is one instruction
+        best = tl.max(orders, 1)
         for _ in range(K):
-            level = tl.max(tl.where(tops < level[:, None], tops, float("-inf")), 1)
+            best = tl.max(tl.where(orders < best[:, None], orders, _BELOW_MINUS_INFINITY + 1), 1)
+        level = score_of(best)
         above = _count_above(noised, level)
         while tl.max(above, 0) > K:
             higher = _least(tl.where(noised > level[:, None, None], noised, float("inf")))
@@ -429,7 +433,8 @@ def backward(
     places = torch.empty((rows, entries), dtype=torch.int32, device=scores.device)
     pushes = scores.new_empty((rows, entries), dtype=torch.float32)
     field = scores.new_empty((rows, 3), dtype=torch.float32)
-    together = max(1, _CHUNK // common.lanes(entries))
+    lanes = min(_LANES, common.lanes(entries))
+    together = max(1, _CHUNK // lanes)
     target = target.contiguous()
     common.launch(
         _added_up,
@@ -447,10 +452,10 @@ def backward(
         ignore_index,
         ENTRIES=entries,
         KS=kept.shape[2],
-        LANES=common.lanes(entries),
+        LANES=lanes,
         CHUNK=_CHUNK,
         ROWS=together,
-        warps=1 if entries <= 64 else 4,
+        warps=1,
     )
     return patched_exponentials(grad, scores, target, places, pushes, field, ignore_index, reads=False)
 
@@ -481,22 +486,23 @@ def _added_up(
     row = row.to(tl.int64)
     mine = tl.load(scores_ptr + row * row_stride + target.to(tl.int64) * class_stride, mask=used, other=0.0)
     possible = used & (mine.to(tl.float32) > float("-inf"))
-    lanes = tl.arange(0, LANES)
-    places, _ = _entries(slopes_ptr, kept_ptr, row, target, used, possible, lanes, ENTRIES, KS)
-    total = tl.zeros((ROWS, LANES), tl.float32)
-    earlier = tl.zeros((ROWS, LANES), tl.int32)
-    for first in range(0, ENTRIES, CHUNK):
-        others = first + tl.arange(0, CHUNK)
-        found, more = _entries(slopes_ptr, kept_ptr, row, target, used, possible, others, ENTRIES, KS)
-        same = places[:, :, None] == found[:, None, :]
-        total += tl.sum(tl.where(same, more[:, None, :], 0.0), 2)
-        before = same & (others[None, None, :] < lanes[None, :, None])
-        earlier = earlier | tl.max(before.to(tl.int32), 2)
-    silent = (total == total) & (total != 0.0) & (earlier == 0)
-    inside = (row < rows)[:, None] & (lanes < ENTRIES)[None, :]
-    offsets = row[:, None] * ENTRIES + lanes[None, :]
-    tl.store(places_ptr + offsets, tl.where(silent, places, -1), mask=inside)
-    tl.store(pushes_ptr + offsets, total, mask=inside)
+    for base in range(0, ENTRIES, LANES):
+        lanes = base + tl.arange(0, LANES)
+        places, _ = _entries(slopes_ptr, kept_ptr, row, target, used, possible, lanes, ENTRIES, KS)
+        total = tl.zeros((ROWS, LANES), tl.float32)
+        earlier = tl.zeros((ROWS, LANES), tl.int32)
+        for first in range(0, ENTRIES, CHUNK):
+            others = first + tl.arange(0, CHUNK)
+            found, more = _entries(slopes_ptr, kept_ptr, row, target, used, possible, others, ENTRIES, KS)
+            same = places[:, :, None] == found[:, None, :]
+            total += tl.sum(tl.where(same, more[:, None, :], 0.0), 2)
+            before = same & (others[None, None, :] < lanes[None, :, None])
+            earlier = earlier | tl.max(before.to(tl.int32), 2)
+        silent = (total == total) & (total != 0.0) & (earlier == 0)
+        inside = (row < rows)[:, None] & (lanes < ENTRIES)[None, :]
+        offsets = row[:, None] * ENTRIES + lanes[None, :]
+        tl.store(places_ptr + offsets, tl.where(silent, places, -1), mask=inside)
+        tl.store(pushes_ptr + offsets, total, mask=inside)
     broken = tl.load(slopes_ptr + row * KS, mask=used, other=0.0)
     scale = tl.where(broken == broken, 0.0, float("nan"))
     for i in tl.static_range(3):

@@ -179,7 +179,7 @@ def _forward(
             rest = tl.where(lanes // 8 == i, sums, 0.0)
         else:
             average = (total / tl.maximum(possible, 1).to(tl.float32) - center) * rate
-        shift, variance = balance(
+        shift, variance, signed, heads = balance(
             x,
             source,
             center,
@@ -196,7 +196,9 @@ def _forward(
             BLOCK,
             reads_again,
         )
-        real, imag, heads, circle, count = nodes_of(x, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS)
+        real, imag, heads, circle, count = nodes_of(
+            signed, heads, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS
+        )
         chance, chance_less, node_weight = chances(real + 1.0, imag, heads - k, circle, count, live)
         gap = tl.log(chance / chance_less) - shift + (center - mine) * rate + margin / tau
         term, slope, told = outcome(gap, absent, live, bad, mine, chosen(WEIGHTS, i), tau, k)

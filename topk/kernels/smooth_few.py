@@ -146,8 +146,12 @@ def _read(
         columns = start + tl.arange(0, BLOCK)
         x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
         t = score_of(last)
-        enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
-        if tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0:
+        if STREAMS:
+            enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
+            offers = tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0
+        else:
+            offers = True
+        if offers:
             before = score_of(kept)
             kept, kept_classes, last, last_class = take(kept, kept_classes, last, last_class, x, columns, ALIGN, GROUPS)
             # The smallest only grows, except from the stand-in for -inf, while all sums are still 0.
