@@ -155,7 +155,7 @@ def test_the_fingerprint_tells_settings_and_content_apart(monkeypatch: pytest.Mo
     one, same = data.load({"name": "sample"}), data.load({"name": "sample", "noise": 0})
     assert one.fingerprint == same.fingerprint
     assert one.fingerprint != data.load({"name": "sample", "seed": 1}).fingerprint
-    found = data.parts_of(data.Sample(name="sample"))
+    found = data.parts_of(data.Known(name="sample"))
     other = data.Parts(
         {**found.parts, "test": data.Split(found.parts["test"].inputs + 1, found.parts["test"].labels)}, ()
     )

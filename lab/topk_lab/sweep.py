@@ -448,7 +448,9 @@ def reproduce(chapter: str, key: str, tolerance: float | None = None) -> pd.Data
     if row is None:
         raise ValueError(f"no record of {chapter} has a key that starts with {key!r}")
     config = Config.of_record(row["config"])
-    fingerprint = data.fingerprint(json.loads(row["config"])["data"], data.parts_of(config.data))
+    typed = config.data.model_dump()  # 1 in the record is 1.0 here; what was added since was not part of its print
+    settings = {name: typed.get(name, value) for name, value in json.loads(row["config"])["data"].items()}
+    fingerprint = data.fingerprint(settings, data.parts_of(config.data))
     here = {"hardware.cpu": train.hardware()["cpu"], "hardware.gpu": train.hardware()["gpu"]}
     here |= {"versions.torch": train.versions()["torch"], "data_fingerprint": fingerprint}
     differ = ", ".join(name for name, now in here.items() if row.get(name) != now)
