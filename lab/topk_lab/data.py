@@ -482,7 +482,7 @@ class Batches:
         whole = shuffle is not None and len(split) >= batch  # no incomplete last batch
         self.rows = len(split) // batch * batch if whole else len(split)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.inputs = torch.from_numpy(np.array(split.inputs)).to(device)
+        self.inputs = torch.from_numpy(np.require(split.inputs, requirements="W")).to(device)  # a map is copied
         self.images = self.inputs.dtype == torch.uint8
 
     def __len__(self) -> int:
