@@ -55,7 +55,7 @@ gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, not
 	@touch $@
 
 test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes on this machine
-	.venv-cluster/bin/python -m pytest -m '' tests/test_lab_cluster.py $(PYTEST)
+	.venv-cluster/bin/python -m pytest -m '' lab/tests/test_sweep.py -k ray $(PYTEST)
 
 # CHAPTER: a notebook's name without its ending; PROFILE: smoke, laptop or full. What is stopped goes on when the command
 # is given again; `python -m topk_lab gather CHAPTER` then puts the new records into the chapter's table.
