@@ -16,6 +16,7 @@ from bench import expect
 from bench.trips import Traced, counted_lines
 from topk import topk_hinge_loss
 from topk.kernels import common
+from topk.kernels.resources import Resources
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 
@@ -49,11 +50,13 @@ _COMPILES = """
 import collections, json, resource, sys
 from bench import expect
 from bench.contenders import Setting
+from topk.kernels import resources
 family, classes, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for launch in expect.traced(Setting(family, 1, classes, k, samples=5), 1):
-    cubin, _ = expect.compiled(launch)
-    names = collections.Counter(one.name for one in expect.instructions(cubin))
-    print(json.dumps({"kernel": launch.kernel, "registers": expect.usage(cubin)[0], "names": names}))
+    described = expect.described(launch)
+    names = collections.Counter(one.name for one in expect.instructions(resources.machine_code(described, 90)[0]))
+    registers = resources.compiled(described, 90).registers
+    print(json.dumps({"kernel": launch.kernel, "registers": registers, "names": names}))
 """
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -161,8 +164,10 @@ def test_instructions_are_weighted_by_the_loops_around_them() -> None:
 def test_a_memory_bound_kernel_takes_its_bytes_time() -> None:
     device = expect.Device("", 100, 1e9, 1e12)
     idle = dict.fromkeys(expect._THREADS, 0.0)
-    copy = expect.Expected("copy", 1e6, 32, {**idle, "issue": 1.0}, 32, 0, 0, 1e12)
+    copy = expect.Expected("copy", 1e6, Resources(32, 0, 0, 32), {**idle, "issue": 1.0}, 1e12)
     assert copy.seconds(device) == 1.0
     assert copy.resident == 32
-    counting = expect.Expected("counting", 1e6, 128, {**idle, "issue": 100.0, "compare": 100.0}, 32, 0, 0, 1.0)
+    counting = expect.Expected(
+        "counting", 1e6, Resources(32, 0, 0, 128), {**idle, "issue": 100.0, "compare": 100.0}, 1.0
+    )
     assert counting.seconds(device) == pytest.approx(1e6 * 128 * 100 / 64 / (100 * 1e9) / expect.EFFICIENCY)

@@ -97,14 +97,31 @@ def launches_of(room: str, classes: int, kind: torch.dtype, rows: int = 64) -> l
     return list(different.values())
 
 
+def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
+    """The launch compiled for a device of that capability (90 for 9.0), and the bytes of shared memory it takes."""
+    source = ASTSource(launch.function, *specialised(launch))
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options={"num_warps": launch.warps})
+    return kernel.asm["cubin"], int(kernel.metadata.shared)
+
+
 def compiled(launch: Launch, capability: int) -> Resources:
-    """Compiles the launch for a device of that capability (90 for 9.0), as far as machine code."""
-    signature, constants, attributes = specialised(launch)
-    source = ASTSource(launch.function, signature, constants, attributes)
-    options = {"num_warps": launch.warps}
-    machine_code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = _usage(machine_code.asm["ptx"], capability)
-    return Resources(registers, spilled, int(machine_code.metadata.shared), 32 * launch.warps)
+    """What that takes of the device."""
+    cubin, shared = machine_code(launch, capability)
+    told = tool("cuobjdump", cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    if found is None:
+        raise RuntimeError(f"cuobjdump told neither registers nor the stack, where spilled ones go: {told!r}")
+    return Resources(int(found[1]), int(found[2]), shared, 32 * launch.warps)
+
+
+def tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of the programs that come with triton prints of machine code."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -127,32 +144,6 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         else:
             signature[name] = "fp32"
     return {name: signature.get(name, "constexpr") for name in launch.function.arg_names}, constants, attributes
-
-
-def _usage(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, as ptxas counts them."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    assembler = get_ptxas(capability)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        target = re.search(r"\.target (\w+)", ptx)
-        assert target is not None
-        command = [
-            str(assembler.path),
-            "-v",
-            f"-arch={target[1]}",
-            str(source),
-            "-o",
-            str(Path(folder, "kernel.cubin")),
-        ]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", told)
-    spilled = re.search(r"(\d+) bytes spill stores", told)
-    if registers is None or spilled is None:
-        raise RuntimeError(f"ptxas told neither registers nor spills: {told!r}")
-    return int(registers[1]), int(spilled[1])
 
 
 _KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
