@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from topk.arguments import WRONG, check_targets
+from topk import compiled
+from topk.arguments import IGNORED, WRONG, check_targets
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Loss:
     backward: Callable[..., Tensor] | None = None
     joint: bool = False
     centred: bool = True  # whether `definition` is given scores less their largest; else it takes differences itself
+    saved_by_compiling: Callable[[Any], float] = lambda options: 0.0  # seconds for every score, measured
 
     def formula(self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor) -> Tensor:
         """The definition, and what is common to all losses: NaN for rows with NaN or +inf, +inf where y is masked.
@@ -63,16 +65,19 @@ class Loss:
         # A masked class keeps its -inf, and gets no gradient.
         scores = torch.where(scores == -torch.inf, -torch.inf, scores * taint[:, None] - origin)
         scores = torch.where((broken | impossible)[:, None], 0.0, scores)
+        return torch.where(impossible, torch.inf, self.summed(scores, target, options, *tensors)) * taint
+
+    def summed(self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor) -> Tensor:
+        """The definition, or the weighted sum of as many as there are `ks`."""
         fields = options._asdict()
         if self.joint or "ks" not in fields:
-            loss = self.definition(scores, target, *tensors, **fields)
-        else:
-            ks, weights = fields.pop("ks"), fields.pop("weights")
-            loss = torch.zeros_like(scores[:, 0])
-            for place, k in enumerate(ks):
-                own = [tensor[:, place] if tensor.dim() == 2 else tensor for tensor in tensors]
-                loss = loss + weights[place] * self.definition(scores, target, *own, k=k, **fields)
-        return torch.where(impossible, torch.inf, loss) * taint
+            return self.definition(scores, target, *tensors, **fields)
+        ks, weights = fields.pop("ks"), fields.pop("weights")
+        loss = torch.zeros_like(scores[:, 0])
+        for place, k in enumerate(ks):
+            own = [tensor[:, place] if tensor.dim() == 2 else tensor for tensor in tensors]
+            loss = loss + weights[place] * self.definition(scores, target, *own, k=k, **fields)
+        return loss
 
 
 class Call(NamedTuple):
@@ -81,7 +86,9 @@ class Call(NamedTuple):
     loss: Loss
     options: Any
     ignore_index: int
-    backend: str  # "torch" or "triton"
+    backend: str  # "torch", "compiled" or "triton"
+    by_itself: bool = False  # whether the backend was chosen, not asked for
+    ran: list[compiled.Pair] | None = None  # of "compiled": what forward used, unless it met what that cannot do
 
     @property
     def kernel(self) -> ModuleType:
@@ -92,8 +99,8 @@ class Call(NamedTuple):
 def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Tensor:
     """The loss of every row (rows,), differentiable in the scores (rows, classes)."""
     loss: Tensor
-    if not _is_traced(scores):
-        loss = RowLoss.apply(call, scores, target, *tensors)[0]
+    if not is_traced(scores):
+        loss = RowLoss.apply(_chosen(call, scores, tensors), scores, target, *tensors)[0]
     elif call.backend == "triton":
         numbers = [option for option in call.options if isinstance(option, float)]
         others = _as_text(*(_NUMBER if isinstance(option, float) else option for option in call.options))
@@ -103,12 +110,25 @@ def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Te
     return loss
 
 
+def _chosen(call: Call, scores: Tensor, tensors: tuple[Tensor, ...]) -> Call:
+    """The call with "compiled" in place of "torch" where that pays, and "torch" in place of it where it cannot be."""
+    by_itself = call.by_itself and call.backend == "torch" and scores.is_cpu
+    if not by_itself and call.backend != "compiled":
+        return call
+    plain = scores.requires_grad and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    if not plain or scores.numel() == 0:
+        return call._replace(backend="torch")
+    if by_itself and not compiled.is_due(call, scores, tensors):
+        return call
+    return call._replace(backend="compiled", ran=[])
+
+
 def compute_dtype(scores: Tensor) -> torch.dtype:
     """The type that the loss of these scores is computed and returned in."""
     return torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
 
 
-def _is_traced(scores: Tensor) -> bool:
+def is_traced(scores: Tensor) -> bool:
     """Whether somebody records the operations, so that no number may be looked at."""
     if torch.compiler.is_compiling():
         return True
@@ -156,6 +176,14 @@ def _value(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ..
     state, all_used = check_targets(target, scores.shape[1], call.ignore_index)
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
     with _without_autocast(scores):
+        if call.ran is not None:
+            rows = rows if all_used else torch.where((state >= 0)[:, None], rows, 0.0)
+            pair = compiled.pair_for(call, rows, safe, tensors)
+            done = None if pair is None else compiled.forward(pair, rows, safe, tensors)
+            if pair is not None and done is not None:
+                call.ran.append(pair)
+                loss, *saved = done
+                return loss if all_used else _settled(loss, state), state.clone(), *saved
         if call.loss.forward is None:
             loss, saved = call.loss.formula(rows, safe, call.options, *tensors), []
         else:
@@ -174,7 +202,10 @@ def _gradient(
     all_used = state.is_cpu and state.numel() > 0 and int(state.min()) >= 0
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
     with _without_autocast(scores):
-        if call.loss.backward is None:
+        if call.ran:
+            rows = rows if all_used else torch.where((state >= 0)[:, None], rows, 0.0)
+            gradient = compiled.backward(call.ran[0], grad.to(rows.dtype).contiguous(), rows, saved)
+        elif call.loss.backward is None:
             pull = torch.func.vjp(lambda x: call.loss.formula(x, safe, call.options, *tensors), rows)[1]
             gradient = pull(grad.to(rows.dtype))[0]
         else:
@@ -248,7 +279,13 @@ class RowLossGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        result = RowLossGradient.apply(*inputs[:2], *_folded(info.batch_size, in_dims[2:], inputs[2:]))
+        call, count = inputs[:2]
+        tensors = _folded(info.batch_size, in_dims[2:], inputs[2:])
+        if call.ran:  # compiled for another number of rows
+            call = call._replace(backend="torch", ran=None)
+            state = torch.where(tensors[2] == IGNORED, call.ignore_index, tensors[2])
+            tensors[3 + count :] = _value(call, tensors[1], state, tuple(tensors[3 : 3 + count]))[2:]
+        result = RowLossGradient.apply(call, count, *tensors)
         return result.unflatten(0, (info.batch_size, -1)), 0
 
 

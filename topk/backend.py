@@ -10,10 +10,10 @@ import warnings
 
 import torch
 
-from topk import kernels
+from topk import compiled, kernels
 from topk.autograd import Call, row_loss
 
-BACKENDS = (None, "torch", "triton")
+BACKENDS = (None, "torch", "compiled", "triton")
 
 
 def why_not_triton(
@@ -64,6 +64,11 @@ def choose(
         if reason is not None:
             raise RuntimeError(f"backend='triton' cannot run: {reason}")
         return "triton"
+    if backend == "compiled":
+        reason = compiled.why_not(device)
+        if reason is not None:
+            raise RuntimeError(f"backend='compiled' cannot run: {reason}")
+        return "compiled"
     # Interpreted kernels are for tests: nobody gets them without asking.
     if backend == "torch" or device.type != "cuda" or _interpreted():
         return "torch"
