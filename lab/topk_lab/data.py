@@ -27,6 +27,7 @@ import json
 import lzma
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pooch
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -46,6 +46,10 @@ from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
 from topk_lab.records import save_array
+
+with warnings.catch_warnings():  # in a notebook without widgets its progress bar would complain, on every page
+    warnings.simplefilter("ignore")
+    import pooch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -227,7 +227,7 @@ def _legend_columns(names: Sequence[str], widest: int = 118) -> int:
     for count in range(len(names), 1, -1):
         rows = -(-len(names) // count)
         if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
-            return count
+            return -(-len(names) // rows)
     return 1
 
 
