@@ -37,7 +37,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pooch
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -167,6 +166,8 @@ class Parts:
 
 def cache() -> Path:
     """Where what is downloaded or computed is kept."""
+    import pooch  # here, since it asks for a notebook's widgets, which a page without downloads does without
+
     return Path(os.environ.get("TOPK_CACHE") or pooch.os_cache("topk")).expanduser()
 
 
@@ -295,6 +296,7 @@ def _jpegs(folder: Path) -> Parts:
 
 def _torchvision_cifar100(folder: Path, *, download: bool) -> Parts:
     """Rows ordered by class and, within a class, as published; 250 training images of each class in either half."""
+    import pooch
     from torchvision.datasets import CIFAR100
 
     if download and not (folder / CIFAR100.base_folder).is_dir():

@@ -464,11 +464,12 @@ def scatter(
     guides: str = "axes",
     across: int = 4,
     written: Mapping[tuple[float, float], str] | None = None,
+    data: Table | None = None,
 ) -> None:
     """One panel a title, one marker a name: clouds (x, y).
 
     `guides`: "axes", lines through 0; "diagonal"; or "", which leaves the frame without numbers. `written` puts words
-    beside points.
+    beside points; `data` replaces the table of all points.
     """
     width, down = min(across, len(panels)), -(-len(panels) // across)
     size = (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
@@ -487,6 +488,7 @@ def scatter(
         else:
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
+        axis.margins(x=0.2 if written else None)
         for place, words in (written or {}).items():
             axis.annotate(words, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
         axis.set_title(title, fontsize=9.5 if width > 2 else None)
@@ -494,7 +496,8 @@ def scatter(
         axis.label_outer()
     if guides:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
-    show(figure, alt, dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True)))
+    points = dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True))
+    show(figure, alt, points if data is None else data)
 
 
 def diagram(
