@@ -284,7 +284,10 @@ def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
         for name, values in panel.lines.items():
             if isinstance(values, Band):
                 parts = zip(*map(_numbers, values), strict=True)
-                found[mark + _plain(name)] = [f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in parts]
+                found[mark + _plain(name)] = [
+                    "not run" if math.isnan(mean) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+                    for mean, low, high in parts
+                ]
             else:
                 found[mark + _plain(name)] = _numbers(values)
         for name, place in panel.marks.items():
