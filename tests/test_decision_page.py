@@ -42,6 +42,14 @@ def test_the_decision_page_on_cifar100() -> None:
     saved = {loss: -interval.mean for loss, interval in found.items()}
     assert 0.5 < saved["transition"] < 1.5
     assert saved["transition"] < saved["smooth, k = 1 and 5"] < 3
+    assert report.differences(frame, "candidates_99", confidence=1 - 0.05 / len(found))["transition"].side == 0
+    chosen = frame.groupby("loss")["training.weight_decay"].first()
+    between = set(chosen[(chosen > 0.1) & (chosen < 1)].index)
+    assert between == {"cross-entropy", "truncated entropy"}, "the others could not"
+    knobs = runs("19_sensitivity")
+    k = pd.Series([records.k_of(text) if isinstance(text, str) else 0 for text in knobs["loss.k"]], knobs.index)
+    wide = knobs[(knobs["loss"] == "cross-entropy") | (knobs["loss.width"].astype(float).eq(10) & k.eq(5))]
+    assert report.differences(wide, "top5")["transition"].low > 0
 
 
 def test_the_decision_page_on_long_tails() -> None:
@@ -59,6 +67,10 @@ def test_the_decision_page_on_long_tails() -> None:
             mean["imbalanced noised"] - mean["cross-entropy"]
         )
         assert of(frame, "few_top5")[1] >= {"noised", "smooth"}, "rare classes worse"
+    for imbalance, frame in cifar.groupby("data.imbalance"):
+        above, _ = of(frame, "macro_top5")
+        assert ("imbalanced noised" in above) == (float(str(imbalance)) >= 50)
+        assert "imbalanced noised" not in of(frame, "macro_top1")[0]
 
 
 def leads(chapter: str, setting: str, head: str, loss: str) -> pd.DataFrame:
@@ -77,6 +89,8 @@ def test_the_decision_page_on_label_noise() -> None:
     frame = runs("15_label_noise")
     for noise in (0.4, 0.6, 0.8, 1.0):
         assert "smooth" in of(frame[(frame["model.name"] == "mlp") & (frame["data.noise"] == noise)], "top5")[0]
+    mlp = frame[frame["model.name"] == "mlp"]
+    assert min(report.ahead(mlp, "data.noise", "smooth", comparisons=48)) == 0.4
     linear = frame[frame["model.name"] == "linear"]
     for noise, part in linear.groupby("data.noise"):
         above = report.apart(part, "top5", lists=12)[0]
@@ -93,6 +107,9 @@ def test_the_decision_page_on_little_data() -> None:
         assert (smooth["top1"] < 0).all()
     mixture = leads("16_little_data", "data.fraction", "mlp", LAST_FIRST)
     assert mixture["top5"].between(0, 1, inclusive="neither").all()
+    frame = runs("16_little_data")
+    mlp = frame[frame["model.name"] == "mlp"]
+    assert list(report.ahead(mlp, "data.fraction", LAST_FIRST, comparisons=40)) == [0.05, 0.1, 0.25]
 
 
 def test_the_decision_page_on_training_from_scratch() -> None:
@@ -164,5 +181,8 @@ def test_the_decision_page_on_training_for_fewer_guesses() -> None:
         if name == "noised":
             own = own[own["loss.samples"].astype(float) == 5]
         by = own.groupby(own[column].astype(float))["top5"].mean()
-        assert by.max() - by.min() > 0.0075, (name, by)
+        assert by.max() - by.min() > 0.0075, (name, by)  # of the number of samples: see below
         assert by[1.0] > by.min() + 0.001, (name, by)
+    samples = frame[(frame["loss.name"] == "noised") & (k == 5) & (frame["loss.epsilon"].astype(float) == 1)]
+    by = samples.groupby("loss.samples")["top5"].mean()
+    assert by.max() - by.min() < 0.0075

@@ -161,6 +161,8 @@ class Parts:
 
 def cache() -> Path:
     """Where what is downloaded or computed is kept."""
+    import pooch  # here, since it asks for a notebook's widgets, which a page without downloads does without
+
     return Path(os.environ.get("TOPK_CACHE") or pooch.os_cache("topk")).expanduser()
 
 
@@ -277,6 +279,7 @@ def _jpegs(folder: Path) -> Parts:
 
 def _torchvision_cifar100(folder: Path, *, download: bool) -> Parts:
     """Rows ordered by class and, within a class, as published; 250 training images of each class in either half."""
+    import pooch
     from torchvision.datasets import CIFAR100
 
     if download and not (folder / CIFAR100.base_folder).is_dir():

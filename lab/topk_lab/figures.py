@@ -284,7 +284,10 @@ def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
         for name, values in panel.lines.items():
             if isinstance(values, Band):
                 parts = zip(*map(_numbers, values), strict=True)
-                found[mark + _plain(name)] = [f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in parts]
+                found[mark + _plain(name)] = [
+                    "not run" if math.isnan(mean) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+                    for mean, low, high in parts
+                ]
             else:
                 found[mark + _plain(name)] = _numbers(values)
         for name, place in panel.marks.items():
@@ -464,11 +467,12 @@ def scatter(
     guides: str = "axes",
     across: int = 4,
     written: Mapping[tuple[float, float], str] | None = None,
+    data: Table | None = None,
 ) -> None:
     """One panel a title, one marker a name: clouds (x, y).
 
     `guides`: "axes", lines through 0; "diagonal"; or "", which leaves the frame without numbers. `written` puts words
-    beside points.
+    beside points; `data` replaces the table of all points.
     """
     width, down = min(across, len(panels)), -(-len(panels) // across)
     size = (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
@@ -487,6 +491,7 @@ def scatter(
         else:
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
+        axis.margins(x=0.2 if written else None)
         for place, words in (written or {}).items():
             axis.annotate(words, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
         axis.set_title(title, fontsize=9.5 if width > 2 else None)
@@ -494,7 +499,8 @@ def scatter(
         axis.label_outer()
     if guides:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
-    show(figure, alt, dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True)))
+    points = dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True))
+    show(figure, alt, points if data is None else data)
 
 
 def diagram(

@@ -22,7 +22,7 @@ from topk_lab.study.statistics import Interval, paired, t_interval
 
 BASELINE = "cross-entropy"
 PENDING = "*No records yet: this is pending.*"
-HEADS = {"linear": "linear head", "mlp": "512 hidden units"}
+HEADS = {"linear": "linear head", "mlp": "512 hidden units", "cosine": "cosine head"}
 """{model.name: how chapters call it}."""
 _SHORT_NAMES = {
     "cross_entropy": "cross-entropy", "smooth_limit": "smooth-limit hinge", "entropy": "truncated entropy",
@@ -305,7 +305,7 @@ def compared(
                 for found in apart(frame, metric, baseline, lists)
             )
             sentences.append(f"{metric_name(metric)} surely above {baseline} {above}; surely below {below}")
-    return ". ".join(sentences)
+    return ". ".join(text[0].upper() + text[1:] if at else text for at, text in enumerate(sentences))
 
 
 def compared_by_head(frame: pd.DataFrame, setting: str, form: str, metric: str = "top5") -> None:
