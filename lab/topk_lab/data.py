@@ -49,7 +49,6 @@ from topk_lab.records import save_array
 
 with warnings.catch_warnings():  # in a notebook without widgets its progress bar would complain, on every page
     warnings.simplefilter("ignore")
-    import pooch
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
