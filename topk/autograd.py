@@ -18,12 +18,12 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from topk import kernels
 from topk.arguments import WRONG, check_targets
 
 
@@ -82,11 +82,6 @@ class Call(NamedTuple):
     options: Any
     ignore_index: int
     backend: str  # "torch" or "triton"
-
-    @property
-    def kernel(self) -> ModuleType:
-        """The file with the loss's Triton kernels; imports triton."""
-        return importlib.import_module(f"topk.kernels.{self.loss.name}")
 
 
 def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Tensor:
@@ -151,7 +146,8 @@ def _value(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ..
     """The loss of every row, the rows' states (raw targets where a kernel runs), and what backward needs."""
     if call.backend == "triton":
         target = target.to(torch.int64)
-        loss, *saved = call.kernel.forward(scores, target, tensors, call.ignore_index, call.options)
+        kernel = kernels.of(call.loss.name)
+        loss, *saved = kernel.forward(scores, target, call.options, call.ignore_index, *tensors)
         return loss, target.clone(), *saved
     state, all_used = check_targets(target, scores.shape[1], call.ignore_index)
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
@@ -169,7 +165,8 @@ def _gradient(
 ) -> Tensor:
     """The gradient of sum(grad * loss), in the type of the scores."""
     if call.backend == "triton":
-        gradient: Tensor = call.kernel.backward(grad, scores, state, tensors, saved, call.ignore_index, call.options)
+        kernel = kernels.of(call.loss.name)
+        gradient: Tensor = kernel.backward(grad, scores, state, call.options, call.ignore_index, saved, *tensors)
         return gradient
     all_used = state.is_cpu and state.numel() > 0 and int(state.min()) >= 0
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
@@ -336,7 +333,7 @@ def _(
     tensors: list[Tensor],
 ) -> list[Tensor]:
     call = _call_of(name, others, numbers, ignore_index)
-    shapes = call.kernel.saved(*scores.shape, call.options)
+    shapes = kernels.of(name).saved(*scores.shape, call.options)
     saved = [scores.new_empty(shape, dtype=dtype or torch.float32) for shape, dtype in shapes]
     return [scores.new_empty(scores.shape[:1], dtype=torch.float32), *saved]
 

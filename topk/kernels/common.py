@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Options = tuple[Any, ...]  # a loss's own, in the order of its NamedTuple
 Saved = tuple[Tensor, ...]
 SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 
@@ -116,28 +115,8 @@ def tile_constants(tiling: Tiling, scores: Tensor, count: int) -> dict[str, Any]
 
 
 def allocate(scores: Tensor, shapes: tuple[SavedShape, ...]) -> list[Tensor]:
-    """Room for what forward saves; None as a type means float32."""
-    return [scores.new_empty(shape, dtype=kind or torch.float32) for shape, kind in shapes]
-
-
-# --- a loss of no k --------------------------------------------------------------------------------------------------
-
-
-def wrong_targets(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """Which rows have a target that is neither a class nor ignored."""
-    return ((target < 0) | (target >= classes)) & (target != ignore_index)
-
-
-def no_loss(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """The loss a row of an empty list of ks: 0, and NaN for a wrong target."""
-    loss = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
-    return loss.masked_fill_(wrong_targets(target, classes, ignore_index), torch.nan)
-
-
-def no_gradient(scores: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Its gradient, likewise."""
-    result = torch.zeros_like(scores, memory_format=torch.contiguous_format)
-    return result.masked_fill_(wrong_targets(target, scores.shape[1], ignore_index)[:, None], torch.nan)
+    """Memory for what forward saves; None as a type means float32."""
+    return [scores.new_empty(shape, dtype=dtype or torch.float32) for shape, dtype in shapes]
 
 
 # --- a row's target --------------------------------------------------------------------------------------------------

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    Options,
     Saved,
     SavedShape,
     finite_or_zero,
@@ -39,6 +38,7 @@ from topk.kernels.common import (
     take,
 )
 from topk.kernels.patched import patched_exponentials
+from topk.losses.noised import Options
 
 _THREAD = 8  # scores a thread: four samples of them are in registers at once
 _WIDEST = 4096  # the longest row in registers
@@ -51,18 +51,17 @@ _BELOW_MINUS_INFINITY = tl.constexpr(-2139095042)  # the order of -inf is one mo
 
 def why_not(absent: tuple[bool, ...]) -> str | None:
     """The expectation by quadrature has no kernel."""
-    return "samples=None (quadrature) has no Triton kernel" if absent[3] else None
+    return "samples=None (quadrature) has no Triton kernel" if absent[Options._fields.index("samples")] else None
 
 
 def _draws(options: Options) -> int:
     """How many samples are looked at: without noise, all are the same one."""
-    _, _, epsilon, samples, _ = options
-    return samples if samples is not None and epsilon > 0 else 1
+    return options.samples if options.samples is not None and options.epsilon > 0 else 1
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     """The hinges' slopes (rows, ks), and the classes that came (k + 1)-th (rows, draws, ks)."""
-    count = len(options[0])
+    count = len(options.ks)
     return ((rows, count), None), ((rows, _draws(options), count), torch.int32)
 
 
@@ -89,14 +88,13 @@ def _cut(classes: int) -> _Cut:
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(
+    scores: Tensor, target: Tensor, options: Options, ignore_index: int, margins: Tensor, seeds: Tensor
+) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, weights, epsilon, _, scale = options
-    margins, seeds = extras
+    ks, draws = options.ks, _draws(options)
     rows, classes = scores.shape
     slopes, kept = common.allocate(scores, saved(rows, classes, options))
-    if not ks:
-        return common.no_loss(target, classes, ignore_index), slopes, kept
     loss = scores.new_empty(rows, dtype=torch.float32)
     cut = _cut(classes)
     common.launch(
@@ -114,15 +112,15 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
         margins.stride(0),
         max(1, rows // seeds.shape[0]),
         ignore_index,
-        float(epsilon),
-        _draws(options) // 4,
+        float(options.epsilon),
+        draws // 4,
         KS=tuple(ks),
-        RATES=tuple(float(scale * weight) for weight in weights),
+        RATES=tuple(float(options.scale * weight) for weight in options.weights),
         PLACES=common.lanes(len(ks)),
-        COUNT=max(ks) + 1,
-        LANES=common.lanes(max(ks) + 1),
-        DRAWS=_draws(options),
-        NOISY=epsilon > 0,
+        COUNT=ks[-1] + 1,
+        LANES=common.lanes(ks[-1] + 1),
+        DRAWS=draws,
+        NOISY=options.epsilon > 0,
         SIZE=cut.size,
         GROUPS=cut.groups,
         STREAMS=cut.streams,
@@ -422,11 +420,9 @@ def _flat(tile):
 
 
 def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved, *_: Tensor
 ) -> Tensor:
     """grad * d loss / d scores: what falls on one class is added up first, then written over a row of zeros."""
-    if not options[0]:
-        return common.no_gradient(scores, target, ignore_index)
     rows, classes = scores.shape
     slopes, kept = saved
     entries = kept.shape[1] * kept.shape[2] + 1
@@ -523,25 +519,15 @@ def _entries(slopes_ptr, kept_ptr, row, target, used, possible, entry, ENTRIES: 
     return places, tl.where(last, -pull[:, None], slopes * KS / (ENTRIES - 1))
 
 
-# --- second derivatives ----------------------------------------------------------------------------------------------
-
-
-def for_formula(
-    scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
-) -> Saved:
-    """What the torch room's formula takes: it must not draw again."""
-    slopes, kept = saved
-    return slopes.to(torch.float64), kept.to(torch.int64)
-
-
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
     """Calls that reach every path: no noise, and so little that it decides nothing, for one k and for several."""
     margins, seeds = torch.ones(rows, device=device), torch.full((1,), 7, dtype=torch.int64, device=device)
-    extras = (margins, seeds)
-    several = sorted({1, min(5, classes - 1), min(40, classes - 1)})
+    k = min(5, classes - 1)
+    several = sorted({1, k, min(40, classes - 1)})
     share = [1.0 / len(several)] * len(several)
-    return [
-        (extras, ([min(5, classes - 1)], [1.0], 0.0, 5, 1.0)),
-        (extras, ([min(5, classes - 1)], [1.0], 1e-6, 5, 1.0)),
-        (extras, (several, share, 1e-6, 6, 2.0)),
+    calls = [
+        Options([k], [1.0], 0.0, 5, 1.0),
+        Options([k], [1.0], 1e-6, 5, 1.0),
+        Options(several, share, 1e-6, 6, 2.0),
     ]
+    return [((margins, seeds), options) for options in calls]

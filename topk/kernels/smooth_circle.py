@@ -20,7 +20,7 @@ from topk.kernels.smooth_sift import tile_of
 from topk.kernels.smooth_tilt import signed_odds
 
 NODES = tl.constexpr(32)
-"""Room for the nodes of a row: at most 23 are in use, the one at 0 included."""
+"""Lanes for the nodes of a row: at most 23 are in use, the one at 0 included."""
 
 SPREAD = tl.constexpr(8.0)
 """The variance of S from which on a Chebyshev series serves both sides of P = 1/2."""

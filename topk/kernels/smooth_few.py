@@ -24,7 +24,6 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    Options,
     SavedShape,
     aligned,
     by_group,
@@ -43,6 +42,7 @@ from topk.kernels.common import (
     tile_of_program,
     without,
 )
+from topk.losses.smooth import Options
 
 LARGEST = 6
 """The largest k that this serves: beyond, Newton's identities cancel too much in float32 sums."""
@@ -52,18 +52,18 @@ _TOGETHER = 128  # rows of a program of the second kernel
 
 def saved(rows: int, ks: list[int]) -> tuple[SavedShape, ...]:
     """For every k the k-th score and k coefficients; the kept classes and y (-1: none), and their slopes."""
-    width = max(ks) + 1
+    width = ks[-1] + 1
     return ((rows, len(ks) + sum(ks)), None), ((rows, width), torch.int32), ((rows, width), None)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, weights, tau, margin = options
+    ks = options.ks
     rows, classes = scores.shape
-    count, total = max(ks), sum(ks)
+    count, total = ks[-1], sum(ks)
     table, places, slopes = common.allocate(scores, saved(rows, ks))
     loss = scores.new_empty(rows, dtype=torch.float32)
     read = scores.new_empty((rows, 1 + count + total), dtype=torch.float32)  # y's score, the largest, the power sums
@@ -79,7 +79,7 @@ def forward(scores: Tensor, target: Tensor, ignore_index: int, options: Options)
         classes,
         *scores.stride(),
         ignore_index,
-        float(tau),
+        float(options.tau),
         KS=tuple(ks),
         TOTAL=total,
         COUNT=count,
@@ -97,11 +97,11 @@ def forward(scores: Tensor, target: Tensor, ignore_index: int, options: Options)
         rows,
         classes,
         ignore_index,
-        float(tau),
-        float(margin),
+        float(options.tau),
+        float(options.margin),
         KS=tuple(ks),
         STARTS=tuple(accumulate(ks, initial=0)),
-        WEIGHTS=tuple(weights),
+        WEIGHTS=tuple(options.weights),
         COUNT=count,
         ROWS=_TOGETHER,
         warps=_TOGETHER // 32,
@@ -458,10 +458,10 @@ def _loaded(pointers, mask, COUNT: tl.constexpr):
 
 
 def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, saved: tuple[Tensor, ...], ignore_index: int, options: Options
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: tuple[Tensor, ...]
 ) -> Tensor:
     """grad * d loss / d scores."""
-    ks, _, tau, _ = options
+    ks = options.ks
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)
@@ -478,11 +478,11 @@ def backward(
         *scores.stride(),
         grad.stride(0),
         ignore_index,
-        float(tau),
+        float(options.tau),
         KS=tuple(ks),
         STARTS=tuple(accumulate(ks, initial=0)),
-        COUNT=max(ks) + 1,
-        **common.tile_constants(tiling, scores, max(ks) + 1),
+        COUNT=ks[-1] + 1,
+        **common.tile_constants(tiling, scores, ks[-1] + 1),
     )
     return result
 
