@@ -349,21 +349,10 @@ def take(kept, kept_classes, last, last_class, scores, classes, ALIGN: tl.conste
 
 @triton.jit
 def scan(
-    starts,
-    class_stride,
-    classes,
-    used,
-    left_out,
-    origin,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ALIGN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-    REST: tl.constexpr,
-):
+    starts, class_stride, classes, used, left_out, origin,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, ALIGN: tl.constexpr,
+    GROUPS: tl.constexpr, STREAMS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """One read of the rows that start at `starts`, whose NaNs count as +inf. Returns five things:
 
     best, found (ROWS, LANES): the COUNT largest scores, descending, without the class `left_out` (None: with all), and

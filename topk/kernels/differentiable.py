@@ -86,46 +86,21 @@ def _select(
     rows, classes = scores.shape
     tiling = common.whole_rows(classes)
     common.launch(
-        _selected,
-        tiling.programs(rows),
-        scores,
-        target,
-        values,
-        places,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        KEPT=options.kept,
-        COUNT=max(1, options.kept - 1),
-        OVER_ALL=over_all(options, classes),
+        _selected, tiling.programs(rows),
+        scores, target, values, places, field,
+        rows, classes, *scores.stride(), ignore_index,
+        KEPT=options.kept, COUNT=max(1, options.kept - 1), OVER_ALL=over_all(options, classes),
         **common.whole_row_constants(tiling, scores, options.kept),
-    )
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _selected(
-    scores_ptr,
-    target_ptr,
-    values_ptr,
-    places_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    KEPT: tl.constexpr,
-    COUNT: tl.constexpr,
-    OVER_ALL: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    scores_ptr, target_ptr, values_ptr, places_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index,
+    KEPT: tl.constexpr, COUNT: tl.constexpr, OVER_ALL: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STREAMS: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -173,39 +148,14 @@ def _sort(
     lanes = common.lanes(kept)
     together = max(1, _TILE // lanes)
     common.launch(
-        _sorted,
-        triton.cdiv(rows, together),
-        values,
-        target,
-        table,
-        hit,
-        pulls,
-        loss,
-        slopes,
-        field,
-        rows,
-        classes,
-        *values.stride(),
-        ignore_index,
-        float(options.inverse_temperature),
-        float(options.art_lambda),
-        KEPT=kept,
-        WIRES=lanes,
-        ROWS=together,
-        SELECTED=kept < classes,
-        METHOD=method,
-        DISTRIBUTION=options.distribution,
-        SHARES=parts.shares,
-        LAYERS=layers,
-        MEMORY=common.lanes(layers),
-        FIRST=float(parts.first),
-        REST=float(parts.rest),
-        SURE=float(parts.sure),
-        TOP1=options.top1,
-        OVER_ALL=over_all(options, classes),
-        SLOPES=options.slopes,
-        warps=max(1, min(4, together * lanes // 32)),
-    )
+        _sorted, triton.cdiv(rows, together),
+        values, target, table, hit, pulls, loss, slopes, field,
+        rows, classes, *values.stride(), ignore_index, float(options.inverse_temperature), float(options.art_lambda),
+        KEPT=kept, WIRES=lanes, ROWS=together, SELECTED=kept < classes, METHOD=method,
+        DISTRIBUTION=options.distribution, SHARES=parts.shares, LAYERS=layers, MEMORY=common.lanes(layers),
+        FIRST=float(parts.first), REST=float(parts.rest), SURE=float(parts.sure), TOP1=options.top1,
+        OVER_ALL=over_all(options, classes), SLOPES=options.slopes, warps=max(1, min(4, together * lanes // 32)),
+    )  # fmt: skip
 
 
 def _how(options: Options, shares: tuple[float, ...], device: torch.device) -> tuple[str, int, Tensor | None]:
@@ -254,37 +204,12 @@ def _hit_of_torch(
 
 @triton.jit(do_not_specialize=["rows"])
 def _sorted(
-    values_ptr,
-    target_ptr,
-    table_ptr,
-    hit_ptr,
-    pulls_ptr,
-    loss_ptr,
-    slopes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    wire_stride,
-    ignore_index,
-    beta,
-    art_lambda,
-    KEPT: tl.constexpr,
-    WIRES: tl.constexpr,
-    ROWS: tl.constexpr,
-    SELECTED: tl.constexpr,
-    METHOD: tl.constexpr,
-    DISTRIBUTION: tl.constexpr,
-    SHARES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    MEMORY: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
-    SURE: tl.constexpr,
-    TOP1: tl.constexpr,
-    OVER_ALL: tl.constexpr,
-    SLOPES: tl.constexpr,
-):
+    values_ptr, target_ptr, table_ptr, hit_ptr, pulls_ptr, loss_ptr, slopes_ptr, field_ptr,
+    rows, classes, row_stride, wire_stride, ignore_index, beta, art_lambda,
+    KEPT: tl.constexpr, WIRES: tl.constexpr, ROWS: tl.constexpr, SELECTED: tl.constexpr, METHOD: tl.constexpr,
+    DISTRIBUTION: tl.constexpr, SHARES: tl.constexpr, LAYERS: tl.constexpr, MEMORY: tl.constexpr, FIRST: tl.constexpr,
+    REST: tl.constexpr, SURE: tl.constexpr, TOP1: tl.constexpr, OVER_ALL: tl.constexpr, SLOPES: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
@@ -365,20 +290,10 @@ def _sorted(
 
 @triton.jit
 def _network(
-    x,
-    own,
-    table_ptr,
-    wires,
-    beta,
-    art_lambda,
-    KEPT: tl.constexpr,
-    WIRES: tl.constexpr,
-    DISTRIBUTION: tl.constexpr,
-    SHARES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    MEMORY: tl.constexpr,
-    SLOPES: tl.constexpr,
-):
+    x, own, table_ptr, wires, beta, art_lambda,
+    KEPT: tl.constexpr, WIRES: tl.constexpr, DISTRIBUTION: tl.constexpr, SHARES: tl.constexpr, LAYERS: tl.constexpr,
+    MEMORY: tl.constexpr, SLOPES: tl.constexpr,
+):  # fmt: skip
     """The hit (ROWS,) and its slopes (ROWS, WIRES).
 
     A wire of a comparator takes p of itself and c of its partner, p + c = 1, values and distribution alike. Backwards

@@ -52,55 +52,24 @@ def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int)
     depth = _depth(options)
     tiling = common.whole_rows(classes)
     common.launch(
-        _forward,
-        tiling.programs(rows),
-        scores,
-        target.contiguous(),
-        loss,
-        places,
-        slopes,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(options.margin),
-        TERMS=len(options.ks),
-        KS=tuple(options.ks),
-        WEIGHTS=tuple(options.weights),
-        VARIANT=options.variant,
+        _forward, tiling.programs(rows),
+        scores, target.contiguous(), loss, places, slopes, field,
+        rows, classes, *scores.stride(), ignore_index, float(options.margin),
+        TERMS=len(options.ks), KS=tuple(options.ks), WEIGHTS=tuple(options.weights), VARIANT=options.variant,
         COUNT=depth,
         **common.whole_row_constants(tiling, scores, depth + 1),
-    )
+    )  # fmt: skip
     return loss, places, slopes, field
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
-    scores_ptr,
-    target_ptr,
-    loss_ptr,
-    places_ptr,
-    slopes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    margin,
-    TERMS: tl.constexpr,
-    KS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    VARIANT: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    scores_ptr, target_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index, margin,
+    TERMS: tl.constexpr, KS: tl.constexpr, WEIGHTS: tl.constexpr, VARIANT: tl.constexpr, COUNT: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr, GROUPS: tl.constexpr,
     ALIGN: tl.constexpr,
-):
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)

@@ -98,34 +98,14 @@ def forward(
     loss = scores.new_empty(rows, dtype=torch.float32)
     cut = _cut(classes)
     common.launch(
-        _forward,
-        rows,
-        scores,
-        target.contiguous(),
-        margins,
-        seeds.contiguous(),
-        loss,
-        slopes,
-        kept,
-        classes,
-        *scores.stride(),
-        margins.stride(0),
-        max(1, rows // seeds.shape[0]),
-        ignore_index,
-        float(options.epsilon),
-        draws // 4,
-        KS=tuple(ks),
-        RATES=tuple(float(options.scale * weight) for weight in options.weights),
-        PLACES=common.lanes(len(ks)),
-        COUNT=ks[-1] + 1,
-        LANES=common.lanes(ks[-1] + 1),
-        DRAWS=draws,
-        NOISY=options.epsilon > 0,
-        SIZE=cut.size,
-        GROUPS=cut.groups,
-        STREAMS=cut.streams,
-        warps=cut.warps,
-    )
+        _forward, rows,
+        scores, target.contiguous(), margins, seeds.contiguous(), loss, slopes, kept,
+        classes, *scores.stride(), margins.stride(0), max(1, rows // seeds.shape[0]), ignore_index,
+        float(options.epsilon), draws // 4,
+        KS=tuple(ks), RATES=tuple(float(options.scale * weight) for weight in options.weights),
+        PLACES=common.lanes(len(ks)), COUNT=ks[-1] + 1, LANES=common.lanes(ks[-1] + 1), DRAWS=draws,
+        NOISY=options.epsilon > 0, SIZE=cut.size, GROUPS=cut.groups, STREAMS=cut.streams, warps=cut.warps,
+    )  # fmt: skip
     return loss, slopes, kept
 
 
@@ -133,32 +113,11 @@ def forward(
 # neighbouring columns, four or eight at a time, and spread a group over several threads.
 @triton.jit(do_not_specialize=["row_stride"])
 def _forward(
-    scores_ptr,
-    target_ptr,
-    margins_ptr,
-    seeds_ptr,
-    loss_ptr,
-    slopes_ptr,
-    kept_ptr,
-    classes,
-    row_stride,
-    class_stride,
-    margin_stride,
-    rows_a_seed,
-    ignore_index,
-    epsilon,
-    fours,
-    KS: tl.constexpr,
-    RATES: tl.constexpr,
-    PLACES: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    DRAWS: tl.constexpr,
-    NOISY: tl.constexpr,
-    SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    scores_ptr, target_ptr, margins_ptr, seeds_ptr, loss_ptr, slopes_ptr, kept_ptr,
+    classes, row_stride, class_stride, margin_stride, rows_a_seed, ignore_index, epsilon, fours,
+    KS: tl.constexpr, RATES: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+    DRAWS: tl.constexpr, NOISY: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target, used, wrong = row_states(target_ptr, row, row + 1, classes, ignore_index)
     places = tl.arange(0, PLACES)
@@ -220,28 +179,10 @@ def _tile(start, first, classes, class_stride, centre, SIZE: tl.constexpr, GROUP
 
 @triton.jit
 def _samples(
-    start,
-    x,
-    columns,
-    classes,
-    class_stride,
-    centre,
-    seed,
-    counter,
-    four,
-    epsilon,
-    kept,
-    KS: tl.constexpr,
-    PLACES: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    DRAWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NOISY: tl.constexpr,
-    SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    start, x, columns, classes, class_stride, centre, seed, counter, four, epsilon, kept,
+    KS: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, DRAWS: tl.constexpr,
+    WIDTH: tl.constexpr, NOISY: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     """Stores the classes that are (k + 1)-th in up to four samples; the sums of their noised scores, and `bad`."""
     bad = tl.zeros((), tl.int32)
     if STREAMS:
@@ -377,21 +318,10 @@ def _class_at(noised, columns, level, ties):
 
 @triton.jit
 def _streamed(
-    start,
-    classes,
-    class_stride,
-    centre,
-    seed,
-    counter,
-    four,
-    epsilon,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NOISY: tl.constexpr,
-    SIZE: tl.constexpr,
+    start, classes, class_stride, centre, seed, counter, four, epsilon,
+    COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, NOISY: tl.constexpr, SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
-):
+):  # fmt: skip
     """The COUNT largest noised scores of every sample (WIDTH, LANES), their classes, and 1 for NaN or +inf."""
     kept, kept_classes, last, last_class = nothing_kept(WIDTH, COUNT, LANES)
     bad = tl.zeros((), tl.int32)
@@ -433,49 +363,20 @@ def backward(
     together = max(1, _CHUNK // lanes)
     target = target.contiguous()
     common.launch(
-        _added_up,
-        triton.cdiv(rows, together),
-        scores,
-        target,
-        slopes,
-        kept,
-        places,
-        pushes,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        ENTRIES=entries,
-        KS=kept.shape[2],
-        LANES=lanes,
-        CHUNK=_CHUNK,
-        ROWS=together,
-        warps=1,
-    )
+        _added_up, triton.cdiv(rows, together),
+        scores, target, slopes, kept, places, pushes, field,
+        rows, classes, *scores.stride(), ignore_index,
+        ENTRIES=entries, KS=kept.shape[2], LANES=lanes, CHUNK=_CHUNK, ROWS=together, warps=1,
+    )  # fmt: skip
     return patched_exponentials(grad, scores, target, places, pushes, field, ignore_index, reads=False)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _added_up(
-    scores_ptr,
-    target_ptr,
-    slopes_ptr,
-    kept_ptr,
-    places_ptr,
-    pushes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    ENTRIES: tl.constexpr,
-    KS: tl.constexpr,
-    LANES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    scores_ptr, target_ptr, slopes_ptr, kept_ptr, places_ptr, pushes_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index,
+    ENTRIES: tl.constexpr, KS: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """The row's slopes, each class once: what the draws push up, and in the last entry the target."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target, used, _ = row_states(target_ptr, row, rows, classes, ignore_index)

@@ -46,49 +46,22 @@ def patched_exponentials(
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)
     common.launch(
-        _patched,
-        tiling.programs(rows) * common.tiles(classes, tiling),
-        grad,
-        scores,
-        target.contiguous(),
-        places,
-        slopes,
-        field,
-        result,
-        rows,
-        classes,
-        *scores.stride(),
-        grad.stride(0),
-        ignore_index,
-        COUNT=places.shape[1],
-        READS=reads,
+        _patched, tiling.programs(rows) * common.tiles(classes, tiling),
+        grad, scores, target.contiguous(), places, slopes, field, result,
+        rows, classes, *scores.stride(), grad.stride(0), ignore_index,
+        COUNT=places.shape[1], READS=reads,
         **common.tile_constants(tiling, scores, places.shape[1]),
-    )
+    )  # fmt: skip
     return result
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _patched(
-    grad_ptr,
-    scores_ptr,
-    target_ptr,
-    places_ptr,
-    slopes_ptr,
-    field_ptr,
-    result_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    grad_stride,
-    ignore_index,
-    COUNT: tl.constexpr,
-    READS: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_ptr, scores_ptr, target_ptr, places_ptr, slopes_ptr, field_ptr, result_ptr,
+    rows, classes, row_stride, class_stride, grad_stride, ignore_index,
+    COUNT: tl.constexpr, READS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
-):
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row, start = tile_of_program(classes, ROWS, BLOCK)
     inside = row < rows

@@ -68,28 +68,13 @@ def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int)
     loss = scores.new_empty(rows, dtype=torch.float32)
     tiling = _smaller(common.whole_rows(classes), scores, ks[-1])
     common.launch(
-        _forward,
-        tiling.programs(rows),
-        scores,
-        target,
-        loss,
-        table,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(options.tau),
-        float(options.margin),
-        KS=tuple(ks),
-        WEIGHTS=tuple(options.weights),
-        KEEP=_kept(ks[-1]) if _sifts(tiling, ks[-1]) else 0,
-        LANES=8 * triton.next_power_of_2(len(ks)),
-        ROWS=tiling.rows,
-        BLOCK=tiling.block,
-        STREAMS=tiling.streams,
-        ALIGN=common.alignment(scores),
-        warps=tiling.warps,
-    )
+        _forward, tiling.programs(rows),
+        scores, target, loss, table,
+        rows, classes, *scores.stride(), ignore_index, float(options.tau), float(options.margin),
+        KS=tuple(ks), WEIGHTS=tuple(options.weights), KEEP=_kept(ks[-1]) if _sifts(tiling, ks[-1]) else 0,
+        LANES=8 * triton.next_power_of_2(len(ks)), ROWS=tiling.rows, BLOCK=tiling.block, STREAMS=tiling.streams,
+        ALIGN=common.alignment(scores), warps=tiling.warps,
+    )  # fmt: skip
     return loss, table
 
 
@@ -125,22 +110,10 @@ def _forward(
     target_ptr,  # (rows,)
     loss_ptr,  # (rows,), written
     table_ptr,  # (rows, len(KS) * _RECORD + 1), written
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    tau,
-    margin,
-    KS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    KEEP: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, ignore_index, tau, margin,
+    KS: tl.constexpr, WEIGHTS: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STREAMS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -178,22 +151,9 @@ def _forward(
         else:
             average = (total / tl.maximum(possible, 1).to(tl.float32) - center) * rate
         shift, variance, signed, heads = balance(
-            x,
-            source,
-            center,
-            spread,
-            rate,
-            possible,
-            average,
-            limit,
-            rest,
-            lanes % 8,
-            live,
-            k,
-            ROWS,
-            BLOCK,
+            x, source, center, spread, rate, possible, average, limit, rest, lanes % 8, live, k, ROWS, BLOCK,
             reads_again,
-        )
+        )  # fmt: skip
         real, imag, heads, circle, count = nodes_of(
             signed, heads, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS
         )
@@ -228,25 +188,11 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, options: Options, ign
     if tiling.rows > 8:  # of more rows the coefficients would not fit the registers
         tiling = replace(tiling, rows=8, warps=max(1, 8 * tiling.block // 512))
     common.launch(
-        _backward,
-        tiling.programs(rows) * common.tiles(classes, tiling),
-        grad,
-        scores,
-        target,
-        *saved,
-        result,
-        rows,
-        classes,
-        *scores.stride(),
-        grad.stride(0),
-        ignore_index,
-        float(options.tau),
-        KS=tuple(options.ks),
-        ROWS=tiling.rows,
-        BLOCK=tiling.block,
-        ALIGN=common.alignment(scores),
-        warps=tiling.warps,
-    )
+        _backward, tiling.programs(rows) * common.tiles(classes, tiling),
+        grad, scores, target, *saved, result,
+        rows, classes, *scores.stride(), grad.stride(0), ignore_index, float(options.tau),
+        KS=tuple(options.ks), ROWS=tiling.rows, BLOCK=tiling.block, ALIGN=common.alignment(scores), warps=tiling.warps,
+    )  # fmt: skip
     return result
 
 
@@ -257,18 +203,9 @@ def _backward(
     target_ptr,  # (rows,)
     table_ptr,  # (rows, len(KS) * _RECORD + 1)
     result_ptr,  # (rows, classes), written
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    grad_stride,
-    ignore_index,
-    tau,
-    KS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, grad_stride, ignore_index, tau,
+    KS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row, start = tile_of_program(classes, ROWS, BLOCK)
     columns = start + tl.arange(0, BLOCK)

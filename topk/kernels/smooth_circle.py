@@ -92,10 +92,8 @@ def nodes_of(
     variance,
     rate,
     k,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     """The product less 1 of the factors 1 + q (e^{it} - 1) at the nodes, real and imaginary parts (ROWS, NODES), and
     the heads (ROWS,), P > 1/2. A head has -t in the place of t.
     """

@@ -69,43 +69,19 @@ def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int)
     read = scores.new_empty((rows, 1 + count + total), dtype=torch.float32)  # y's score, the largest, the power sums
     tiling = common.whole_rows(classes)
     common.launch(
-        _read,
-        tiling.programs(rows),
-        scores,
-        target,
-        read,
-        places,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(options.tau),
-        KS=tuple(ks),
-        TOTAL=total,
-        COUNT=count,
+        _read, tiling.programs(rows),
+        scores, target, read, places,
+        rows, classes, *scores.stride(), ignore_index, float(options.tau),
+        KS=tuple(ks), TOTAL=total, COUNT=count,
         **common.whole_row_constants(tiling, scores, count),
-    )
+    )  # fmt: skip
     common.launch(
-        _finish,
-        triton.cdiv(rows, _TOGETHER),
-        read,
-        target,
-        loss,
-        table,
-        places,
-        slopes,
-        rows,
-        classes,
-        ignore_index,
-        float(options.tau),
-        float(options.margin),
-        KS=tuple(ks),
-        STARTS=tuple(accumulate(ks, initial=0)),
-        WEIGHTS=tuple(options.weights),
-        COUNT=count,
-        ROWS=_TOGETHER,
-        warps=_TOGETHER // 32,
-    )
+        _finish, triton.cdiv(rows, _TOGETHER),
+        read, target, loss, table, places, slopes,
+        rows, classes, ignore_index, float(options.tau), float(options.margin),
+        KS=tuple(ks), STARTS=tuple(accumulate(ks, initial=0)), WEIGHTS=tuple(options.weights), COUNT=count,
+        ROWS=_TOGETHER, warps=_TOGETHER // 32,
+    )  # fmt: skip
     return loss, table, places, slopes
 
 
@@ -115,22 +91,10 @@ def _read(
     target_ptr,  # (rows,)
     read_ptr,  # (rows, 1 + COUNT + TOTAL), written
     places_ptr,  # (rows, COUNT + 1), written but for the last column
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    tau,
-    KS: tl.constexpr,
-    TOTAL: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, ignore_index, tau,
+    KS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STREAMS: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -248,17 +212,9 @@ def _finish(
     table_ptr,  # (rows, len(KS) + sum of KS), written
     places_ptr,  # (rows, COUNT + 1), its last column written
     slopes_ptr,  # (rows, COUNT + 1), written
-    rows,
-    classes,
-    ignore_index,
-    tau,
-    margin,
-    KS: tl.constexpr,
-    STARTS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    COUNT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    rows, classes, ignore_index, tau, margin,
+    KS: tl.constexpr, STARTS: tl.constexpr, WEIGHTS: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
@@ -466,24 +422,12 @@ def backward(
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)
     common.launch(
-        _backward,
-        tiling.programs(rows) * common.tiles(classes, tiling),
-        grad,
-        scores,
-        target,
-        *saved,
-        result,
-        rows,
-        classes,
-        *scores.stride(),
-        grad.stride(0),
-        ignore_index,
-        float(options.tau),
-        KS=tuple(ks),
-        STARTS=tuple(accumulate(ks, initial=0)),
-        COUNT=ks[-1] + 1,
+        _backward, tiling.programs(rows) * common.tiles(classes, tiling),
+        grad, scores, target, *saved, result,
+        rows, classes, *scores.stride(), grad.stride(0), ignore_index, float(options.tau),
+        KS=tuple(ks), STARTS=tuple(accumulate(ks, initial=0)), COUNT=ks[-1] + 1,
         **common.tile_constants(tiling, scores, ks[-1] + 1),
-    )
+    )  # fmt: skip
     return result
 
 
@@ -496,21 +440,10 @@ def _backward(
     places_ptr,  # (rows, COUNT)
     slopes_ptr,  # (rows, COUNT)
     result_ptr,  # (rows, classes), written
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    grad_stride,
-    ignore_index,
-    tau,
-    KS: tl.constexpr,
-    STARTS: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, grad_stride, ignore_index, tau,
+    KS: tl.constexpr, STARTS: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row, start = tile_of_program(classes, ROWS, BLOCK)
     columns = start + tl.arange(0, BLOCK)

@@ -50,61 +50,24 @@ def forward(
     given = loss if a is None else a.to(torch.float32).contiguous()  # `loss`: anything, since it is not read
     tiling = common.whole_rows(classes)
     common.launch(
-        _forward,
-        tiling.programs(rows),
-        scores,
-        target.contiguous(),
-        given,
-        loss,
-        places,
-        slopes,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(options.width),
-        float(options.label_smoothing),
-        TERMS=len(ks),
-        KS=tuple(ks),
-        WEIGHTS=tuple(options.weights),
-        GIVEN=a is not None,
-        SMOOTHED=options.label_smoothing > 0.0,
-        COUNT=ks[-1] + 1,
+        _forward, tiling.programs(rows),
+        scores, target.contiguous(), given, loss, places, slopes, field,
+        rows, classes, *scores.stride(), ignore_index, float(options.width), float(options.label_smoothing),
+        TERMS=len(ks), KS=tuple(ks), WEIGHTS=tuple(options.weights), GIVEN=a is not None,
+        SMOOTHED=options.label_smoothing > 0.0, COUNT=ks[-1] + 1,
         **common.whole_row_constants(tiling, scores, ks[-1] + 1),
-    )
+    )  # fmt: skip
     return loss, places, slopes, field
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
-    scores_ptr,
-    target_ptr,
-    given_ptr,
-    loss_ptr,
-    places_ptr,
-    slopes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    width,
-    smoothing,
-    TERMS: tl.constexpr,
-    KS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GIVEN: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    scores_ptr, target_ptr, given_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index, width, smoothing,
+    TERMS: tl.constexpr, KS: tl.constexpr, WEIGHTS: tl.constexpr, GIVEN: tl.constexpr, SMOOTHED: tl.constexpr,
+    COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
+    GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
