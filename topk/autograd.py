@@ -309,64 +309,35 @@ def _call_of(name: str, others: str, numbers: list[float], ignore_index: int) ->
 
 @torch.library.custom_op("topk::kernel_loss", mutates_args=())
 def _kernel_loss(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-) -> list[Tensor]:
+    name: str, others: str, numbers: list[float], ignore_index: int,
+    scores: Tensor, target: Tensor, tensors: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """The loss of every row and what `kernel_gradient` needs."""
     loss, _, *saved = _value(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
     return [loss, *saved]
 
 
 @_kernel_loss.register_fake
-def _(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-) -> list[Tensor]:
-    call = _call_of(name, others, numbers, ignore_index)
-    shapes = kernels.of(name).saved(*scores.shape, call.options)
+def _(*inputs: Any) -> list[Tensor]:
+    *call, scores, _, _ = inputs
+    shapes = kernels.of(call[0]).saved(*scores.shape, _call_of(*call).options)
     saved = [scores.new_empty(shape, dtype=dtype or torch.float32) for shape, dtype in shapes]
     return [scores.new_empty(scores.shape[:1], dtype=torch.float32), *saved]
 
 
 @torch.library.custom_op("topk::kernel_gradient", mutates_args=())
 def _kernel_gradient(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-    saved: list[Tensor],
-) -> Tensor:
+    name: str, others: str, numbers: list[float], ignore_index: int,
+    grad: Tensor, scores: Tensor, target: Tensor, tensors: list[Tensor], saved: list[Tensor],
+) -> Tensor:  # fmt: skip
     """The gradient of sum(grad * loss)."""
     call = _call_of(name, others, numbers, ignore_index)
     return _gradient(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
 
 
 @_kernel_gradient.register_fake
-def _(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-    saved: list[Tensor],
-) -> Tensor:
+def _(*inputs: Any) -> Tensor:
+    scores = inputs[-4]
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 

@@ -164,14 +164,28 @@ def store_tile(starts, columns, classes, inside, values):
 
 
 @triton.jit
-def patch_tile(starts, start, places, values, inside, BLOCK: tl.constexpr):
-    """Overwrites single elements of the tile just stored, which begins at column `start`.
+def patch_tile(
+    results, start, places_ptr, slopes_ptr, grad, row, used,
+    COUNT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Overwrites single elements of the tile just stored, which begins at column `start`, by grad * slope.
 
-    places (ROWS, LANES) may be negative for nothing, and must not repeat within a row.
+    places (rows, COUNT) may be negative for nothing, and must not repeat within a row; slopes (rows, COUNT).
     """
+    lanes = tl.arange(0, LANES)[None, :]
+    kept = used[:, None] & (lanes < COUNT)
+    offsets = row.to(tl.int64)[:, None] * COUNT + lanes
+    places = tl.load(places_ptr + offsets, mask=kept, other=-1)
+    values = product(grad[:, None], tl.load(slopes_ptr + offsets, mask=kept, other=0.0))
     tl.debug_barrier()  # the tile was written by other threads of this program
-    here = inside[:, None] & (places >= start) & (places < start + BLOCK)
-    tl.store(starts[:, None] + places, values.to(starts.dtype.element_ty), mask=here)
+    here = used[:, None] & (places >= start) & (places < start + BLOCK)
+    tl.store(results[:, None] + places, values.to(results.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def product(grad, slopes):
+    """grad * slopes, and 0 for a slope of 0: a loss that a score does not move asks nothing of it."""
+    return tl.where(slopes == 0.0, 0.0, grad * slopes)
 
 
 @triton.jit
@@ -390,7 +404,7 @@ def scan(
                     fade = tl.exp(tl.minimum(shift - finite_or_zero(t), 0.0))
                     shift = finite_or_zero(t)
                     outside *= fade[:, None]
-                    rest = rest * fade + _exponentials_up_to(score_of(before), t) - _ties(score_of(kept), t)
+                    rest = rest * fade + _exponentials_up_to(score_of(before), t) - ties(score_of(kept), t)
             if REST:
                 below = tl.where(x <= t[:, None], x - shift[:, None], float("-inf"))
                 outside += _sum_by_group(exponential(below), ALIGN, GROUPS)
@@ -437,6 +451,6 @@ def _exponentials_up_to(scores, t):
 
 
 @triton.jit
-def _ties(scores, t):
+def ties(scores, t):
     """How many of the scores kept are t, above -inf: their share of `_exponentials_up_to`."""
     return tl.sum(((scores == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)

@@ -19,6 +19,7 @@ from topk.kernels.common import (
     exponential,
     load_tile,
     patch_tile,
+    product,
     row_pointers,
     row_states,
     store_tile,
@@ -68,7 +69,7 @@ def _patched(
     _, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     grad = tl.load(grad_ptr + row.to(tl.int64) * grad_stride, mask=used, other=0.0).to(tl.float32)
     at = field_ptr + row.to(tl.int64) * 3
-    scale = tl.where(wrong, float("nan"), _product(grad, tl.load(at + 1, mask=used, other=0.0)))
+    scale = tl.where(wrong, float("nan"), product(grad, tl.load(at + 1, mask=used, other=0.0)))
 
     columns = start + tl.arange(0, BLOCK)
     if READS:
@@ -81,16 +82,4 @@ def _patched(
         slopes = tl.broadcast_to(scale[:, None], (ROWS, BLOCK))
     results = row_pointers(result_ptr, row, classes)
     store_tile(results, columns, classes, inside, slopes)
-
-    lanes = tl.arange(0, LANES)[None, :]
-    kept = used[:, None] & (lanes < COUNT)
-    offsets = row.to(tl.int64)[:, None] * COUNT + lanes
-    places = tl.load(places_ptr + offsets, mask=kept, other=-1)
-    patches = _product(grad[:, None], tl.load(slopes_ptr + offsets, mask=kept, other=0.0))
-    patch_tile(results, start, places, patches, used, BLOCK)
-
-
-@triton.jit
-def _product(grad, slopes):
-    """grad * slopes, and 0 for a slope of 0: a loss that a score does not move asks nothing of it."""
-    return tl.where(slopes == 0.0, 0.0, grad * slopes)
+    patch_tile(results, start, places_ptr, slopes_ptr, grad, row, used, COUNT, LANES, BLOCK)

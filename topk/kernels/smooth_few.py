@@ -39,6 +39,7 @@ from topk.kernels.common import (
     softplus,
     store_tile,
     take,
+    ties,
     tile_of_program,
     without,
 )
@@ -104,8 +105,8 @@ def _read(
 
     kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
     shift = tl.zeros((ROWS,), tl.float32)
-    sums = _zeros(TOTAL, ROWS, GROUPS)  # of the scores that were never kept
-    rest = _zeros(TOTAL, ROWS, 1)  # of those that were
+    sums = _zeros(tl.zeros((ROWS, GROUPS), tl.float32), TOTAL)  # of the scores that were never kept
+    rest = _zeros(tl.zeros((ROWS, 1), tl.float32), TOTAL)  # of those that were
     for start in range(0, classes if STREAMS else BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
@@ -125,8 +126,8 @@ def _read(
             sums = _faded(sums, fade, tau, KS)
             rest = _faded(rest, fade, tau, KS)
             rest = _added(rest, before, t, shift, tau, KS, 1, 1)
-            ties = tl.sum(((score_of(kept) == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)
-            rest = _less(rest, ties[:, None])  # the kept ones that are summed up here or in their tile
+            # Less the kept ones that are summed up here or in their tile.
+            rest = _less(rest, ties(score_of(kept), t)[:, None])
         sums = _added(sums, x, t, shift, tau, KS, ALIGN, GROUPS)
 
     best, found = in_order(kept, kept_classes, COUNT, LANES)
@@ -142,11 +143,12 @@ def _read(
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    zeros = ()
+def _zeros(like, COUNT: tl.constexpr):
+    """COUNT tensors of zeros."""
+    result = ()
     for _ in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros((ROWS, WIDTH), tl.float32),)
-    return zeros
+        result = result + (tl.zeros_like(like),)
+    return result
 
 
 @triton.jit
@@ -226,7 +228,7 @@ def _finish(
 
     loss = tl.zeros((ROWS,), tl.float32)
     pull = tl.zeros((ROWS,), tl.float32)
-    slopes = _nothing(mine, COUNT)
+    slopes = _zeros(mine, COUNT)
     table = table_ptr + row * (len(KS) + STARTS[len(KS)])
     for i in tl.static_range(len(KS)):
         sums = _loaded(record + 1 + COUNT + STARTS[i], used, KS[i])
@@ -359,7 +361,7 @@ def _with_slopes(slopes, odds, head, tail, series, up, down, K: tl.constexpr, CO
     behind = _left_out(tail, up, down, 1.0, K)
     result = ()
     for back in tl.static_range(K):
-        before = _multiplied(_one(tail[0], K), head, 0, K - 1 - back, K)
+        before = _multiplied((tl.zeros_like(tail[0]) + 1.0,) + _zeros(tail[0], K), head, 0, K - 1 - back, K)
         total = before[0] * behind[0]
         for m in tl.static_range(1, K):
             total += before[m] * behind[m]
@@ -382,23 +384,6 @@ def _one_more_behind(behind, trials, j: tl.constexpr, K: tl.constexpr):
         if m < K - 1:
             more += behind[m + 1] * trials[2 * j]
         result = result + (more,)
-    return result
-
-
-@triton.jit
-def _one(like, K: tl.constexpr):
-    """The polynomial 1, with K more coefficients."""
-    result = (tl.zeros_like(like) + 1.0,)
-    for _ in tl.static_range(K):
-        result = result + (tl.zeros_like(like),)
-    return result
-
-
-@triton.jit
-def _nothing(like, COUNT: tl.constexpr):
-    result = ()
-    for _ in tl.static_range(COUNT):
-        result = result + (tl.zeros_like(like),)
     return result
 
 
@@ -461,13 +446,7 @@ def _backward(
     slopes = tl.where(wrong[:, None], float("nan"), slopes)
     results = row_pointers(result_ptr, row, classes)
     store_tile(results, columns, classes, inside, slopes)
-
-    lanes = tl.arange(0, LANES)[None, :]
-    kept = used[:, None] & (lanes < COUNT)
-    offsets = row[:, None] * COUNT + lanes
-    places = tl.load(places_ptr + offsets, mask=kept, other=-1)
-    patches = grad[:, None] * tl.load(slopes_ptr + offsets, mask=kept, other=0.0)
-    patch_tile(results, start, places, patches, used, BLOCK)
+    patch_tile(results, start, places_ptr, slopes_ptr, grad, row, used, COUNT, LANES, BLOCK)
 
 
 @triton.jit
