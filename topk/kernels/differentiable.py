@@ -517,7 +517,7 @@ def backward(grad: Tensor, scores: Tensor, target: Tensor, options: Options, ign
     if options.kept == classes:
         places = torch.arange(classes, dtype=torch.int32, device=scores.device).repeat(rows, 1)
     reads = over_all(options, classes)
-    return patched_exponentials(grad, scores, target, places, slopes, field, ignore_index, reads=reads)
+    return patched_exponentials(grad, scores, target, ignore_index, (places, slopes, field), reads=reads)
 
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
