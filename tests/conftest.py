@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,16 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter prepares its language at every call of a device function, which the launch has done."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is not None:
+        monkeypatch.setattr(
+            interpreter.InterpretedFunction, "__call__", lambda self, *args, **kw: self.rewrite()(*args, **kw)
+        )
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

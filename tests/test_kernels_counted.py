@@ -99,20 +99,19 @@ def test_threads_hold_neighbouring_scores(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", ["smooth", "differentiable"])
-def test_compiling_takes_seconds(room: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["smooth", "differentiable"])
+def test_compiling_takes_seconds(name: str, tmp_path: Any) -> None:
     """Ten ks, and 32 scores sorted: what once took two minutes each."""
     script = f"""
 import json, resource, torch
 from topk.kernels import of, resources
-kernels, scores, target = of({room!r}), torch.zeros(64, 1000), torch.zeros(64, dtype=torch.int64)
-ks = list(range(1, 11))
-options = (ks, [0.1] * 10, 1.0, 1.0)
-if {room!r} == "differentiable":
-    options = ([5], [1.0], "odd_even", "cauchy", 1.0, 0.25, 32, "softmax", "kept", 50, 1e-6, True)
+kernels, scores, target = of({name!r}), torch.zeros(64, 1000), torch.zeros(64, dtype=torch.int64)
+options = kernels.Options(list(range(1, 11)), [0.1] * 10, 1.0, 1.0)
+if {name!r} == "differentiable":
+    options = kernels.Options([5], [1.0], kept=32, slopes=True)
 with resources.recorded_launches() as launches:
-    _, *saved = kernels.forward(scores, target, (), -100, options)
-    kernels.backward(torch.ones(64), scores, target, (), tuple(saved), -100, options)
+    _, *saved = kernels.forward(scores, target, options, -100)
+    kernels.backward(torch.ones(64), scores, target, options, -100, tuple(saved))
 for launch in launches:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     resources.compiled(launch, 90)

@@ -28,13 +28,11 @@ def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "STREAMED", 32)
 
 
-def run(
-    scores: Tensor, target: Tensor, seeds: Tensor, *options: Any, margins: Tensor | None = None
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def run(scores: Tensor, target: Tensor, seeds: Tensor, *options: Any) -> tuple[tuple[Tensor, ...], Tensor]:
     """Forward's results and the gradient, straight from the kernels."""
-    extras = (torch.ones(scores.shape[0]) if margins is None else margins, seeds)
-    loss, *saved = noised.forward(scores, target, extras, -100, options)
-    gradient = noised.backward(torch.ones_like(loss), scores, target, extras, tuple(saved), -100, options)
+    options, margins = Options(*options), torch.ones(scores.shape[0])
+    loss, *saved = noised.forward(scores, target, options, -100, margins, seeds)
+    gradient = noised.backward(torch.ones_like(loss), scores, target, options, -100, tuple(saved), margins, seeds)
     return (loss, *saved), gradient
 
 
@@ -217,9 +215,9 @@ def test_without_noise_against_the_torch_path(options: dict[str, Any]) -> None:
     compare(noised_topk_loss, random_scores(7, 33), torch.randint(33, (7,)), **WITHOUT_NOISE, **options)
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
-def test_special_rows(kind: torch.dtype) -> None:
-    compare_special_rows(noised_topk_loss, 12, kind, k={1: 0.5, 3: 0.5}, **WITHOUT_NOISE)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_special_rows(dtype: torch.dtype) -> None:
+    compare_special_rows(noised_topk_loss, 12, dtype, k={1: 0.5, 3: 0.5}, **WITHOUT_NOISE)
 
 
 def test_special_rows_in_streams(short_tiles: None) -> None:
@@ -295,9 +293,9 @@ def test_quadrature_has_no_kernel() -> None:
 def test_on_a_gpu_the_draws_are_those_of_the_torch_path(classes: int) -> None:
     """Both count their noise in the same way; a device's fast logarithm may swap a few almost equal scores."""
     scores, target = random_scores(40, classes).cuda(), torch.randint(classes, (40,)).cuda()
-    extras = (torch.ones(40, device="cuda"), torch.tensor([2**33 + 1], device="cuda"))
-    options = ([1, 5], [0.5, 0.5], 1.0, 7, 1.0)
-    loss, _, kept = noised.forward(scores, target, extras, -100, options)
-    losses, _, found = LOSS.forward(scores, target, Options(*options), *extras)
+    tensors = (torch.ones(40, device="cuda"), torch.tensor([2**33 + 1], device="cuda"))
+    options = Options([1, 5], [0.5, 0.5], 1.0, 7, 1.0)
+    loss, _, kept = noised.forward(scores, target, options, -100, *tensors)
+    losses, _, found = LOSS.forward(scores, target, options, *tensors)
     assert (kept == found).float().mean() > 0.995
     torch.testing.assert_close(loss, losses, rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from triton.runtime import interpreter
 from bench.trips import halving
 from topk import smooth_topk_loss
 from topk.kernels import common, smooth
+from topk.losses.smooth import Options
 from topk_lab.study.traffic import kernel_traffic
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
@@ -29,7 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_reductions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", halving)
 
 
@@ -43,10 +44,10 @@ def test_every_option(options: dict[str, Any]) -> None:
     compare(smooth_topk_loss, random_scores(5, 33), torch.randint(33, (5,)), **options)
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4]], ids=str)
-def test_special_rows(options: dict[str, Any], kind: torch.dtype) -> None:
-    compare_special_rows(smooth_topk_loss, 13, kind, **options)
+def test_special_rows(options: dict[str, Any], dtype: torch.dtype) -> None:
+    compare_special_rows(smooth_topk_loss, 13, dtype, **options)
 
 
 @pytest.mark.parametrize("options", [{"k": {2: 0.5, 4: 0.5}}, {"k": 9}, {"k": {2: 0.25, 8: 0.5, 12: 0.25}}], ids=str)
@@ -128,7 +129,7 @@ def test_scales_and_shapes(k: int, classes: int, scale: float) -> None:
 def test_both_series_are_in_use() -> None:
     """Scores far apart against kT leave few classes in doubt, scores close together many."""
     scores = torch.stack((random_scores(1, 200, scale=0.1)[0], random_scores(1, 200, scale=1000.0)[0]))
-    _, table = smooth.forward(scores, torch.tensor([3, 5]), (), -100, ([20], [1.0], 1.0, 1.0))
+    _, table = smooth.forward(scores, torch.tensor([3, 5]), Options([20], [1.0], 1.0, 1.0), -100)
     assert table[0, 2] < 0 < table[1, 2]
 
 

@@ -18,13 +18,12 @@ import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topk import compiled
+from topk import compiled, kernels
 from topk.arguments import IGNORED, WRONG, check_targets
 
 
@@ -89,11 +88,6 @@ class Call(NamedTuple):
     backend: str  # "torch", "compiled" or "triton"
     by_itself: bool = False  # whether the backend was chosen, not asked for
     ran: list[compiled.Pair] | None = None  # of "compiled": what forward used, unless it met what that cannot do
-
-    @property
-    def kernel(self) -> ModuleType:
-        """The file with the loss's Triton kernels; imports triton."""
-        return importlib.import_module(f"topk.kernels.{self.loss.name}")
 
 
 def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Tensor:
@@ -171,7 +165,8 @@ def _value(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ..
     """The loss of every row, the rows' states (raw targets where a kernel runs), and what backward needs."""
     if call.backend == "triton":
         target = target.to(torch.int64)
-        loss, *saved = call.kernel.forward(scores, target, tensors, call.ignore_index, call.options)
+        kernel = kernels.of(call.loss.name)
+        loss, *saved = kernel.forward(scores, target, call.options, call.ignore_index, *tensors)
         return loss, target.clone(), *saved
     state, all_used = check_targets(target, scores.shape[1], call.ignore_index)
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
@@ -197,7 +192,8 @@ def _gradient(
 ) -> Tensor:
     """The gradient of sum(grad * loss), in the type of the scores."""
     if call.backend == "triton":
-        gradient: Tensor = call.kernel.backward(grad, scores, state, tensors, saved, call.ignore_index, call.options)
+        kernel = kernels.of(call.loss.name)
+        gradient: Tensor = kernel.backward(grad, scores, state, call.options, call.ignore_index, saved, *tensors)
         return gradient
     all_used = state.is_cpu and state.numel() > 0 and int(state.min()) >= 0
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
@@ -349,64 +345,35 @@ def _call_of(name: str, others: str, numbers: list[float], ignore_index: int) ->
 
 @torch.library.custom_op("topk::kernel_loss", mutates_args=())
 def _kernel_loss(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-) -> list[Tensor]:
+    name: str, others: str, numbers: list[float], ignore_index: int,
+    scores: Tensor, target: Tensor, tensors: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """The loss of every row and what `kernel_gradient` needs."""
     loss, _, *saved = _value(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
     return [loss, *saved]
 
 
 @_kernel_loss.register_fake
-def _(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-) -> list[Tensor]:
-    call = _call_of(name, others, numbers, ignore_index)
-    shapes = call.kernel.saved(*scores.shape, call.options)
+def _(*inputs: Any) -> list[Tensor]:
+    *call, scores, _, _ = inputs
+    shapes = kernels.of(call[0]).saved(*scores.shape, _call_of(*call).options)
     saved = [scores.new_empty(shape, dtype=dtype or torch.float32) for shape, dtype in shapes]
     return [scores.new_empty(scores.shape[:1], dtype=torch.float32), *saved]
 
 
 @torch.library.custom_op("topk::kernel_gradient", mutates_args=())
 def _kernel_gradient(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-    saved: list[Tensor],
-) -> Tensor:
+    name: str, others: str, numbers: list[float], ignore_index: int,
+    grad: Tensor, scores: Tensor, target: Tensor, tensors: list[Tensor], saved: list[Tensor],
+) -> Tensor:  # fmt: skip
     """The gradient of sum(grad * loss)."""
     call = _call_of(name, others, numbers, ignore_index)
     return _gradient(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
 
 
 @_kernel_gradient.register_fake
-def _(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-    saved: list[Tensor],
-) -> Tensor:
+def _(*inputs: Any) -> Tensor:
+    scores = inputs[-4]
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 

@@ -1,6 +1,6 @@
-"""What the kernels take of a device: registers, spills and shared memory, told by the compiler with no device present.
+"""What the kernels take of a device: registers, spills and shared memory, as the compiler says with no device present.
 
-`python -m topk.kernels.resources transition hinge` compiles what the examples of these rooms launch and prints a line
+`python -m topk.kernels.resources transition hinge` compiles what the examples of these losses launch and prints a line
 of comma-separated values for each kernel; `--help` lists the choices.
 """
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from topk.kernels import NAMES, common, of
+from topk import kernels
+from topk.kernels import common
 
 _POINTERS = {
     torch.float64: "*fp64",
@@ -84,15 +85,15 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches_of(room: str, classes: int, kind: torch.dtype, rows: int = 64) -> list[Launch]:
-    """The different launches, forward and backward, that the room's examples make for such scores."""
-    kernels, device = of(room), torch.device("cpu")
-    scores = torch.zeros(rows, classes, dtype=kind)
+def launches_of(name: str, classes: int, dtype: torch.dtype, rows: int = 64) -> list[Launch]:
+    """The different launches, forward and backward, that the loss's examples make for such scores."""
+    loss = kernels.of(name)
+    scores = torch.zeros(rows, classes, dtype=dtype)
     target, grad = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     with recorded_launches() as launches:
-        for extras, options in kernels.examples(rows, classes, device):
-            _, *saved = kernels.forward(scores, target, extras, -100, options)
-            kernels.backward(grad, scores, target, extras, tuple(saved), -100, options)
+        for tensors, options in loss.examples(rows, classes, scores.device):
+            _, *saved = loss.forward(scores, target, options, -100, *tensors)
+            loss.backward(grad, scores, target, options, -100, tuple(saved), *tensors)
     different = {(launch.kernel, str(specialised(launch)), launch.warps): launch for launch in launches}
     return list(different.values())
 
@@ -108,10 +109,10 @@ def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
 def compiled(launch: Launch, capability: int) -> Resources:
     """What that takes of the device."""
     cubin, shared = machine_code(launch, capability)
-    told = tool("cuobjdump", cubin, "-res-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
+    usage = tool("cuobjdump", cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump told neither registers nor the stack, where spilled ones go: {told!r}")
+        raise RuntimeError(f"cuobjdump shows neither registers nor the stack, where spilled ones go: {usage!r}")
     return Resources(int(found[1]), int(found[2]), shared, 32 * launch.warps)
 
 
@@ -146,27 +147,27 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     return {name: signature.get(name, "constexpr") for name in launch.function.arg_names}, constants, attributes
 
 
-_KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-COLUMNS = "room,kernel,classes,type,capability,constants,registers,spilled,shared,threads"
+_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COLUMNS = "loss,kernel,classes,type,capability,constants,registers,spilled,shared,threads"
 
 
 def main() -> None:
     """The table, printed."""
     parser = argparse.ArgumentParser(prog="python -m topk.kernels.resources", description=__doc__)
-    parser.add_argument("rooms", nargs="*", default=NAMES, help=f"losses, of {', '.join(NAMES)}; all if none is named")
+    parser.add_argument("losses", nargs="*", default=kernels.NAMES, help="all if none is named")
     parser.add_argument("--classes", nargs="+", type=int, default=[1000, 20000])
-    parser.add_argument("--types", nargs="+", choices=_KINDS, default=["float32"])
+    parser.add_argument("--types", nargs="+", choices=_TYPES, default=["float32"])
     parser.add_argument("--capabilities", nargs="+", type=int, default=[90], help="90 for 9.0")
     chosen = parser.parse_args()
     print(COLUMNS)
-    for room in chosen.rooms:
+    for loss in chosen.losses:
         for classes in chosen.classes:
-            for kind in chosen.types:
-                for launch in launches_of(room, classes, _KINDS[kind]):
+            for dtype in chosen.types:
+                for launch in launches_of(loss, classes, _TYPES[dtype]):
                     constants = " ".join(f"{k}={v}".replace(", ", "/") for k, v in launch.constants.items())
                     for capability in chosen.capabilities:
                         r = compiled(launch, capability)
-                        line = (room, launch.kernel, classes, kind, capability, constants.replace(",", ""))
+                        line = (loss, launch.kernel, classes, dtype, capability, constants.replace(",", ""))
                         print(*line, r.registers, r.spilled, r.shared, r.threads, sep=",", flush=True)
 
 

@@ -20,7 +20,7 @@ from topk.kernels.smooth_sift import tile_of
 from topk.kernels.smooth_tilt import signed_odds
 
 NODES = tl.constexpr(32)
-"""Room for the nodes of a row: at most 23 are in use, the one at 0 included."""
+"""Lanes for the nodes of a row: at most 23 are in use, the one at 0 included."""
 
 SPREAD = tl.constexpr(8.0)
 """The variance of S from which on a Chebyshev series serves both sides of P = 1/2."""
@@ -92,10 +92,8 @@ def nodes_of(
     variance,
     rate,
     k,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     """The product less 1 of the factors 1 + q (e^{it} - 1) at the nodes, real and imaginary parts (ROWS, NODES), and
     the heads (ROWS,), P > 1/2. A head has -t in the place of t.
     """

@@ -118,10 +118,8 @@ def balance(
     lanes,
     live,
     k,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     """A shift of the log-odds at which the mean of S is within 1/4 of k - 1/2, and the variance there.
 
     Last, signed odds and heads at that shift, of `x` if that is the row.
