@@ -121,6 +121,11 @@ def test_equals_the_torch_path(loss: Case) -> None:
     assert found[1][2, 4] == 0
     again = value_and_gradient(loss, scores, target, backend="compiled")
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
+    leaf = scores.detach().requires_grad_()
+    torch.manual_seed(3)
+    value = loss(leaf, target, backend="compiled", reduction="sum")
+    for _ in range(2):  # backward leaves what forward saved as it is
+        assert torch.equal(torch.autograd.grad(value, leaf, retain_graph=True)[0], found[1])
     for place, broken in ((3, torch.nan), (4, torch.inf)):  # the ordinary way, and for this batch only
         scores[place, 11] = broken
         expected = value_and_gradient(loss, scores, target, backend="torch")

@@ -118,6 +118,7 @@ def backward(pair: Pair, grad: Tensor, scores: Tensor, saved: Sequence[Tensor]) 
 
 
 def _compile(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ...]) -> Pair:
+    from torch._functorch import config
     from torch._functorch.aot_autograd import aot_function
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.compile_fx import compile_fx_inner
@@ -146,7 +147,8 @@ def _compile(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, 
     )
     leaf = scores.detach().requires_grad_()
     constants = torch._guards.TracingContext(FakeTensorMode(allow_non_fake_inputs=True))  # a definition may hold some
-    with torch.enable_grad(), torch._guards.tracing(constants):
+    # Backward may be run again: it must not write its result over what forward saved.
+    with torch.enable_grad(), torch._guards.tracing(constants), config.patch(donated_buffer=False):
         value, _ = traced(leaf, target, *tensors)
         (expected,) = torch.autograd.grad(value.sum(), leaf)
     _, _, *saved = kernels[0]([scores, target, *tensors])
