@@ -30,7 +30,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(autouse=True)
-def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick_reductions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", halving)
 
 
