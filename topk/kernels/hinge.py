@@ -186,7 +186,7 @@ def _entropy_term(scores, lanes, mine, rest, t, K: tl.constexpr):
 
 def backward(grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved) -> Tensor:
     """grad * d loss / d scores."""
-    return patched_exponentials(grad, scores, target, *saved, ignore_index, reads=options.variant == "entropy")
+    return patched_exponentials(grad, scores, target, ignore_index, saved, reads=options.variant == "entropy")
 
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:

@@ -368,7 +368,7 @@ def backward(
         rows, classes, *scores.stride(), ignore_index,
         ENTRIES=entries, KS=kept.shape[2], LANES=lanes, CHUNK=_CHUNK, ROWS=together, warps=1,
     )  # fmt: skip
-    return patched_exponentials(grad, scores, target, places, pushes, field, ignore_index, reads=False)
+    return patched_exponentials(grad, scores, target, ignore_index, (places, pushes, field), reads=False)
 
 
 @triton.jit(do_not_specialize=["rows"])

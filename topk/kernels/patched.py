@@ -15,6 +15,7 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Saved,
     aligned,
     exponential,
     load_tile,
@@ -28,21 +29,15 @@ from topk.kernels.common import (
 
 
 def patched_exponentials(
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    places: Tensor,
-    slopes: Tensor,
-    field: Tensor,
-    ignore_index: int,
-    reads: bool = True,
+    grad: Tensor, scores: Tensor, target: Tensor, ignore_index: int, saved: Saved, reads: bool = True
 ) -> Tensor:
-    """A new contiguous tensor like the scores.
+    """A new contiguous tensor like the scores, from `saved`: places, slopes and field.
 
     places (rows, w): classes, each once, or -1 for none; slopes (rows, w); field (rows, 3): m, c and f. With `reads`
     off c and f are 0, or c is NaN for a row of NaN, and the scores are not looked at. Masked classes get 0, and so does
     every class whose slope is 0, or all but those patched where c is 0, however large grad is.
     """
+    places, slopes, field = saved
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)

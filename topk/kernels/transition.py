@@ -173,7 +173,7 @@ def backward(
     grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved, *_: Tensor
 ) -> Tensor:
     """grad * d loss / d scores."""
-    return patched_exponentials(grad, scores, target, *saved, ignore_index)
+    return patched_exponentials(grad, scores, target, ignore_index, saved)
 
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
