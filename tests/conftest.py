@@ -44,12 +44,20 @@ def _seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter prepares its language at every call of a device function, which the launch has done."""
+    """Triton's interpreter prepares its language at every call of a device function; here once for every module."""
     interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is not None:
-        monkeypatch.setattr(
-            interpreter.InterpretedFunction, "__call__", lambda self, *args, **kw: self.rewrite()(*args, **kw)
-        )
+    if interpreter is None:
+        return
+    prepared: set[int] = set()
+
+    def call(function: Any, *arguments: Any, **keywords: Any) -> Any:
+        module = id(function.fn.__globals__)
+        if module not in prepared:
+            prepared.add(module)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **keywords)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

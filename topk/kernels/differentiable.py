@@ -67,20 +67,14 @@ def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int)
     values = scores
     if options.kept < classes:
         values = scores.new_empty((rows, options.kept), dtype=torch.float32)
-        _select(scores, target, ignore_index, options, values, places, field)
+        _select(scores, target, options, ignore_index, values, places, field)
     loss = scores.new_empty(rows, dtype=torch.float32)
-    _sort(values, target, classes, ignore_index, options, loss, slopes, field)
+    _sort(values, target, options, ignore_index, classes, loss, slopes, field)
     return loss, places, slopes, field
 
 
 def _select(
-    scores: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    options: Options,
-    values: Tensor,
-    places: Tensor,
-    field: Tensor,
+    scores: Tensor, target: Tensor, options: Options, ignore_index: int, values: Tensor, places: Tensor, field: Tensor
 ) -> None:
     """Fills the kept scores and their classes (rows, m), and where it counts the first column of `field`."""
     rows, classes = scores.shape
@@ -129,22 +123,16 @@ def _selected(
 
 
 def _sort(
-    values: Tensor,
-    target: Tensor,
-    classes: int,
-    ignore_index: int,
-    options: Options,
-    loss: Tensor,
-    slopes: Tensor,
-    field: Tensor,
-) -> None:
+    values: Tensor, target: Tensor, options: Options, ignore_index: int, classes: int,
+    loss: Tensor, slopes: Tensor, field: Tensor,
+) -> None:  # fmt: skip
     """Fills the losses, their slopes in the values (rows, m), and what is left of `field`."""
     rows, kept = values.shape
     parts = split_weights(options, classes)
     method, layers, table = _how(options, parts.shares, values.device)
     hit, pulls = loss, slopes
     if method == "given":
-        hit, pulls = _hit_of_torch(values, target, classes, ignore_index, options, parts.shares)
+        hit, pulls = _hit_of_torch(values, target, options, ignore_index, classes, parts.shares)
     lanes = common.lanes(kept)
     together = max(1, _TILE // lanes)
     common.launch(
@@ -185,12 +173,7 @@ def _partners(method: str, wires: int, ranks: int, device: torch.device) -> Tens
 
 
 def _hit_of_torch(
-    values: Tensor,
-    target: Tensor,
-    classes: int,
-    ignore_index: int,
-    options: Options,
-    shares: tuple[float, ...],
+    values: Tensor, target: Tensor, options: Options, ignore_index: int, classes: int, shares: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """The hit (rows,) and its slopes (rows, m) by the torch path."""
     used = (target >= 0) & (target < classes) & (target != ignore_index)
@@ -254,19 +237,19 @@ def _sorted(
             total = top + tl.log(tl.where(sum_ > 0.0, sum_, 1.0))
         softmax = tl.exp(x - total[:, None])
         own_log = tl.where(mine > float("-inf"), -total, float("-inf"))
+    first = FIRST * tl.exp(own_log) if FIRST > 0.0 else own_log
     if TOP1 == "softmax":
-        first = FIRST * tl.exp(own_log) if FIRST > 0.0 else own_log
-        inner = (inner + first) * (1.0 - 2e-7) + 1e-7
-        loss = -tl.log(inner)
-        of_hit, of_log = -(1.0 - 2e-7) / inner, first * (1.0 - 2e-7) / inner
+        inner += first
+    inner = inner * (1.0 - 2e-7) + 1e-7
+    loss = -tl.log(inner)
+    of_hit = -(1.0 - 2e-7) / inner
+    of_log = tl.zeros((ROWS,), tl.float32)
+    if TOP1 == "softmax":
+        of_log = -of_hit * first
     elif TOP1 == "cross_entropy":
-        inner = inner * (1.0 - 2e-7) + 1e-7
-        loss = -FIRST * own_log - REST * tl.log(inner)
-        of_hit, of_log = -REST * (1.0 - 2e-7) / inner, tl.full((ROWS,), FIRST, tl.float32)
-    else:
-        inner = inner * (1.0 - 2e-7) + 1e-7
-        loss = -tl.log(inner)
-        of_hit, of_log = -(1.0 - 2e-7) / inner, tl.zeros((ROWS,), tl.float32)
+        loss = REST * loss - FIRST * own_log
+        of_hit *= REST
+        of_log += FIRST
     loss = tl.where(mine == float("-inf"), float("inf"), loss)
     loss = tl.where(bad, float("nan"), tl.where(used, loss, 0.0))
     tl.store(loss_ptr + row, loss, mask=inside)
