@@ -24,24 +24,25 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributions import Distribution, constraints, register_kl
 from torch.nn.functional import pad, softplus
 
 from topk._cpu import CHUNK, SMALLEST, buffers, chunks, exponentials, largest
 from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
+from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
 from topk.losses.smooth import POWER_SUM_LIMIT, _left_out, _newton_identities, _with_head
 from topk.operators.rows import (
     LOWEST,
-    Constant,
     Context,
-    RowFunction,
     as_rows,
     check_k,
     check_scores,
     check_temperature,
     compiled,
     float_type,
+    fold,
     hard_mask,
     per_row,
 )
@@ -180,21 +181,13 @@ def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) ->
 # --- mask and log e_k ------------------------------------------------------------------------------------------------
 
 
-class _Level(Constant):
-    """Of every row the pivot where P is 1/2, and 0, _SETTLED or _BROKEN (rows, 2); and the head's places."""
-
-    @staticmethod
-    def forward(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        anchor, level = threshold_level(scores, k.to(scores.dtype), temperature, "logistic")
-        status = torch.where(level.abs() > abs(LOWEST / 20) / temperature, _SETTLED, 0.0).to(scores.dtype)
-        status = status.masked_fill(level.isnan(), _BROKEN)
-        size = min(2 * most, scores.shape[1])
-        index = scores.topk(size, dim=1).indices if compiled() else largest(scores, size)[1]
-        return torch.stack((anchor + torch.where(status > 0, 0.0, level) * temperature, status), 1), index
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _Level.fold(info, in_dims, *arguments)
+def _level(scores: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row the pivot where P is 1/2, and 0, _SETTLED or _BROKEN (rows,): constants to every derivative."""
+    scores, temperature = scores.detach(), temperature.detach()
+    anchor, level = threshold_level(scores, k.to(scores.dtype), temperature, "logistic")
+    status = torch.where(level.abs() > abs(LOWEST / 20) / temperature, _SETTLED, 0.0).to(scores.dtype)
+    status = status.masked_fill(level.isnan(), _BROKEN)
+    return anchor + torch.where(status > 0, 0.0, level) * temperature, status
 
 
 def standardised(scores: Tensor, pivot: Tensor, temperature: Tensor) -> Tensor:
@@ -215,17 +208,17 @@ def _settled(
     return mask, torch.where(settled, collected, total) + broken
 
 
-class _Subset(RowFunction):
+class _Subset(Function):
     """pi (rows, n) and log e_k(exp u) (rows,), u = (x - pivot) / T, differentiable; and the pivot, a constant."""
 
     @staticmethod
     def forward(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         if scores.is_cpu and not compiled() and most <= POWER_SUM_LIMIT:
             return _by_power_sums(scores, k, temperature, most)
-        level, index = _Level.forward(scores, k, temperature, most)
-        pivot, status = level.unbind(1)
+        pivot, status = _level(scores, k, temperature)
+        index = largest_classes(scores, min(2 * most, scores.shape[1]))
         mask, total = _inclusion(standardised(scores, pivot, temperature), None, k, index, most)
-        return *_settled(mask, total, scores, k, temperature, pivot, status), pivot.clone()
+        return *_settled(mask, total, scores, k, temperature, pivot, status), pivot
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -240,8 +233,8 @@ class _Subset(RowFunction):
     def along(ctx: Context, v: Tensor) -> Tensor:
         """The derivative of pi along v, in units of u."""
         scores, k, temperature, _, _ = ctx.saved_tensors
-        level, index = _Level.of(scores, k, temperature, ctx.most)
-        pivot, status = level.unbind(1)
+        pivot, status = _level(scores, k, temperature)
+        index = largest_classes(scores, min(2 * ctx.most, scores.shape[1]))
         derivative = _inclusion(standardised(scores, pivot, temperature), v, k, index, ctx.most)[0]
         return torch.where((status == _SETTLED)[:, None], 0.0, derivative)
 
@@ -258,7 +251,7 @@ class _Subset(RowFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return (_Subset if compiled() else _ForwardSubset).fold(info, in_dims, *arguments)
+        return fold((_Subset if compiled() else _ForwardSubset).apply, info, in_dims, *arguments)
 
 
 class _ForwardSubset(_Subset):
