@@ -169,24 +169,37 @@ def test_vmap(operator: Case) -> None:
 
 
 @every_operator
-def test_gradients(operator: Case) -> None:
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["projected", "entire"])
+def test_gradients(operator: Case, fast: bool) -> None:
     scores = batch(2).requires_grad_()
-    torch.autograd.gradcheck(operator, (scores,), atol=1e-5, check_forward_ad=True, check_batched_grad=True)
+    options: dict[str, Any] = {"fast_mode": True} if fast else {"check_batched_grad": True}
+    torch.autograd.gradcheck(operator, (scores,), atol=1e-5, check_forward_ad=True, **options)
     if operator.twice:
-        torch.autograd.gradgradcheck(operator, (scores,), atol=1e-4)
+        torch.autograd.gradgradcheck(operator, (scores,), atol=1e-4, fast_mode=fast)
+
+
+_TRACED = ("subset", "logistic", "fixed", "odd_even", "neuralsort", "sinkhorn", "perturbed")
+"""One operator of every implementation: most of the time is the compiler's, some seconds for each."""
 
 
 @every_operator_and_noise
-def test_compiles_in_one_piece(operator: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "backend", ["eager", *(pytest.param(name, marks=pytest.mark.slow) for name in ("aot_eager", "inductor"))]
+)
+def test_compiles_in_one_piece(
+    operator: Case, backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if backend == "eager" and request.node.callspec.id.removeprefix("eager-") not in _TRACED:
+        pytest.skip("compiled under `slow`")
     monkeypatch.undo()  # the compiler does not know the poisoned functions as makers of tensors
     torch._dynamo.reset()
-    scores = batch()
+    scores = batch(2)[:, :6]
     expected = mask_and_gradient(operator, scores)
 
     def function(x: Tensor) -> Tensor:
         return topk.soft_topk(x, K, method=operator.method, **operator.options)
 
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
     torch.manual_seed(5)
     found = mask_and_gradient(compiled, scores)
     torch.testing.assert_close(found, expected, rtol=0, atol=10 * operator.precision)

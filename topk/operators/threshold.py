@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from topk._cpu import buffers, chunks
-from topk.operators.rows import LOWEST, Context, RowFunction, compiled, float_type, order_statistics
+from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
@@ -104,36 +105,53 @@ def threshold(scores: Tensor, k: float | Tensor, temperature: Tensor, method: st
     return mask, offset, anchor
 
 
-def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """anchor and (b - anchor) / T (rows,), without a derivative: +-inf, or nearly so, where it is settled."""
-    anchor, level = torch.zeros_like(temperature), torch.zeros_like(temperature)
-    for part in [slice(None)] if compiled() else chunks(scores):
-        u, z = torch.zeros_like(scores).expand(2, -1, -1).clone() if compiled() else buffers(scores, 2)
-        used = scores[part]
-        u, z = u[: used.shape[0]], z[: used.shape[0]]
-        rows = Rows(used, k[part], temperature[part], None, FAMILIES[method], u, z)
+def _solve(
+    scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """anchor and (b - anchor) / T (rows,), +-inf or nearly so where it is settled; writes the mask, if one is given."""
+    anchor, level = torch.empty_like(temperature), torch.empty_like(temperature)
+    for part in chunks(scores):
+        u, *space = buffers(scores, 1 if mask is not None else 2)
+        z = mask[part] if mask is not None else space[0][: part.stop - part.start]
+        rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u[: z.shape[0]], z)
         anchor[part], level[part] = _by_moments(rows) or _by_order(rows)
+        if mask is not None:
+            torch.sub(rows.u, level[part, None], out=z)
+            z.sigmoid_() if method == "logistic" else z.copy_(rows.family.cdf(z))
     return anchor, level
 
 
-class _Mask(RowFunction):
+@torch.library.custom_op("topk::threshold_level", mutates_args=())
+def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    """anchor and (b - anchor) / T (rows,), without a derivative: one opaque step to a compiler."""
+    return _solve(scores, k, temperature, None, method)
+
+
+@threshold_level.register_fake
+def _(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(temperature), torch.empty_like(temperature)
+
+
+@threshold_level.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    return fold(threshold_level, info, in_dims, *arguments)
+
+
+class _Mask(Function):
     """m (rows, n) and b - anchor (rows,), differentiable, and the anchor (rows,), a constant near b."""
 
     @staticmethod
     def forward(
         scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask = torch.zeros_like(scores, memory_format=torch.contiguous_format)
-        anchor, offset = torch.zeros_like(temperature), torch.zeros_like(temperature)
-        for part in [slice(None)] if compiled() else chunks(scores):
-            z = mask[part]
-            u = torch.zeros_like(z) if compiled() else buffers(scores, 1)[0][: z.shape[0]]
-            rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u, z)
-            anchor[part], level = _by_moments(rows) or _by_order(rows)
-            offset[part] = level * rows.temperature
-            torch.sub(u, level[:, None], out=z)
-            z.sigmoid_() if method == "logistic" else z.copy_(rows.family.cdf(z))
-        return mask, offset, anchor
+        if compiled():
+            anchor, level = threshold_level(scores, k, temperature, method)
+            u = (scores - anchor[:, None]).clamp(min=LOWEST) / temperature[:, None]
+            mask = FAMILIES[method].cdf(u - level[:, None])
+        else:
+            mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
+            anchor, level = _solve(scores, k, temperature, fixed, method, mask)
+        return mask, level * temperature, anchor
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -164,7 +182,7 @@ class _Mask(RowFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return (_Mask if compiled() else _ForwardMask).fold(info, in_dims, *arguments)
+        return fold((_Mask if compiled() else _ForwardMask).apply, info, in_dims, *arguments)
 
 
 class _ForwardMask(_Mask):
@@ -195,7 +213,7 @@ class Rows(NamedTuple):
     def standardize(self, anchor: Tensor) -> None:
         """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
         torch.sub(self.scores, anchor[:, None], out=self.u)
-        if compiled() or not self.u.is_cpu or bool((self.temperature != 1).any()):
+        if not self.u.is_cpu or bool((self.temperature != 1).any()):
             self.u.div_(self.temperature[:, None])
 
     def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +238,7 @@ def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
     Where the temperature is not far below the scores' spread that is close, and saves the selection.
     """
     scores, temperature, family, u = rows.scores, rows.temperature, rows.family, rows.u
-    if not scores.is_cpu or compiled() or family.variance is None:
+    if not scores.is_cpu or family.variance is None:
         return None
     first, n = scores[:, 0], scores.shape[1]
     torch.sub(scores, first[:, None], out=u)
@@ -261,7 +279,7 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
         inside = (step > low) & (step < high)
         there = excess <= 16.0 * torch.finfo(u.dtype).eps
         level = torch.where(inside, step, torch.where(there, level, (low + high) / 2.0))
-        if u.is_cpu and not compiled() and not bool(((excess > rows.enough()) & ~settled).any()):
+        if u.is_cpu and not bool(((excess > rows.enough()) & ~settled).any()):
             break
     # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
     far = LOWEST / temperature
