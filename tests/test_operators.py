@@ -144,6 +144,18 @@ def test_subset_masks(n: int, k: int, scale: float) -> None:
     torch.testing.assert_close(log_prob, scores @ chosen / 0.7 - log_sum, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("n", "k"), [(5, 2), (11, 9)])  # by power sums, and by products
+def test_subsets_have_gradients_in_scores_and_temperature(n: int, k: int) -> None:
+    scores = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
+    temperature = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def mask_and_entropy(x: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
+        return topk.soft_topk(x, k, temperature=heat), KSubset(x, k, heat).entropy()
+
+    torch.autograd.gradcheck(mask_and_entropy, (scores, temperature), check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(mask_and_entropy, (scores, temperature), fast_mode=True)
+
+
 @pytest.mark.parametrize(
     ("n", "k"),
     [
