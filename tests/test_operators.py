@@ -144,6 +144,18 @@ def test_subset_masks(n: int, k: int, scale: float) -> None:
     torch.testing.assert_close(log_prob, scores @ chosen / 0.7 - log_sum, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("n", "k"), [(5, 2), (11, 9)])  # by power sums, and by products
+def test_subsets_have_gradients_in_scores_and_temperature(n: int, k: int) -> None:
+    scores = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
+    temperature = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+
+    def mask_and_entropy(x: Tensor, heat: Tensor) -> tuple[Tensor, Tensor]:
+        return topk.soft_topk(x, k, temperature=heat), KSubset(x, k, heat).entropy()
+
+    torch.autograd.gradcheck(mask_and_entropy, (scores, temperature), check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(mask_and_entropy, (scores, temperature), fast_mode=True)
+
+
 @pytest.mark.parametrize(
     ("n", "k"),
     [
@@ -162,7 +174,8 @@ def test_subset_masks_in_float32(n: int, k: int) -> None:
 def test_the_distribution_against_enumeration() -> None:
     scores = torch.randn(3, 7, dtype=torch.float64)
     heat = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
-    p, q = KSubset(scores, 3, heat), KSubset(scores.roll(1), 3)
+    p = KSubset(scores, 3, heat, validate_args=True)  # the compiler turns the default off, for good
+    q = KSubset(scores.roll(1), 3)
     every = p.enumerate_support()
     assert every.shape == (35, 3, 7)
     log_p, log_q = p.log_prob(every), q.log_prob(every)
@@ -334,6 +347,6 @@ def test_permutations_are_doubly_stochastic(method: str) -> None:
     torch.testing.assert_close(matrix.sum(1), one)
     torch.testing.assert_close(matrix.sum(2), one)
     torch.testing.assert_close(soft_permutation(scores, method=method, ranks=7)[:, :2], matrix[:, :2])
-    hard = soft_permutation(scores, method=method, temperature=3e-2, distribution="logistic", iterations=1000)
+    hard = soft_permutation(scores, method=method, temperature=1e-2, distribution="logistic", iterations=5000)
     order = torch.nn.functional.one_hot(scores.argsort(1, descending=True), 7)
     assert ((hard > 0.5) == order).all()

@@ -12,6 +12,9 @@ for every level. We take the one with sum P = k, the threshold of the logistic m
 division alpha_j = A_j - w alpha_{j-1} amplifies no error. That leaves 2 k scores at most, the head: there the factors
 before and the factors behind are multiplied, which adds positive numbers only.
 
+Up to k = POWER_SUM_LIMIT the value needs no threshold on the CPU: the level is the k-th score, and the polynomial of
+the tail comes from power sums, as in the smooth loss.
+
 The derivative along v is the same calculation on dual numbers, w_i having the derivative w_i v_i: polynomials carry a
 second row. It is symmetric, so one function serves as jvp and as vjp; and it is plain torch, so it has derivatives.
 """
