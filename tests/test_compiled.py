@@ -159,7 +159,8 @@ def test_derivatives_and_transforms() -> None:
         (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
         (product,) = torch.autograd.grad((gradient.nan_to_num() * direction).sum(), x, retain_graph=True)
         (once_more,) = torch.autograd.grad(loss, x, retain_graph=True)
-        (batched,) = torch.autograd.grad(loss, x, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+        pull = torch.func.vmap(lambda grad: torch.autograd.grad(loss, x, grad, retain_graph=True)[0])
+        batched = pull(torch.tensor([1.0, -2.0]))
         wrapped = torch.func.vmap(torch.func.grad(lambda a, y: topk.smooth_topk_loss(a, y, 3, backend=backend)))
         return [gradient.detach(), product, once_more, batched, wrapped(scores[:5], target[:5])]
 
