@@ -225,8 +225,7 @@ def _grid(count: int, columns: int, size: Size, **shared: Any) -> tuple[Figure, 
 def _legend_columns(names: Sequence[str], widest: int = 118) -> int:
     """As many as fit below a figure of usual size, by the number of letters."""
     for count in range(len(names), 1, -1):
-        rows = -(-len(names) // count)
-        if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
+        if sum(10 + max(map(len, column)) for column in np.array_split(names, count)) <= widest:
             return count
     return 1
 
@@ -403,11 +402,16 @@ def bars(
     left = np.zeros(len(names))
     for (label, values), colour in zip(series.items(), COLOURS, strict=False):
         lengths = np.array([values.get(name, 0.0) for name in names])
-        axis.barh(names, lengths, 0.7, left=left, color=colour, label=label)
+        axis.barh(names, lengths, 0.7, left=left, color=LOSSES.get(label, {"color": colour})["color"], label=label)
         left += lengths
     if line is not None:
         axis.axvline(line, color=BLACK, linewidth=1.2)
     axis.set(title=title, xlabel=x_label, xscale=scale)
+    if scale == "log":
+        axis.set_xlim(left=min(x for values in series.values() for x in values.values()) / 1.5)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1:
         axis.legend()
