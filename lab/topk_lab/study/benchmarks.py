@@ -232,12 +232,13 @@ def slower_table(frame: pd.DataFrame) -> None:
         f"Of {len(mine)} problems ours is slower than cross-entropy in {len(against_ce)}, and slower than a peer in "
         f"{len(against_peer)} of the {len(against_peers(frame))} that a peer solves."
     )
-    worst = [against_ce.drop_duplicates("family"), against_peer.drop_duplicates(["family", "batch"])]
-    table([
-        {"problem": describe(row), "faster": row["contender_other"], "ours, ms": row["p50_ms"],
-         "theirs, ms": row["p50_ms_other"], "ours takes times": row["times"]}
-        for part in worst for _, row in part.iterrows()
-    ])  # fmt: skip
+    worst = pd.concat([against_ce.drop_duplicates("family"), against_peer.drop_duplicates(["family", "batch"])])
+    if len(worst):
+        table([
+            {"problem": describe(row), "faster": row["contender_other"], "ours, ms": row["p50_ms"],
+             "theirs, ms": row["p50_ms_other"], "ours takes times": row["times"]}
+            for _, row in worst.iterrows()
+        ])  # fmt: skip
 
 
 # --- what is expected of a GPU ---
