@@ -406,11 +406,16 @@ def bars(
     left = np.zeros(len(names))
     for (label, values), colour in zip(series.items(), COLOURS, strict=False):
         lengths = np.array([values.get(name, 0.0) for name in names])
-        axis.barh(names, lengths, 0.7, left=left, color=colour, label=label)
+        axis.barh(names, lengths, 0.7, left=left, color=LOSSES.get(label, {"color": colour})["color"], label=label)
         left += lengths
     if line is not None:
         axis.axvline(line, color=BLACK, linewidth=1.2)
     axis.set(title=title, xlabel=x_label, xscale=scale)
+    if scale == "log":
+        axis.set_xlim(left=min(x for values in series.values() for x in values.values()) / 1.5)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1:
         axis.legend()
