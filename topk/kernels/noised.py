@@ -379,7 +379,7 @@ def _added_up(
 ):  # fmt: skip
     """The row's slopes, each class once: what the draws push up, and in the last entry the target."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    target, used, _ = row_states(target_ptr, row, rows, classes, ignore_index)
+    target, used, _wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     row = row.to(tl.int64)
     mine = tl.load(scores_ptr + row * row_stride + target.to(tl.int64) * class_stride, mask=used, other=0.0)
     possible = used & (mine.to(tl.float32) > float("-inf"))
