@@ -240,7 +240,9 @@ def _passed(run: Run) -> list[str]:
 
 def _environment(run: Run) -> dict[str, str]:
     dry = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if run.dry else {}
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **dry}
+    # Where nothing was installed, the lab is found beside this folder.
+    path = os.pathsep.join(filter(None, [str(ROOT / "lab"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **dry}
 
 
 def _name(run: Run, family: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import importlib
 import json
 import math
 import re
@@ -25,6 +26,7 @@ from bench import contenders as bench_contenders
 from bench import gpu, runner, suites, summary, tables
 from bench.contenders import CONTENDERS, CROSS_ENTROPY, PLAIN_COPY, Setting, contenders
 from bench.suites import Suite
+from topk.autograd import Loss
 from topk_lab import figures
 from topk_lab.study import benchmarks, timing
 from topk_lab.study.timing import CpuClock, CudaClock, NoReplayError, clock_of, in_turns, peak_temporaries, quantiles
@@ -540,13 +542,13 @@ def test_temporaries_stay_below_twice_the_scores(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["smooth", "transition"])
 def test_what_is_kept_for_backward_grows_with_k_alone(family: str) -> None:
-    options = {"smooth": (1.0, 1.0), "transition": (1.0, 0.0)}[family]
-    forward = getattr(torch.ops.topk, f"{family}_fwd")
+    loss: Loss = importlib.import_module(f"topk.losses.{family}").LOSS
+    assert loss.forward is not None
     kept = {}
     for classes in (1000, 10_000):
         for k in (5, 20):
             scores, target = torch.randn(3, classes), torch.arange(3)
-            _, saved = forward(scores, target, [], -100, "torch", [k], [1.0], *options)
+            _, *saved = loss.forward(scores, target, loss.options([k], [1.0], 1.0, 0.0))
             kept[classes, k] = sum(part.numel() for part in saved) / 3
     assert kept[1000, 5] == kept[10_000, 5]
     assert kept[1000, 20] == kept[10_000, 20] <= 10 * 20 + 10

@@ -130,10 +130,10 @@ def test_draw_by_draw(options: tuple[Any, ...], widest: int, monkeypatch: pytest
 
 
 def test_every_cut_of_the_rows_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, target, seeds = random_scores(2, 150), torch.randint(150, (2,)), torch.tensor([3])
+    scores, target, seeds = random_scores(2, 70), torch.randint(70, (2,)), torch.tensor([3])
     options = ([1, 4], [0.5, 0.5], 1.0, 5, 1.0)
     expected = run(scores, target, seeds, *options)
-    for widest, streamed, thread in ((16, 16, 8), (64, 64, 8), (64, 32, 1), (8192, 4096, 1)):
+    for widest, streamed, thread in ((16, 16, 8), (64, 32, 1), (8192, 4096, 1)):
         monkeypatch.setattr(common, "WIDEST", widest)
         monkeypatch.setattr(common, "STREAMED", streamed)
         monkeypatch.setattr(noised, "_THREAD", thread)
@@ -182,6 +182,7 @@ def test_ties_between_noised_scores_go_to_the_lower_class(monkeypatch: pytest.Mo
             assert run(scores, target, torch.tensor([1]), [k], [1.0], 1.0, 1, 1.0)[0][2].item() == order[k]
 
 
+@pytest.mark.slow
 def test_distribution_is_that_of_the_torch_path() -> None:
     """Which class is (k + 1)-th, by a chi-square test, and the mean loss; the torch path draws 500 times as often."""
     rows, samples, options = 6, 48, ([2], [1.0], 1.5)
@@ -245,7 +246,9 @@ def test_scores_of_any_strides_and_a_gradient_without() -> None:
     compare(noised_topk_loss, random_scores(1, 8).expand(4, 8), target, k=2, **WITHOUT_NOISE)
 
 
-@pytest.mark.parametrize("widest", [8192, 16], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "widest", [pytest.param(8192, id="whole"), pytest.param(16, id="streamed", marks=pytest.mark.slow)]
+)
 def test_special_rows_with_noise(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's noise does not touch its neighbours, whatever they hold."""
     monkeypatch.setattr(common, "WIDEST", widest)
