@@ -194,7 +194,7 @@ def training(run: Run) -> None:
     ]  # fmt: skip
     common: dict[str, Any] = {"data": {"name": "cifar100"}, "model": {"name": "fast"}}
     if run.dry:
-        kinds, common = kinds[:2], {"data": {"name": "sample"}, "training": {"epochs": 1}}
+        kinds, common = kinds[:2], {**common, "data": {"name": "sample"}, "training": {"epochs": 1}}
     longest = 0.0
     for seed in range(1 if run.dry else 3):
         for chosen in kinds:

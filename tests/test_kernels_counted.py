@@ -63,7 +63,7 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRI
 
 def _compiled(triton: str | None, *words: str) -> dict[str, dict[str, Any]]:
     """By kernel: registers, and how many instructions of each name."""
-    path = {"PYTHONPATH": triton} if triton else {}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, [triton, "lab"]))}
     done = subprocess.run(
         [sys.executable, "-c", _COMPILES, *words], capture_output=True, text=True, env={**ENVIRONMENT, **path}
     )
