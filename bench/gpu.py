@@ -189,12 +189,14 @@ def training(run: Run) -> None:
 
     kinds: list[dict[str, Any]] = [
         {"name": "cross_entropy"}, {"name": "smooth", "k": 5}, {"name": "smooth", "k": {1: 0.5, 5: 0.5}},
-        {"name": "transition", "k": 5}, {"name": "calibrated", "k": 5}, {"name": "noised", "k": 5},
+        {"name": "transition", "k": 5}, {"name": "hinge", "k": 5}, {"name": "noised", "k": 5},
         {"name": "differentiable", "k": 5},
     ]  # fmt: skip
-    common: dict[str, Any] = {"data": {"name": "cifar100"}, "model": {"name": "fast"}}
+    recipe = {"epochs": 16, "batch": 512, "learning_rate": 0.3, "nesterov": True, "schedule": "one_cycle"}
+    common: dict[str, Any] = {"data": {"name": "cifar100"}, "model": {"name": "fast"}, "training": recipe}
     if run.dry:
-        kinds, common = kinds[:2], {**common, "data": {"name": "sample"}, "training": {"epochs": 1}}
+        kinds = kinds[:2]
+        common = {"data": {"name": "sample"}, "model": {"name": "linear"}, "training": {"epochs": 1}}
     longest = 0.0
     for seed in range(1 if run.dry else 3):
         for chosen in kinds:
