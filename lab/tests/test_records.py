@@ -10,7 +10,7 @@ import pytest
 
 from topk_lab import losses, records, train
 
-from conftest import small  # isort: skip
+from configurations import small  # isort: skip
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from topk_lab import data, losses, models, train
 from topk_lab.data import DataSet, Split
 
-from conftest import small  # isort: skip
+from configurations import small  # isort: skip
 
 METRICS = ("top1", "top5", "nll", "ece", "validation.top5", "train.loss", "ranks", "curve")
 # By the lab of version 0.1, before it was rewritten.
