@@ -2,6 +2,8 @@
 
 from topk import metrics as metrics
 from topk import operators as operators
+from topk.linear import LinearTopKLoss as LinearTopKLoss
+from topk.linear import linear_loss as linear_loss
 from topk.losses.differentiable import DifferentiableTopKLoss as DifferentiableTopKLoss
 from topk.losses.differentiable import differentiable_topk_loss as differentiable_topk_loss
 from topk.losses.hinge import TopKHingeLoss as TopKHingeLoss

@@ -37,8 +37,11 @@ class Loss:
     forward(scores, target, options, *tensors) -> (loss (rows,), *saved): the same number, made fast.
     backward(grad, scores, target, options, saved, *tensors) -> gradient of sum(grad * loss), a new tensor.
 
-    Without the last two, `definition` is differentiated. `tensors` have one entry (or row of entries) for every row of
-    scores, or for every one of as many equal groups of rows, so that vmap can fold its axis into rows.
+    sparse(...) -> classes and slopes (rows, few), which add up to what `backward` gives for the same arguments; None
+        where most classes have a slope.
+
+    Without `forward` and `backward`, `definition` is differentiated. `tensors` have one entry (or row of entries) for
+    every row of scores, or for every one of as many equal groups of rows, so that vmap can fold its axis into rows.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Loss:
     definition: Callable[..., Tensor]
     forward: Callable[..., tuple[Tensor, ...]] | None = None
     backward: Callable[..., Tensor] | None = None
+    sparse: Callable[..., tuple[Tensor, Tensor] | None] | None = None
     joint: bool = False
     centred: bool = True  # whether `definition` is given scores less their largest; else it takes differences itself
 
@@ -92,7 +96,7 @@ class Call(NamedTuple):
 def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Tensor:
     """The loss of every row (rows,), differentiable in the scores (rows, classes)."""
     loss: Tensor
-    if not _is_traced(scores):
+    if not is_traced(scores):
         loss = RowLoss.apply(call, scores, target, *tensors)[0]
     elif call.backend == "triton":
         numbers = [option for option in call.options if isinstance(option, float)]
@@ -108,7 +112,7 @@ def compute_dtype(scores: Tensor) -> torch.dtype:
     return torch.float32 if scores.dtype in (torch.float16, torch.bfloat16) else scores.dtype
 
 
-def _is_traced(scores: Tensor) -> bool:
+def is_traced(scores: Tensor) -> bool:
     """Whether somebody records the operations, so that no number may be looked at."""
     if torch.compiler.is_compiling():
         return True
@@ -147,7 +151,7 @@ def _traced_loss(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tens
 # --- eager calls -----------------------------------------------------------------------------------------------------
 
 
-def _value(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def row_values(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The loss of every row, the rows' states (raw targets where a kernel runs), and what backward needs."""
     if call.backend == "triton":
         target = target.to(torch.int64)
@@ -164,7 +168,7 @@ def _value(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ..
     return loss if all_used else _settled(loss, state), state.clone(), *saved
 
 
-def _gradient(
+def row_gradients(
     call: Call, grad: Tensor, scores: Tensor, state: Tensor, tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...]
 ) -> Tensor:
     """The gradient of sum(grad * loss), in the type of the scores."""
@@ -182,12 +186,23 @@ def _gradient(
     return (gradient if all_used else _settled(gradient, state)).to(scores.dtype)
 
 
+def few_gradients(
+    call: Call, grad: Tensor, scores: Tensor, state: Tensor, tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The same as classes and slopes (rows, few), some classes perhaps twice; None where the loss has no such form."""
+    if call.backend == "triton" or call.loss.sparse is None:
+        return None
+    safe = state.clamp(min=0)
+    found = call.loss.sparse(grad, scores.to(compute_dtype(scores)), safe, call.options, saved, *tensors)
+    return None if found is None else (found[0], _settled(found[1], state))
+
+
 class RowLoss(torch.autograd.Function):
     """The loss of every row, the rows' states and what backward needs. Inputs: call, scores, target, *tensors."""
 
     @staticmethod
     def forward(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _value(call, scores, target, tensors)
+        return row_values(call, scores, target, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -220,7 +235,7 @@ class RowLossGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, count: int, grad: Tensor, scores: Tensor, state: Tensor, *rest: Tensor) -> Tensor:
-        return _gradient(call, grad, scores, state, rest[:count], rest[count:])
+        return row_gradients(call, grad, scores, state, rest[:count], rest[count:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -321,7 +336,7 @@ def _kernel_loss(
     tensors: list[Tensor],
 ) -> list[Tensor]:
     """The loss of every row and what `kernel_gradient` needs."""
-    loss, _, *saved = _value(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
+    loss, _, *saved = row_values(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
     return [loss, *saved]
 
 
@@ -355,7 +370,7 @@ def _kernel_gradient(
 ) -> Tensor:
     """The gradient of sum(grad * loss)."""
     call = _call_of(name, others, numbers, ignore_index)
-    return _gradient(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
+    return row_gradients(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
 
 
 @_kernel_gradient.register_fake

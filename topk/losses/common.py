@@ -22,6 +22,22 @@ from topk.autograd import Call, Loss, compute_dtype, row_loss
 # --- from a call to rows and back ------------------------------------------------------------------------------------
 
 
+class PendingScores(Tensor):
+    """Stands in for scores that no tensor holds: their shape, type and device, for a loss's checks, and no numbers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what it gives is plain
+    source: Callable[..., Tensor]
+
+    @classmethod
+    def of(
+        cls, like: Tensor, rows: int, classes: int, dtype: torch.dtype, source: Callable[..., Tensor]
+    ) -> PendingScores:
+        """`source(call, target, tensors, share, reduction)` gives the rows' losses, or the sum of share times them."""
+        scores = torch.zeros((), dtype=dtype, device=like.device).expand(rows, classes).as_subclass(cls)
+        scores.source = source
+        return scores
+
+
 def reduced_loss(
     loss: Loss,
     options: Any,  # the loss's own, as it declares them
@@ -45,15 +61,23 @@ def reduced_loss(
             options, tensors = _counting(options, tensors, rows.shape[1])
         if not options.ks:
             loss, chosen = NOTHING, "torch"
-    value = row_loss(Call(loss, options, ignore_index, chosen), rows, flat, *tensors)
-    used = flat != ignore_index
-    if weight is not None:
-        share = torch.where(used, weight.to(value.dtype)[torch.where(used, flat, 0)], 0.0)
-        value = torch.where(used, value * share, 0.0)
+    call, used = Call(loss, options, ignore_index, chosen), flat != ignore_index
+    share = None if weight is None else _share(weight.to(compute_dtype(scores)), flat, used)
+    if isinstance(rows, PendingScores):
+        value = rows.source(call, flat, tensors, share, reduction)
+    else:
+        value = row_loss(call, rows, flat, *tensors)
+        value = value if share is None else torch.where(used, value * share, 0.0)
     if reduction == "none":
         return value.reshape(target.shape)
     total = value.sum()
-    return total if reduction == "sum" else total / (used.sum() if weight is None else share.sum())
+    return total if reduction == "sum" else total / (used.sum() if share is None else share.sum())
+
+
+def _share(weight: Tensor, target: Tensor, used: Tensor) -> Tensor:
+    """The weight of every row's class (rows,), 0 where it has none."""
+    valid = used & (target >= 0) & (target < weight.shape[0])
+    return torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
 
 
 def as_rows(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +113,8 @@ def row_margins(margins: float | Tensor, scores: Tensor, target: Tensor) -> Tens
     rows, flat = as_rows(scores, target)
     dtype = compute_dtype(scores)
     if not isinstance(margins, Tensor):
-        return scores.new_full(flat.shape, check_number("margins", margins, least=0.0), dtype=dtype)
+        number = check_number("margins", margins, least=0.0)
+        return torch.full(flat.shape, number, dtype=dtype, device=scores.device)
     margins = check_class_tensor("margins", margins, scores, rows.shape[1]).detach().to(dtype)
     used = (flat >= 0) & (flat < rows.shape[1])
     return torch.where(used, margins[torch.where(used, flat, 0)], 0.0)

@@ -388,8 +388,7 @@ def backward(
     saved: tuple[Tensor, ...],
 ) -> Tensor:
     """grad * d loss / d scores: the saved slopes, scattered; computed here when forward was not asked for them."""
-    index, slopes = saved if options.slopes else forward(scores, target, options._replace(slopes=True))[1:]
-    slopes = slopes * grad[:, None]
+    index, slopes = _scaled_slopes(grad, scores, target, options, saved)
     if options.kept == scores.shape[1]:
         return slopes
     zero = slopes[:, :1] * 0.0  # NaN where the row is bad
@@ -398,6 +397,22 @@ def backward(
     softmax = (scores - _log_sum(scores)[:, None]).exp_()
     first = split_weights(options, scores.shape[1]).first
     return softmax.mul_(grad[:, None] * first + zero).scatter_add_(1, index, slopes)
+
+
+def sparse(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The kept classes and grad times their slopes; None where all are kept, or a softmax is over all."""
+    if options.kept == scores.shape[1] or over_all(options, scores.shape[1]):
+        return None
+    return _scaled_slopes(grad, scores, target, options, saved)
+
+
+def _scaled_slopes(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    index, slopes = saved if options.slopes else forward(scores, target, options._replace(slopes=True))[1:]
+    return index, slopes * grad[:, None]
 
 
 _BUDGET = 2**20  # numbers worked on at a time, or _BUDGET_SHARE for each of the batch's kept scores if that is more
@@ -599,7 +614,7 @@ def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, 
         pool.index_copy_(0, places, torch.add(start, change, alpha=sign))
 
 
-LOSS = Loss("differentiable", Options, definition, forward, backward, joint=True)
+LOSS = Loss("differentiable", Options, definition, forward, backward, sparse, joint=True)
 
 
 def differentiable_topk_loss(

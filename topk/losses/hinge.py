@@ -184,7 +184,17 @@ def backward(
     return result.scatter_add_(1, index, best).scatter_add_(1, target[:, None], at_target)  # y may be in `index`
 
 
-LOSS = Loss("hinge", Options, definition, forward, backward)
+def sparse(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The classes with a slope, and grad times it (rows, depth + 1); None for entropy, where all have one."""
+    index, slopes, _ = saved
+    if options.variant == "entropy":
+        return None
+    return torch.cat((index, target[:, None]), 1), grad[:, None] * slopes
+
+
+LOSS = Loss("hinge", Options, definition, forward, backward, sparse)
 
 
 def topk_hinge_loss(

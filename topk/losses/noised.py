@@ -151,22 +151,38 @@ def backward(
 ) -> Tensor:
     """grad * d loss / d scores: -slope on y, and slope spread over the classes that may be (k+1)-th."""
     slopes, kept = saved
-    push = (grad.to(slopes.dtype)[:, None] * slopes).masked_fill(slopes == 0, 0.0)
     result = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     broken = slopes[:, 0].isnan()
     if not broken.is_cpu or bool(broken.any()):
         result.masked_fill_(broken[:, None], torch.nan)
+    few = sparse(grad, scores, target, options, saved)
+    if few is not None:
+        return result.scatter_add_(1, *few)
+    push, pull = _push_and_pull(grad, scores, target, slopes)
+    for place, k in enumerate(options.ks):
+        expected_order_gradient(result, push[:, place], scores, kept[:, place], k, options.epsilon)
+    return result.scatter_add_(1, target[:, None], -pull.to(scores.dtype))
+
+
+def sparse(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...], *_: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The classes that were (k+1)-th in some draw, and y, with grad times their slopes; None for the quadrature."""
+    slopes, kept = saved
     if kept.is_floating_point():
-        for place, k in enumerate(options.ks):
-            expected_order_gradient(result, push[:, place], scores, kept[:, place], k, options.epsilon)
-    else:
-        spread = (push / kept.shape[1])[:, None, :].expand(kept.shape).flatten(1)
-        result.scatter_add_(1, kept.flatten(1), spread.to(scores.dtype))
-    pull = push.sum(1).masked_fill(target_scores(scores, target) == -torch.inf, 0.0)
-    return result.scatter_add_(1, target[:, None], -pull.to(scores.dtype)[:, None])
+        return None
+    push, pull = _push_and_pull(grad, scores, target, slopes)
+    spread = (push / kept.shape[1])[:, None, :].expand(kept.shape).flatten(1)
+    return torch.cat((kept.flatten(1), target[:, None]), 1), torch.cat((spread, -pull), 1).to(scores.dtype)
 
 
-LOSS = Loss("noised", Options, definition, forward, backward)
+def _push_and_pull(grad: Tensor, scores: Tensor, target: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """What the (k+1)-th score of every k is pushed down by (rows, ks), and y up by (rows, 1)."""
+    push = (grad.to(slopes.dtype)[:, None] * slopes).masked_fill(slopes == 0, 0.0)
+    return push, push.sum(1, keepdim=True).masked_fill(target_scores(scores, target)[:, None] == -torch.inf, 0.0)
+
+
+LOSS = Loss("noised", Options, definition, forward, backward, sparse)
 
 
 def noised_topk_loss(

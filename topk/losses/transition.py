@@ -30,7 +30,7 @@ from torch import Tensor
 from topk._cpu import CHUNK, buffers, chunks, ordered_and_next
 from topk.arguments import KArgument, check_choice, check_ignore_index, check_k, check_number, check_scores
 from topk.autograd import Loss, compute_dtype
-from topk.losses.common import LossModule, as_rows, largest_classes, reduced_loss, target_scores
+from topk.losses.common import LossModule, PendingScores, as_rows, largest_classes, reduced_loss, target_scores
 from topk.metrics import ranks
 
 Transition = str | float | Tensor | Callable[[Tensor], Tensor]
@@ -278,13 +278,16 @@ def _given_weights(
         return (transition.detach().to(scores.device, dtype).expand(shape),)
     if callable(transition):
         return (_called_weights(transition, scores, target, options, ignore_index),)
-    return (scores.new_full(shape, check_number("transition", transition, least=0.0, most=1.0), dtype=dtype),)
+    a = check_number("transition", transition, least=0.0, most=1.0)
+    return (torch.full(shape, a, dtype=dtype, device=scores.device),)
 
 
 def _called_weights(
     transition: Callable[[Tensor], Tensor], scores: Tensor, target: Tensor, options: Options, ignore_index: int
 ) -> Tensor:
     """What `transition` makes of the margins, (rows, ks); 0 for a k that does not count, or a row without a class."""
+    if isinstance(scores, PendingScores):
+        raise ValueError("transition must not be a function where the scores are made, or held, in pieces")
     rows, flat = as_rows(scores.detach(), target)
     rows, classes = rows.to(compute_dtype(scores)), rows.shape[1]
     used = (flat >= 0) & (flat < classes) & (flat != ignore_index)
