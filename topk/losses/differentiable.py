@@ -33,6 +33,7 @@ from topk.arguments import KArgument, check_choice, check_count, check_k, check_
 from topk.autograd import Loss
 from topk.losses.common import LossModule, largest_classes, not_finite_above, reduced_loss, row_dtype, target_scores
 from topk.losses.networks import network
+from topk.losses.soft import takes_probabilities
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")
@@ -617,6 +618,7 @@ def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, 
 LOSS = Loss("differentiable", Options, definition, forward, backward, sparse, joint=True)
 
 
+@takes_probabilities
 def differentiable_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -650,7 +652,7 @@ def differentiable_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; none above min(m, classes).
         method: a comparator network ("odd_even", "bitonic", "splitter_selection"), "neuralsort", "softsort" or
             "sinkhorn". The q_r of neuralsort and softsort do not sum to 1, so their loss can be negative.

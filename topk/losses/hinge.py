@@ -19,7 +19,8 @@ sums run over what exists.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ from topk.losses.common import (
     target_scores,
     without_target,
 )
+from topk.losses.soft import takes_probabilities
 
 VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
 
@@ -197,6 +199,32 @@ def sparse(
 LOSS = Loss("hinge", Options, definition, forward, backward, sparse)
 
 
+def expected(
+    scores: Tensor,  # (rows, classes)
+    q: Tensor,  # (rows, classes), probabilities
+    *,
+    k: KArgument = 5,
+    variant: str = "calibrated",
+    margin: float = 1.0,
+    **_: Any,
+) -> Tensor | None:
+    """sum over y of q_y times the loss (rows,), for all y at once; None for the variants with sums."""
+    if variant not in ("calibrated", "kth", "smooth_limit"):
+        return None
+    loss, own = torch.zeros_like(scores[:, 0]), torch.where(q != 0.0, scores, 0.0)
+    for each, share in zip(*check_k(k, scores.shape[1]), strict=True):
+        if each < scores.shape[1] and share > 0.0:
+            best = largest_classes(scores, each + 1)
+            kth, following = scores.gather(1, best[:, -2:]).split(1, 1)
+            others = following.expand_as(scores)
+            if variant != "calibrated":  # the k-th largest score of the classes that are not y
+                others = kth.expand_as(scores).scatter(1, best[:, :-1], following.expand(-1, each))
+            rate = each if variant == "smooth_limit" else 1
+            loss = loss + share * (q * (margin + (others - own) / rate).relu()).sum(1)
+    return loss
+
+
+@functools.partial(takes_probabilities, expected=expected)
 def topk_hinge_loss(
     scores: Tensor,
     target: Tensor,
@@ -227,7 +255,7 @@ def topk_hinge_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
         variant: one of the names above.
         margin: by how much the right class must lead, >= 0. It plays no part in "entropy".

@@ -34,6 +34,7 @@ from topk.losses.common import (
     row_margins,
     target_scores,
 )
+from topk.losses.soft import takes_probabilities
 
 
 def log_odds_against(scores: Tensor, target: Tensor) -> Tensor:
@@ -132,6 +133,7 @@ def _spread(grad: Tensor, scores: Tensor, target: Tensor, table: Tensor, scale: 
     return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
 
 
+@takes_probabilities
 def ldam_loss(
     scores: Tensor,
     target: Tensor,
@@ -149,7 +151,7 @@ def ldam_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type; cosines in the paper.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         margins: a number for every class, or one >= 0 for all.
         scale: what the scores are multiplied by, > 0.
         weight: a number for every class, or None.
@@ -164,6 +166,7 @@ def ldam_loss(
     return reduced_loss(LDAM, options, scores, target, margin, **tail)
 
 
+@takes_probabilities
 def focal_loss(
     scores: Tensor,
     target: Tensor,
@@ -180,7 +183,7 @@ def focal_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         gamma: how fast examples that are right already stop counting, >= 0.
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.

@@ -39,6 +39,7 @@ from topk.losses.common import (
 )
 from topk.losses.noised_quadrature import STEPS, expected_order, expected_order_gradient, grid
 from topk.losses.noised_sampling import draw
+from topk.losses.soft import takes_probabilities
 
 
 class Options(NamedTuple):
@@ -185,6 +186,7 @@ def _push_and_pull(grad: Tensor, scores: Tensor, target: Tensor, slopes: Tensor)
 LOSS = Loss("noised", Options, definition, forward, backward, sparse)
 
 
+@takes_probabilities
 def noised_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -211,7 +213,7 @@ def noised_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; all of them share the noise,
             unless some level x_[k+1] is thousands of epsilon from another.
         epsilon: how much noise, in units of the scores, >= 0.

@@ -51,6 +51,7 @@ from topk.losses.common import (
     target_scores,
     without_target,
 )
+from topk.losses.soft import takes_probabilities
 
 POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
@@ -434,6 +435,7 @@ def _add_one_k(
 LOSS = Loss("smooth", Options, definition, forward, backward, centred=False)
 
 
+@takes_probabilities
 def smooth_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -456,7 +458,7 @@ def smooth_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
         tau: temperature, > 0. The gradient shrinks like 1/k, so tune the learning rate with it.
         margin: by how much the right class must lead, >= 0.

@@ -19,6 +19,7 @@ selection. Rows with something that is not finite are rare: their loss gives the
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from topk._cpu import CHUNK, buffers, chunks, ordered_and_next
 from topk.arguments import KArgument, check_choice, check_ignore_index, check_k, check_number, check_scores
 from topk.autograd import Loss, compute_dtype
 from topk.losses.common import LossModule, PendingScores, as_rows, largest_classes, reduced_loss, target_scores
+from topk.losses.soft import takes_probabilities
 from topk.metrics import ranks
 
 Transition = str | float | Tensor | Callable[[Tensor], Tensor]
@@ -205,6 +207,38 @@ def backward(
 LOSS = Loss("transition", Options, definition, forward, backward)
 
 
+def expected(
+    scores: Tensor,  # (rows, classes)
+    q: Tensor,  # (rows, classes), probabilities
+    *,
+    k: KArgument = 5,
+    transition: Transition = "margin",
+    width: float = 1.0,
+    label_smoothing: float = 0.0,
+    **_: Any,
+) -> Tensor | None:
+    """sum over y of q_y times the loss (rows,), for all y at once."""
+    if not isinstance(transition, str | float | int) or transition == "accuracy":
+        return None
+    loss, log_p = torch.zeros_like(scores[:, 0]), scores.log_softmax(1)
+    missed = torch.where(q != 0.0, -log_p, 0.0)
+    possible = scores > -torch.inf
+    mean = torch.where(possible, log_p, 0.0).sum(1, keepdim=True) / possible.sum(1, keepdim=True)
+    for each, share in zip(*check_k(k, scores.shape[1]), strict=True):
+        if each == scores.shape[1] or share == 0.0:
+            continue
+        best = largest_classes(scores, each + 1)
+        top, following = best[:, :-1], scores.gather(1, best[:, -1:])
+        lead = (scores - following).nan_to_num(nan=0.0).detach()
+        a = smoothstep(lead / width) if transition == "margin" else torch.full_like(scores, float(transition))
+        group = -log_p.gather(1, top).logsumexp(1, keepdim=True)
+        grouped = missed.scatter(1, top, group.expand(top.shape))
+        entropy = (1.0 - label_smoothing) * missed - label_smoothing * mean
+        loss = loss + share * (q * ((1.0 - a) * entropy + a * grouped)).sum(1)
+    return loss
+
+
+@functools.partial(takes_probabilities, expected=expected)
 def transition_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -229,7 +263,7 @@ def transition_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
         transition: how a is found.
             "margin": per example s^2 (3 - 2 s) with s = clip((x_y - x_[k+1]) / width, 0, 1);
