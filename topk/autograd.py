@@ -16,7 +16,7 @@ import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -25,6 +25,24 @@ import torch
 from torch import Tensor
 
 from topk.arguments import WRONG, check_targets
+
+
+class Tail(NamedTuple):
+    """Sums over classes of exp(m rate (x - shift)), m = 1..powers, which is all that a loss asks of them.
+
+    The shift is the row's largest score, or that of `rank` among the classes other than y.
+    """
+
+    rate: float
+    powers: int = 1
+    rank: int = 0
+
+
+class Head(NamedTuple):
+    """How many of the largest scores a loss looks at one by one, and the tails, one for every k, for all, or none."""
+
+    depth: int
+    tails: list[Tail]
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,9 @@ class Loss:
     sparse(...) -> classes and slopes (rows, few), which add up to what `backward` gives for the same arguments; None
         where most classes have a slope.
 
+    head(options) -> what the loss needs to know of a row where processes share the classes; `definition` is then given
+        the head's scores and, as `tail` (powers, rows), the sums over all others; raises where that is too little.
+
     Without `forward` and `backward`, `definition` is differentiated. `tensors` have one entry (or row of entries) for
     every row of scores, or for every one of as many equal groups of rows, so that vmap can fold its axis into rows.
     """
@@ -50,10 +71,13 @@ class Loss:
     forward: Callable[..., tuple[Tensor, ...]] | None = None
     backward: Callable[..., Tensor] | None = None
     sparse: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    head: Callable[[Any], Head] | None = None
     joint: bool = False
     centred: bool = True  # whether `definition` is given scores less their largest; else it takes differences itself
 
-    def formula(self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor) -> Tensor:
+    def formula(
+        self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor, tails: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The definition, and what is common to all losses: NaN for rows with NaN or +inf, +inf where y is masked.
 
         All of them depend on differences of scores alone, which keep their digits once the largest score is 0. (But not
@@ -68,12 +92,16 @@ class Loss:
         scores = torch.where(scores == -torch.inf, -torch.inf, scores * taint[:, None] - origin)
         scores = torch.where((broken | impossible)[:, None], 0.0, scores)
         fields = options._asdict()
+        if len(tails) == 1:
+            fields["tail"] = tails[0]
         if self.joint or "ks" not in fields:
             loss = self.definition(scores, target, *tensors, **fields)
         else:
             ks, weights = fields.pop("ks"), fields.pop("weights")
             loss = torch.zeros_like(scores[:, 0])
             for place, k in enumerate(ks):
+                if len(tails) > 1:
+                    fields["tail"] = tails[place]
                 own = [tensor[:, place] if tensor.dim() == 2 else tensor for tensor in tensors]
                 loss = loss + weights[place] * self.definition(scores, target, *own, k=k, **fields)
         return torch.where(impossible, torch.inf, loss) * taint
@@ -131,7 +159,7 @@ def _without_autocast(scores: Tensor) -> contextlib.AbstractContextManager[None]
     )
 
 
-def _settled(values: Tensor, state: Tensor) -> Tensor:
+def settled(values: Tensor, state: Tensor) -> Tensor:
     """The rows' values with 0 where the row is ignored and NaN where its target is wrong."""
     instead = torch.where(state == WRONG, torch.nan, 0.0).to(values.dtype)
     shape = (-1,) + (1,) * (values.dim() - 1)
@@ -165,7 +193,7 @@ def row_values(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor
         else:
             loss, *saved = call.loss.forward(rows, safe, call.options, *tensors)
     # An output that is an input could not be saved.
-    return loss if all_used else _settled(loss, state), state.clone(), *saved
+    return loss if all_used else settled(loss, state), state.clone(), *saved
 
 
 def row_gradients(
@@ -183,7 +211,7 @@ def row_gradients(
             gradient = pull(grad.to(rows.dtype))[0]
         else:
             gradient = call.loss.backward(grad, rows, safe, call.options, saved, *tensors)
-    return (gradient if all_used else _settled(gradient, state)).to(scores.dtype)
+    return (gradient if all_used else settled(gradient, state)).to(scores.dtype)
 
 
 def few_gradients(
@@ -194,7 +222,7 @@ def few_gradients(
         return None
     safe = state.clamp(min=0)
     found = call.loss.sparse(grad, scores.to(compute_dtype(scores)), safe, call.options, saved, *tensors)
-    return None if found is None else (found[0], _settled(found[1], state))
+    return None if found is None else (found[0], settled(found[1], state))
 
 
 class RowLoss(torch.autograd.Function):

@@ -24,11 +24,13 @@ from topk.autograd import Call, compute_dtype, few_gradients, is_traced, row_gra
 from topk.losses.common import LossModule, PendingScores
 from topk.losses.imbalance import FocalLoss
 from topk.losses.transition import TransitionTopKLoss
+from topk.shards import ClassShard, few_of_slice, sliced_gradient, sliced_values
 
 CHUNK = 2**25
 """Scores made at a time, unless that were fewer than so many rows, for which W's gradient would be read too often."""
 
 _LEAST_ROWS = 64
+_FEW_OF = 2000  # classes, below which products with all of them are quicker than gathering a few
 
 
 class _Plan(NamedTuple):
@@ -38,6 +40,7 @@ class _Plan(NamedTuple):
     chunk: int  # rows
     dtype: torch.dtype  # of the products
     reduced: bool
+    shard: ClassShard | None
 
 
 def linear_loss(
@@ -49,6 +52,7 @@ def linear_loss(
     bias: Tensor | None = None,
     cosine_scale: float | None = None,
     chunk: int | None = None,
+    shard: ClassShard | None = None,
     by_torch: bool = False,
 ) -> Tensor:
     r"""``loss(F.linear(features, weight, bias), target)`` without ever holding the scores; chapter "A million classes".
@@ -66,6 +70,8 @@ def linear_loss(
         bias: (classes,), or None.
         cosine_scale: None, or a number > 0: the scores are so many times the cosines between features and weight.
         chunk: how many rows are worked on at a time; None: as many as make 2^25 scores, and at least 64.
+        shard: which classes ``weight`` and ``bias`` are, where processes share them (see ``topk.sharded_loss``); the
+            features are the same on all processes, and so is the gradient that they get.
         by_torch: runs ``F.linear_cross_entropy`` where torch has it; for ``torch.nn.CrossEntropyLoss`` alone.
     """
     criterion = _criterion(loss)
@@ -77,12 +83,14 @@ def linear_loss(
         features = check_number("cosine_scale", cosine_scale, above=0.0) * F.normalize(features, dim=-1)
         weight = F.normalize(weight, dim=-1)
     flat = features.reshape(-1, features.shape[-1])
+    if shard is not None:
+        shard.check("weight", weight.shape[0])
     if by_torch:
         value = _by_torch(loss, flat, weight, target.reshape(-1), bias)
-    elif torch._C._are_functorch_transforms_active() or is_traced(flat) or is_traced(weight):
+    elif shard is None and (torch._C._are_functorch_transforms_active() or is_traced(flat) or is_traced(weight)):
         value = criterion(F.linear(flat, weight, bias), target.reshape(-1))
     else:
-        value = criterion(_scores_to_come(flat, weight, bias, rows_at_once), target.reshape(-1))
+        value = criterion(_scores_to_come(flat, weight, bias, rows_at_once, shard), target.reshape(-1))
     return value.reshape(target.shape) if value.dim() > 0 else value
 
 
@@ -134,14 +142,17 @@ def _by_torch(loss: nn.Module, features: Tensor, weight: Tensor, target: Tensor,
     return value
 
 
-def _scores_to_come(features: Tensor, weight: Tensor, bias: Tensor | None, chunk: int | None) -> PendingScores:
+def _scores_to_come(
+    features: Tensor, weight: Tensor, bias: Tensor | None, chunk: int | None, shard: ClassShard | None
+) -> PendingScores:
     """Stands in for the scores: what the loss makes of its arguments comes back to `LinearLoss`."""
-    rows, classes, device = features.shape[0], weight.shape[0], features.device.type
+    rows, device = features.shape[0], features.device.type
+    classes, held = (weight.shape[0],) * 2 if shard is None else (shard.total, shard.total // shard.processes + 1)
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
-    step = chunk or max(_LEAST_ROWS, CHUNK // classes)
+    step = chunk or max(_LEAST_ROWS, CHUNK // held)
 
     def source(call: Call, target: Tensor, tensors: tuple[Tensor, ...], share: Tensor | None, reduction: str) -> Tensor:
-        plan = _Plan(call, step, dtype, reduction != "none")
+        plan = _Plan(call, step, dtype, reduction != "none", shard)
         value: Tensor = LinearLoss.apply(plan, features, weight, bias, target, share, *tensors)
         return value
 
@@ -236,15 +247,33 @@ def _passed(
             # Half types are rounded, as the scores of an unfused layer are, and widened once.
             scores = F.linear(features[part], weight, bias)
             scores = scores.to(compute_dtype(scores)) if plan.call.backend == "torch" else scores
-            values[part], state, *saved = row_values(plan.call, scores, target[part], own)
-            if factors is not None and gradients is not None:
-                arguments = (plan.call, factors[part], scores, state, own, tuple(saved))
-                few = few_gradients(*arguments)
-                if few is not None:
-                    _add_few(gradients, part, features[part], weight, *few)
-                else:
-                    _add_all(gradients, part, features[part], weight, row_gradients(*arguments))
+            grad = None if factors is None else factors[part]
+            values[part], slopes = _loss_and_slopes(plan, grad, scores, target[part], own)
+            if gradients is not None:
+                add = _add_few if isinstance(slopes, tuple) else _add_all
+                add(gradients, part, features[part], weight, slopes)
+    if plan.shard is not None and gradients is not None and gradients[0] is not None:
+        plan.shard.added(gradients[0])
     return values, gradients
+
+
+def _loss_and_slopes(
+    plan: _Plan, grad: Tensor | None, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, Any]:
+    """The loss of every row and, for a `grad`, the gradient in the scores: of all classes, or of a few a row."""
+    few: tuple[Tensor, Tensor] | None
+    if plan.shard is not None:
+        loss, *saved = sliced_values(plan.call, plan.shard, scores, target, tensors)
+        if grad is None:
+            return loss, None
+        few = few_of_slice(grad, scores, saved)
+        return loss, sliced_gradient(plan.call, grad, scores, saved) if few is None else few
+    loss, state, *kept = row_values(plan.call, scores, target, tensors)
+    if grad is None:
+        return loss, None
+    arguments = (plan.call, grad, scores, state, tensors, tuple(kept))
+    few = few_gradients(*arguments) if scores.shape[1] > _FEW_OF else None
+    return loss, row_gradients(*arguments) if few is None else few
 
 
 def _add_all(
@@ -267,10 +296,10 @@ def _add_few(
     part: slice | Tensor,
     features: Tensor,
     weight: Tensor,
-    classes: Tensor,  # (chunk, few)
-    slopes: Tensor,
+    few: tuple[Tensor, Tensor],  # (chunk, few): classes and slopes
 ) -> None:
     """The same where a few classes of each row have a slope."""
+    classes, slopes = few
     at_features, at_weight, at_bias = gradients
     if at_features is not None:
         at_features[part] = (slopes.to(weight.dtype)[:, None] @ weight[classes]).squeeze(1)
@@ -290,6 +319,8 @@ def _differentiable_gradients(
     wanted: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
     """The gradients as functions that can be differentiated again, from scores that are held."""
+    if plan.shard is not None:
+        raise RuntimeError("shard must be None where second derivatives are wanted")
     features, weight, bias = (None if tensor is None else tensor.to(plan.dtype) for tensor in layer)
     assert features is not None
     assert weight is not None

@@ -17,7 +17,7 @@ from topk.arguments import (
     check_k,
     check_number,
 )
-from topk.autograd import Call, Loss, compute_dtype, row_loss
+from topk.autograd import Call, Head, Loss, compute_dtype, row_loss
 
 # --- from a call to rows and back ------------------------------------------------------------------------------------
 
@@ -51,6 +51,10 @@ def reduced_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", tail["backend"], backend.BACKENDS)
     ignore_index = check_ignore_index(tail["ignore_index"])
+    if not torch.compiler.is_compiling() and type(scores).__name__ == "DTensor":
+        from topk import shards  # which imports this file
+
+        scores = shards.of_dtensor(scores)
     rows, flat = as_rows(scores, target)
     if weight is not None:
         weight = check_class_tensor("weight", weight, scores, rows.shape[1])
@@ -104,7 +108,7 @@ def _nothing(scores: Tensor, target: Tensor, *_: Tensor, **options: Any) -> Tens
     return torch.where(torch.ones_like(scores, dtype=torch.bool), 0.0, scores).sum(1)
 
 
-NOTHING = Loss("nothing", tuple, _nothing, joint=True)
+NOTHING = Loss("nothing", tuple, _nothing, head=lambda options: Head(1, []), joint=True)
 """The loss of a call in which no k counts."""
 
 
@@ -206,6 +210,15 @@ def log_sum_exp(scores: Tensor, keep: Tensor) -> Tensor:
     kept = scores.masked_fill(~keep, -torch.inf)
     some = kept.amax(1) > -torch.inf
     return torch.where(some, torch.where(some[:, None], kept, 0.0).logsumexp(1), -torch.inf)
+
+
+def with_tail(log_sum: Tensor, tail: Tensor | None, shift: Tensor | float = 0.0) -> Tensor:
+    """log(exp(log_sum) + S exp(shift)), S the sum (1, rows) over classes that are not listed, if there are any."""
+    if tail is None:
+        return log_sum
+    some = tail[0] > 0.0
+    beyond = torch.where(some, torch.where(some, tail[0], 1.0).log() + shift, 0.0)
+    return torch.where(some, torch.logaddexp(log_sum, beyond), log_sum)
 
 
 # --- the Module ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from topk._cpu import ordered_topk, row_chunks
 from topk.arguments import KArgument, check_choice, check_count, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss
 from topk.losses.common import LossModule, largest_classes, not_finite_above, reduced_loss, row_dtype, target_scores
 from topk.losses.networks import network
 from topk.losses.soft import takes_probabilities
@@ -615,7 +615,14 @@ def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, 
         pool.index_copy_(0, places, torch.add(start, change, alpha=sign))
 
 
-LOSS = Loss("differentiable", Options, definition, forward, backward, sparse, joint=True)
+def head(options: Options) -> Head:
+    """The kept scores."""
+    if options.top1 == "cross_entropy" and options.cross_entropy_over == "all":
+        raise ValueError("cross_entropy_over must be 'kept' where the classes are sharded, got 'all'")
+    return Head(options.kept, [])
+
+
+LOSS = Loss("differentiable", Options, definition, forward, backward, sparse, head, joint=True)
 
 
 @takes_probabilities

@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import ordered_topk, scaled_exponentials, sum_exponentials
 from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -39,6 +39,7 @@ from topk.losses.common import (
     reduced_loss,
     row_dtype,
     target_scores,
+    with_tail,
     without_target,
 )
 from topk.losses.soft import takes_probabilities
@@ -61,6 +62,7 @@ def definition(
     k: int,
     variant: str = "calibrated",
     margin: float = 1.0,
+    tail: Tensor | None = None,  # (1, rows), for entropy: the sum of exp(x - w_k) over classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,)."""
     own = target_scores(scores, target)
@@ -76,12 +78,15 @@ def definition(
         return (margin + lead).relu().mean(1)
     if variant == "alpha":
         z = margin + lead
-        mean = (z[:, :-1].sum(1) + z[:, -1].relu()) / k  # z_y = 0 takes the last place if it is due
+        last, lower = z[:, -1], without_target(top, top, target)[0][:, -1] < target
+        last = torch.where((last > 0) | ((last == 0) & lower), last, 0.0)  # z_y = 0 takes the last place if it is due
+        mean = (z[:, :-1].sum(1) + last) / k
         return torch.where(z[:, -1] == -torch.inf, 0.0, mean).relu()
     best_wrong = without_target(top, top, target)[0][:, : k - 1]
     left_out = torch.cat((best_wrong, target[:, None]), 1)
     beyond = torch.ones_like(scores, dtype=torch.bool).scatter(1, left_out, False)
-    return softplus(log_sum_exp(scores, beyond) - own, threshold=50.0)
+    others = with_tail(log_sum_exp(scores, beyond), tail, (lead[:, -1] + own).detach())
+    return softplus(others - own, threshold=50.0)
 
 
 def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
@@ -196,7 +201,12 @@ def sparse(
     return torch.cat((index, target[:, None]), 1), grad[:, None] * slopes
 
 
-LOSS = Loss("hinge", Options, definition, forward, backward, sparse)
+def head(options: Options) -> Head:
+    """Nothing but the largest scores; of entropy also the sum of exponentials relative to the k-th wrong one."""
+    return Head(options.ks[-1] + 1, [Tail(1.0, rank=k) for k in options.ks if options.variant == "entropy"])
+
+
+LOSS = Loss("hinge", Options, definition, forward, backward, sparse, head)
 
 
 def expected(

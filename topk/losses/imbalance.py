@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import scaled_exponentials, sum_exponentials
 from topk.arguments import check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -33,14 +33,15 @@ from topk.losses.common import (
     row_dtype,
     row_margins,
     target_scores,
+    with_tail,
 )
 from topk.losses.soft import takes_probabilities
 
 
-def log_odds_against(scores: Tensor, target: Tensor) -> Tensor:
+def log_odds_against(scores: Tensor, target: Tensor, tail: Tensor | None = None) -> Tensor:
     """log((1 - p_y) / p_y) = log sum_{j != y} exp(x_j) - x_y (rows,); the least number where no other class is left."""
     wrong = torch.ones_like(scores, dtype=torch.bool).scatter(1, target[:, None], False)
-    gap = log_sum_exp(scores, wrong) - target_scores(scores, target)
+    gap = with_tail(log_sum_exp(scores, wrong), tail) - target_scores(scores, target)
     return gap.clamp(min=torch.finfo(gap.dtype).min)
 
 
@@ -49,14 +50,15 @@ def ldam_definition(
     target: Tensor,  # (rows,)
     margins: Tensor,  # (rows,), of every row's class
     scale: float = 30.0,
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(scale x) over classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,): cross-entropy of scale (x - margin e_y)."""
-    return softplus(log_odds_against(scale * scores, target) + scale * margins, threshold=50.0)
+    return softplus(log_odds_against(scale * scores, target, tail) + scale * margins, threshold=50.0)
 
 
-def focal_definition(scores: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_definition(scores: Tensor, target: Tensor, gamma: float = 2.0, tail: Tensor | None = None) -> Tensor:
     """The loss of every row (rows,): (1 - p_y)^gamma times cross-entropy."""
-    gap = log_odds_against(scores, target)
+    gap = log_odds_against(scores, target, tail)
     entropy = softplus(gap, threshold=50.0)
     return (gamma * (gap - entropy)).exp() * entropy
 
@@ -80,7 +82,14 @@ def ldam_backward(
     return _spread(grad, scores, target, saved[0], options.scale)
 
 
-LDAM = Loss("ldam", LDAMOptions, ldam_definition, ldam_forward, ldam_backward)
+LDAM = Loss(
+    "ldam",
+    LDAMOptions,
+    ldam_definition,
+    ldam_forward,
+    ldam_backward,
+    head=lambda options: Head(1, [Tail(options.scale)]),
+)
 
 
 class FocalOptions(NamedTuple):
@@ -105,7 +114,9 @@ def focal_backward(
     return _spread(grad, scores, target, saved[0], 1.0)
 
 
-FOCAL = Loss("focal", FocalOptions, focal_definition, focal_forward, focal_backward)
+FOCAL = Loss(
+    "focal", FocalOptions, focal_definition, focal_forward, focal_backward, head=lambda _: Head(1, [Tail(1.0)])
+)
 
 
 def _gap(scores: Tensor, target: Tensor, margins: Tensor | float, scale: float) -> tuple[Tensor, Tensor, Tensor]:

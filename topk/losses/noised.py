@@ -25,7 +25,7 @@ from torch import Tensor
 
 from topk._cpu import ordered_topk
 from topk.arguments import KArgument, check_count, check_generator, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss
 from topk.losses import polynomials
 from topk.losses.common import (
     LossModule,
@@ -183,7 +183,14 @@ def _push_and_pull(grad: Tensor, scores: Tensor, target: Tensor, slopes: Tensor)
     return push, push.sum(1, keepdim=True).masked_fill(target_scores(scores, target)[:, None] == -torch.inf, 0.0)
 
 
-LOSS = Loss("noised", Options, definition, forward, backward, sparse)
+def head(options: Options) -> Head:
+    """Without noise the largest scores."""
+    if options.epsilon > 0.0:
+        raise ValueError(f"epsilon must be 0 where the classes are sharded, got {options.epsilon}")
+    return Head(options.ks[-1] + 1, [])
+
+
+LOSS = Loss("noised", Options, definition, forward, backward, sparse, head)
 
 
 @takes_probabilities

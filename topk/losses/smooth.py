@@ -38,7 +38,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import SMALLEST, buffers, chunks, exponentials, exponents, lowest
 from topk.arguments import KArgument, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses import polynomials
 from topk.losses.common import (
     LossModule,
@@ -80,15 +80,16 @@ def definition(
     k: int,
     tau: float = 1.0,
     margin: float = 1.0,
+    tail: Tensor | None = None,  # (k, rows): power sums of classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,)."""
     rate = 1.0 / (k * tau)
-    rho = log_ratio(scores, target, k, rate)  # log e_k - log e_{k-1}
+    rho = log_ratio(scores, target, k, rate, tail)  # log e_k - log e_{k-1}
     gap = margin / tau + rho - rate * target_scores(scores, target).to(rho.dtype)
     return (tau * softplus(gap, threshold=30.0)).to(scores.dtype)
 
 
-def log_ratio(scores: Tensor, target: Tensor, k: int, rate: float) -> Tensor:
+def log_ratio(scores: Tensor, target: Tensor, k: int, rate: float, tail: Tensor | None = None) -> Tensor:
     """log e_k - log e_{k-1} of exp(rate x) over the classes other than y (rows,); -inf where fewer than k exist.
 
     In the type of a few numbers a row: what is left of rate x_y must not lose the digits of a large score.
@@ -101,6 +102,7 @@ def log_ratio(scores: Tensor, target: Tensor, k: int, rate: float) -> Tensor:
         column = torch.arange(scores.shape[1], device=scores.device)
         behind = (scores < kth[:, None]) | ((scores == kth[:, None]) & (column > classes[:, -1:]))
         sums = _sums_of_powers((scores - about) * rate, behind & (column != target[:, None]), k)
+        sums = sums if tail is None else [one + other for one, other in zip(sums, tail, strict=True)]
         head_odds = rate * (head.to(row_dtype(scores)) - about)
         lower, upper = _multiplied_in(head_odds, _from_power_sums(sums))
         tilt = torch.zeros_like(lower)
@@ -432,7 +434,14 @@ def _add_one_k(
             result[rows] += field
 
 
-LOSS = Loss("smooth", Options, definition, forward, backward, centred=False)
+def head(options: Options) -> Head:
+    """The power sums of every k are relative to its k-th largest wrong score."""
+    if options.ks[-1] > POWER_SUM_LIMIT:
+        raise ValueError(f"k must be at most {POWER_SUM_LIMIT} where the classes are sharded, got {options.ks[-1]}")
+    return Head(options.ks[-1] + 1, [Tail(1.0 / (k * options.tau), k, k) for k in options.ks])
+
+
+LOSS = Loss("smooth", Options, definition, forward, backward, head=head, centred=False)
 
 
 @takes_probabilities

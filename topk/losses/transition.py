@@ -30,8 +30,16 @@ from torch import Tensor
 
 from topk._cpu import CHUNK, buffers, chunks, ordered_and_next
 from topk.arguments import KArgument, check_choice, check_ignore_index, check_k, check_number, check_scores
-from topk.autograd import Loss, compute_dtype
-from topk.losses.common import LossModule, PendingScores, as_rows, largest_classes, reduced_loss, target_scores
+from topk.autograd import Head, Loss, Tail, compute_dtype
+from topk.losses.common import (
+    LossModule,
+    PendingScores,
+    as_rows,
+    largest_classes,
+    reduced_loss,
+    target_scores,
+    with_tail,
+)
 from topk.losses.soft import takes_probabilities
 from topk.metrics import ranks
 
@@ -55,13 +63,14 @@ def definition(
     k: int,
     width: float = 1.0,
     label_smoothing: float = 0.0,
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(x) over classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,); a and the choice of T are constants to every derivative."""
     best = largest_classes(scores, k + 1)
     if a is None:
         margin = target_scores(scores, target) - target_scores(scores, best[:, k])
         a = smoothstep(margin.detach() / width)
-    log_p = scores.log_softmax(1)
+    log_p = scores.log_softmax(1) if tail is None else scores - with_tail(scores.logsumexp(1), tail)[:, None]
     missed = -target_scores(log_p, target)
     entropy = missed
     if label_smoothing > 0.0:
@@ -204,7 +213,14 @@ def backward(
     return result if scores.is_cpu and not bool(dead.any()) else result.masked_fill_(dead[:, None] > 0.0, 0.0)
 
 
-LOSS = Loss("transition", Options, definition, forward, backward)
+def head(options: Options) -> Head:
+    """One sum of exponentials."""
+    if options.label_smoothing > 0.0:
+        raise ValueError(f"label_smoothing must be 0 where the classes are sharded, got {options.label_smoothing}")
+    return Head(options.ks[-1] + 1, [Tail(1.0)])
+
+
+LOSS = Loss("transition", Options, definition, forward, backward, head=head)
 
 
 def expected(
