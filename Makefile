@@ -36,16 +36,9 @@ test-slow: .venv/.ready  ## the tests that take minutes: inductor, sampling stat
 test-gpu: .venv/.ready  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -n 0
 
-# MINUTES: start no benchmark later than that. What is stopped goes on where it was when the command is given again.
-gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, notebooks' times, training (needs the data)
-	$(BIN)/python -m topk.kernels.resources --capabilities $$($(BIN)/python -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-	$(BIN)/python -m bench --suite gpu $(if $(MINUTES),--minutes $(MINUTES))
-	$(BIN)/python -m book.pipeline times --profiles smoke
-	$(MAKE) experiment CHAPTER=14_cifar100
-	$(MAKE) experiment CHAPTER=18_imagenet
-	$(BIN)/python -m topk_lab gather 14_cifar100
-	$(BIN)/python -m topk_lab gather 18_imagenet
-	$(BIN)/python -m book.pipeline times --profiles laptop
+# Steps that stand apart, each with its own limit: `.venv/bin/python -m bench.gpu STEP` runs one, also without make.
+gpu: .venv/.ready  ## all that needs a GPU: correctness, benchmark, training from pixels; results in _build/gpu
+	$(BIN)/python -m bench.gpu --out _build/gpu
 
 # Ray has an environment of its own, which borrows every other package from .venv.
 .venv-cluster/.ready: .venv/.ready
@@ -55,7 +48,7 @@ gpu: test-gpu  ## all that needs a GPU: kernel tests, registers, benchmarks, not
 	@touch $@
 
 test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes on this machine
-	.venv-cluster/bin/python -m pytest -m '' tests/test_lab_cluster.py $(PYTEST)
+	.venv-cluster/bin/python -m pytest -m '' lab/tests/test_sweep.py -k ray $(PYTEST)
 
 # CHAPTER: a notebook's name without its ending; PROFILE: smoke, laptop or full. What is stopped goes on when the command
 # is given again; `python -m topk_lab gather CHAPTER` then puts the new records into the chapter's table.

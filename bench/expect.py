@@ -21,7 +21,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,8 @@ from typing import Any, TextIO
 import torch
 
 from bench.contenders import TYPES, Setting
-from bench.trips import KERNELS, Traced
+from bench.trips import KERNELS, Traced, statement
+from topk.kernels import resources
 
 EFFICIENCY = 0.75
 """The share of its cycles in which the busiest pipe works: an assumption, until a device has been measured."""
@@ -58,29 +58,28 @@ _FAST = re.compile(r"F(ADD|MUL|FMA|SWZ)|IMAD\.MOV|HFMA2|NOP|BRA|EXIT|BSSY|BSYNC|
 
 @dataclass(frozen=True)
 class Expected:
-    """Of one launch: instructions of a thread, by pipe and in all, times threads; registers; bytes; warps resident."""
+    """Of one launch: programs, what each takes, a thread's instructions by pipe and in all, and bytes moved."""
 
     kernel: str
     programs: float
-    threads: int
+    taken: resources.Resources
     instructions: dict[str, float]
-    registers: int
-    spilled: int
-    shared: int
     bytes_moved: float
 
     @property
     def resident(self) -> int:
         """Warps on a multiprocessor of Hopper at once."""
-        warps = self.threads // 32
-        by_registers = 65536 // (32 * -(-self.registers // 8) * 8 * warps)
-        by_memory = (227 * 1024) // (self.shared + 1024)
+        warps = self.taken.threads // 32
+        by_registers = 65536 // (32 * -(-self.taken.registers // 8) * 8 * warps)
+        by_memory = (227 * 1024) // (self.taken.shared + 1024)
         return warps * min(64 // warps, by_registers, by_memory, 32)
 
     def seconds(self, device: Device) -> float:
         """The formula of this module."""
         busy = min(1.0, self.programs / device.processors)
-        cycles = max(self.programs * self.threads * count / _THREADS[pipe] for pipe, count in self.instructions.items())
+        cycles = max(
+            self.programs * self.taken.threads * count / _THREADS[pipe] for pipe, count in self.instructions.items()
+        )
         issued = cycles / (EFFICIENCY * device.processors * device.clock * busy)
         return max(issued, self.bytes_moved / device.bandwidth)
 
@@ -116,10 +115,10 @@ def report(chosen: Iterable[Setting], stream: TextIO) -> None:
         floor = 3 * size * TYPES[setting.dtype].itemsize
         found = expected(setting)
         for one in found:
-            threads = one.programs * one.threads / size
+            threads = one.programs * one.taken.threads / size
             writer.writerow((
                 *about, one.kernel, f"{threads * one.instructions['issue']:.1f}",
-                f"{threads * one.instructions['compare']:.1f}", one.registers, one.spilled, one.resident,
+                f"{threads * one.instructions['compare']:.1f}", one.taken.registers, one.taken.spilled, one.resident,
                 f"{one.bytes_moved / size:.2f}",
                 *(f"{one.seconds(device) * device.bandwidth / floor:.2f}" for device in DEVICES),
             ))  # fmt: skip
@@ -147,8 +146,8 @@ def traced(setting: Setting, rows: int) -> list[Traced]:
 
 
 def _expected(launch: Traced, batch: int, rows: int, capability: int) -> Expected:
-    cubin, shared = compiled(launch, capability)
-    registers, spilled = usage(cubin)
+    cubin, _ = resources.machine_code(described(launch), capability)
+    taken = resources.compiled(described(launch), capability)
     lines = Lines(launch)
     counts = dict.fromkeys(_THREADS, 0.0)
     for name, weight in weighted(instructions(cubin), lines):
@@ -159,7 +158,7 @@ def _expected(launch: Traced, batch: int, rows: int, capability: int) -> Expecte
     moved = batch / rows * (launch.loaded + launch.stored)
     together = launch.constants.get("ROWS", 1)
     programs = launch.programs // -(-rows // together) * -(-batch // together)
-    return Expected(launch.kernel, programs, 32 * launch.warps, counts, registers, spilled, shared, moved)
+    return Expected(launch.kernel, programs, taken, counts, moved)
 
 
 def _pipe(name: str) -> str | None:
@@ -173,14 +172,8 @@ def _pipe(name: str) -> str | None:
 # --- machine code ----------------------------------------------------------------------------------------------------
 
 
-def compiled(launch: Traced, capability: int = 90) -> tuple[bytes, int]:
-    """The machine code of a traced launch, and the bytes of shared memory it takes."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from topk.kernels import resources
-
+def described(launch: Traced) -> resources.Launch:
+    """A traced launch as the compiler takes it."""
     function = getattr(importlib.import_module(launch.module), launch.kernel)
     arguments = tuple(
         resources.Described(getattr(torch, a["dtype"].removeprefix("torch.")), a["aligned"])
@@ -189,20 +182,7 @@ def compiled(launch: Traced, capability: int = 90) -> tuple[bytes, int]:
         for a in launch.arguments
     )
     constants = {name: tuple(v) if isinstance(v, list) else v for name, v in launch.constants.items()}
-    described = resources.Launch(function, launch.programs, arguments, constants, launch.warps)
-    source = ASTSource(function, *resources.specialised(described))
-    target = GPUTarget("cuda", capability, 32)
-    kernel = triton.compile(source, target=target, options={"num_warps": launch.warps})
-    return kernel.asm["cubin"], int(kernel.metadata.shared)
-
-
-def usage(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of stack, where spilled registers go, of a thread."""
-    told = _tool("cuobjdump", cubin, "-res-usage")
-    found = re.search(r"REG:(\d+) STACK:(\d+)", told)
-    if found is None:
-        raise RuntimeError(f"cuobjdump told no registers: {told!r}")
-    return int(found[1]), int(found[2])
+    return resources.Launch(function, launch.programs, arguments, constants, launch.warps)
 
 
 @dataclass(frozen=True)
@@ -220,11 +200,11 @@ def instructions(cubin: bytes) -> list[Instruction]:
     labels: dict[str, int] = {}
     chain: list[str] = []
     fresh, ended = True, False
-    for line in _tool("nvdisasm", cubin, "-c", "-g", "-gi").splitlines():
+    for line in resources.tool("nvdisasm", cubin, "-c", "-g", "-gi").splitlines():
         if told := re.match(r'\s*//## File "(.*?)", line (\d+)', line):
             chain, fresh = ([] if fresh else chain), False
             if told[1].startswith(KERNELS):
-                chain.append(f"{os.path.basename(told[1])}:{told[2]}")
+                chain.append(statement(told[1], int(told[2])))
         elif told := re.match(r"\s*(\.L_x_\d+):", line):
             labels[told[1]] = len(found)
         elif told := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\d+ )?\s*(.*?);", line):
@@ -239,16 +219,6 @@ def instructions(cubin: bytes) -> list[Instruction]:
         target = labels.get(label, place + 1) if label else place + 1
         result.append(Instruction(name, lines, target if target < place else None))
     return result
-
-
-def _tool(name: str, cubin: bytes, *options: str) -> str:
-    import triton
-
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 # --- how often each instruction runs ---------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.end = time.monotonic() + self.seconds
+        self.failed = False
 
     @property
     def left(self) -> float:
@@ -54,7 +55,8 @@ class Run:
         return self.end - time.monotonic()
 
     def tell(self, **result: Any) -> None:
-        """Writes one result at once."""
+        """Writes one result at once; `ok` False makes the step a failed one."""
+        self.failed = self.failed or result.get("ok") is False
         line = {"step": self.step, "dry": self.dry, "commit": self.commit, "at": round(time.time()), **result}
         with (self.out / "results.jsonl").open("a") as stream:
             stream.write(json.dumps(line, default=str) + "\n")
@@ -143,6 +145,7 @@ def benchmark(run: Run) -> None:
         command = [*_python(), "bench.gpu", "--inside", *_passed(run), "measure", f"{run.left:.0f}"]
         done = subprocess.run(command, cwd=ROOT, env=_environment(run))
         if done.returncode != _BROKEN or run.left < 30:
+            run.failed = done.returncode != 0
             return
 
 
@@ -172,7 +175,8 @@ def measure(run: Run, seconds: str) -> None:
         except RuntimeError as error:
             run.tell(ok=False, error=str(error)[:500])
             sys.exit(_BROKEN)
-    run.tell(ok=True, rows=len(runner.read(path)), wrong=[row["note"] for row in runner.wrong(path)])
+    wrong = [row["note"] for row in runner.wrong(path)]
+    run.tell(ok=not wrong, rows=len(runner.read(path)), wrong=wrong)
 
 
 def training(run: Run) -> None:
@@ -190,7 +194,7 @@ def training(run: Run) -> None:
     ]  # fmt: skip
     common: dict[str, Any] = {"data": {"name": "cifar100"}, "model": {"name": "fast"}}
     if run.dry:
-        kinds, common = kinds[:2], {"data": {"name": "sample"}, "training": {"epochs": 1}}
+        kinds, common = kinds[:2], {**common, "data": {"name": "sample"}, "training": {"epochs": 1}}
     longest = 0.0
     for seed in range(1 if run.dry else 3):
         for chosen in kinds:
@@ -236,7 +240,9 @@ def _passed(run: Run) -> list[str]:
 
 def _environment(run: Run) -> dict[str, str]:
     dry = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if run.dry else {}
-    return {**os.environ, "PYTHONUNBUFFERED": "1", **dry}
+    # Where nothing was installed, the lab is found beside this folder.
+    path = os.pathsep.join(filter(None, [str(ROOT / "lab"), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **dry}
 
 
 def _name(run: Run, family: str) -> str:
@@ -297,7 +303,7 @@ def _start(step: str, out: Path, commit: str, dry: bool, seconds: float) -> bool
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line: 0 if all steps ended by themselves."""
+    """The command line: 0 if all steps ended by themselves and found nothing wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -314,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, *words = chosen.steps
         run = Run(name, out, chosen.seconds, chosen.commit, chosen.dry)
         (_PARTS.get(name) or STEPS[name][0])(run, *words)
-        return 0
+        return int(run.failed)
     unknown = [step for step in chosen.steps if step not in STEPS]
     if unknown:
         parser.error(f"steps are {', '.join(STEPS)}, got {', '.join(unknown)}")

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from topk_lab import records
-from topk_lab.study.benchmarks import CHAPTER, CROSS_ENTROPY, PLAIN_COPY, PROBLEM
+from topk_lab.study.benchmarks import CHAPTER, CROSS_ENTROPY, EXPECTED, PLAIN_COPY, PROBLEM
 from topk_lab.study.timing import gigabytes_per_second
 
 _TEXT = (
@@ -55,9 +55,12 @@ def _beside(frame: pd.DataFrame, contender: str, column: str) -> Any:
 
 
 def pack(results: Path, into: Path | None = None) -> int:
-    """Writes the lab's table from a folder of records; returns the number of rows."""
+    """Writes the lab's tables of what was measured and what is expected; returns the number of rows measured."""
     paths = sorted(results.glob("*/*.csv"))
     frame = pd.concat([read(path) for path in paths], ignore_index=True) if paths else with_ratios(pd.DataFrame())
     (into or records.folder() / f"{CHAPTER}.parquet").parent.mkdir(parents=True, exist_ok=True)
     frame.to_parquet(into or records.folder() / f"{CHAPTER}.parquet", index=False, compression="zstd")
+    if into is None and (results / "expected.csv").exists():
+        expected = pd.read_csv(results / "expected.csv")
+        expected.to_parquet(records.folder() / f"{EXPECTED}.parquet", index=False, compression="zstd")
     return len(frame)

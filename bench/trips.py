@@ -6,13 +6,16 @@ compiles them: it prints the launches of a forward and a backward pass and, of e
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import json
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 from unittest import mock
@@ -59,24 +62,50 @@ def halving(self: Any, tensors: Any) -> Any:
     return tuple(self.to_tensor(part[0], dtype) for part, dtype in zip(parts, dtypes, strict=True))
 
 
+@functools.cache
+def statements(file: str) -> dict[int, int]:
+    """Of one file of `topk.kernels`: for every line the first line of the statement, or of a loop's head, it is in."""
+    first: dict[int, int] = {}
+    for node in ast.walk(ast.parse(Path(KERNELS, file).read_text())):
+        if isinstance(node, ast.stmt) and not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            body = getattr(node, "body", None)
+            last = body[0].lineno - 1 if body else node.end_lineno or node.lineno
+            first.update(dict.fromkeys(range(node.lineno, max(node.lineno, last) + 1), node.lineno))
+    return first
+
+
+def statement(path: str, line: int) -> str:
+    """How counts and machine code name the statement at a line."""
+    file = os.path.basename(path)
+    return f"{file}:{statements(file).get(line, line)}"
+
+
 @contextlib.contextmanager
 def counted_lines() -> Iterator[Counter[Chain]]:
-    """Counts the lines of `topk.kernels` that run while kernels are interpreted."""
+    """Counts the statements of `topk.kernels` that run while kernels are interpreted."""
     counts: Counter[Chain] = Counter()
 
     def watch(frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(KERNELS):
             return None
-        if event == "line" and (chain := _chain(frame)):  # none while the host prepares a launch
-            counts[chain] += 1
-        return watch
+        before: Chain = ()
 
-    before = sys.gettrace()
+        def count(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal before
+            if event == "line" and (chain := _chain(frame)) != before:  # the lines of one statement count once
+                before = chain
+                if chain:  # none while the host prepares a launch
+                    counts[chain] += 1
+            return count
+
+        return count
+
+    tracing = sys.gettrace()
     sys.settrace(watch)
     try:
         yield counts
     finally:
-        sys.settrace(before)
+        sys.settrace(tracing)
 
 
 def _chain(frame: FrameType | None) -> Chain:
@@ -85,7 +114,7 @@ def _chain(frame: FrameType | None) -> Chain:
         if frame.f_code.co_filename.startswith(KERNELS):
             if frame.f_code.co_name == "launch":
                 break
-            chain.append(f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}")
+            chain.append(statement(frame.f_code.co_filename, frame.f_lineno))
         frame = frame.f_back
     return tuple(chain)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,24 @@ if os.environ.get("PYTEST_XDIST_WORKER"):
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(20)
+
+
+@pytest.fixture(autouse=True)
+def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter prepares its language at every call of a device function; here once for every module."""
+    interpreter = sys.modules.get("triton.runtime.interpreter")
+    if interpreter is None:
+        return
+    prepared: set[int] = set()
+
+    def call(function: Any, *arguments: Any, **keywords: Any) -> Any:
+        module = id(function.fn.__globals__)
+        if module not in prepared:
+            prepared.add(module)
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **keywords)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

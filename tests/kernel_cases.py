@@ -1,6 +1,6 @@
-"""The kernels' tests, written once for all rooms: cases to run, and the comparison with the torch path.
+"""The kernels' tests, written once for all losses: cases to run, and the comparison with the torch path.
 
-A kernel is compared with the torch path in float64 on the same rounded scores. A room joins the tests of `make test`
+A kernel is compared with the torch path in float64 on the same rounded scores. A loss joins the tests of `make test`
 by a file that calls `compare` and `compare_special_rows`, and those that need a GPU by its lines in `GPU_CASES`.
 """
 
@@ -63,11 +63,11 @@ GPU_CASES: dict[str, tuple[Callable[..., Tensor], tuple[Mapping[str, Any], ...]]
         ),
     ),
 }
-"""By room: the public function and the keywords to try; the losses must not depend on random draws."""
+"""By loss: the public function and the keywords to try; the losses must not depend on random draws."""
 
 
-def random_scores(rows: int, classes: int, kind: torch.dtype = torch.float32, scale: float = 2.0) -> Tensor:
-    return (scale * torch.randn(rows, classes)).to(kind)
+def random_scores(rows: int, classes: int, dtype: torch.dtype = torch.float32, scale: float = 2.0) -> Tensor:
+    return (scale * torch.randn(rows, classes)).to(dtype)
 
 
 def losses_and_gradient(
@@ -118,7 +118,7 @@ def compare(
     )
 
 
-def special_rows(classes: int, kind: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+def special_rows(classes: int, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """A row for every special case that all losses promise to treat, and the targets."""
     usual = random_scores(16, classes, torch.float32)
     target = torch.randint(classes, (16,))
@@ -139,10 +139,10 @@ def special_rows(classes: int, kind: torch.dtype, device: str = "cpu") -> tuple[
     usual[14] = torch.where(torch.rand(classes) < 0.5, 0.0, -0.0)
     usual[15, :: max(1, classes // 4)] = -torch.inf
     usual[15, target[15]] = 1.0
-    return usual.to(kind).to(device), target.to(device)
+    return usual.to(dtype).to(device), target.to(device)
 
 
-def compare_special_rows(function: Callable[..., Tensor], classes: int, kind: torch.dtype, **keywords: Any) -> None:
+def compare_special_rows(function: Callable[..., Tensor], classes: int, dtype: torch.dtype, **keywords: Any) -> None:
     """`compare` on `special_rows`."""
-    scores, target = special_rows(classes, kind)
+    scores, target = special_rows(classes, dtype)
     compare(function, scores, target, **keywords)

@@ -99,7 +99,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     hinge = kernels.of("hinge")
     forward = hinge.forward
     monkeypatch.setattr(
-        hinge, "forward", lambda s, t, e, i, options: forward(s, t, e, i, (*options[:3], options[3] - 0.5))
+        hinge, "forward", lambda s, t, options, i: forward(s, t, options._replace(margin=options.margin - 0.5), i)
     )
     return hinge
 

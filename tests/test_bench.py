@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import importlib
+import json
 import math
 import re
 import time
@@ -20,9 +22,11 @@ import torch
 
 import topk
 from bench import __main__ as command
-from bench import runner, suites, summary, tables
+from bench import contenders as bench_contenders
+from bench import gpu, runner, suites, summary, tables
 from bench.contenders import CONTENDERS, CROSS_ENTROPY, PLAIN_COPY, Setting, contenders
 from bench.suites import Suite
+from topk.autograd import Loss
 from topk_lab import figures
 from topk_lab.study import benchmarks, timing
 from topk_lab.study.timing import CpuClock, CudaClock, NoReplayError, clock_of, in_turns, peak_temporaries, quantiles
@@ -348,6 +352,59 @@ def test_a_failure_leaves_a_note_and_no_number(tmp_path: Path, monkeypatch: pyte
     assert len(benchmarks.measured(tables.read(path), "cpu")) == 1
 
 
+def test_a_setting_that_failed_is_tried_again_after_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One lost context must not mark what comes after it as done for ever."""
+    settings = [Setting("hinge", 4, 20, 2), Setting("smooth", 4, 20, 2)]
+    order: list[str] = []
+
+    def measured(setting: Setting, clock: Any, seconds: float, compiled: bool) -> list[dict[str, Any]]:
+        order.append(setting.family)
+        note = "CUDA error" if len(order) == 1 else ""
+        return [{"contender": f"topk {setting.family}", "note": note, "p50_ms": "" if note else "1.0"}]
+
+    monkeypatch.setattr(runner, "measure", measured)
+    runner.run_suite("smoke", quick(settings[0]), tmp_path)
+    path = runner.run_suite("smoke", quick(*settings), tmp_path)
+    assert order == ["hinge", "smooth", "hinge"]
+    assert sorted(row["contender"] for row in runner.read(path)) == ["topk hinge", "topk smooth"]
+    assert runner.wrong(path) == []
+    runner.run_suite("smoke", quick(*settings), tmp_path)
+    assert len(order) == 3
+
+
+def test_a_running_mean_and_its_variance() -> None:
+    values = torch.randn(7, 3, dtype=torch.float64)
+    mean = bench_contenders._Mean()
+    for value in values:
+        mean.add(value)
+    torch.testing.assert_close(mean.mean, values.mean(0))
+    torch.testing.assert_close(mean.variance_of_mean, values.var(0) / 7)
+
+
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
+    """All steps, interpreted; none fails, and what is missing here is said."""
+    assert gpu.main(["--dry", "--out", str(tmp_path), "versions", "losses", "sanitizer", "benchmark", "training"]) == 0
+    told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in told if "finished" in row] == [
+        "versions", "losses", "sanitizer", "benchmark", "training",
+    ]  # fmt: skip
+    assert all(row["finished"] for row in told if "finished" in row)
+    assert any(row.get("copy_gbps", 0) > 0 for row in told)
+    assert [row["ok"] for row in told if row["step"] == "loss"] == [True]
+    assert all(row["lacks"] for row in told if row.get("ok", True) is None)
+    assert (tmp_path / "benchmark.csv").stat().st_size > 0
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) <= 8
+
+
+def test_a_step_ends_with_its_time(tmp_path: Path) -> None:
+    """It is killed, whatever it waits for, and says so."""
+    assert gpu.main(["--dry", "--out", str(tmp_path), "--seconds", "0.01", "tests"]) == 1
+    told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert told[-1]["finished"] is False
+    assert told[-1]["seconds"] < 30
+    assert "not done" in told[0]["summary"][0]
+
+
 def test_devices_never_share_a_folder() -> None:
     gpu = SimpleNamespace(device=torch.device("cuda"), facts=lambda: {"processor": "NVIDIA H200"})
     assert runner.machine(gpu) == "nvidia-h200"
@@ -496,13 +553,13 @@ def test_temporaries_stay_below_twice_the_scores(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["smooth", "transition"])
 def test_what_is_kept_for_backward_grows_with_k_alone(family: str) -> None:
-    options = {"smooth": (1.0, 1.0), "transition": (1.0, 0.0)}[family]
-    forward = getattr(torch.ops.topk, f"{family}_fwd")
+    loss: Loss = importlib.import_module(f"topk.losses.{family}").LOSS
+    assert loss.forward is not None
     kept = {}
     for classes in (1000, 10_000):
         for k in (5, 20):
             scores, target = torch.randn(3, classes), torch.arange(3)
-            _, saved = forward(scores, target, [], -100, "torch", [k], [1.0], *options)
+            _, *saved = loss.forward(scores, target, loss.options([k], [1.0], 1.0, 0.0))
             kept[classes, k] = sum(part.numel() for part in saved) / 3
     assert kept[1000, 5] == kept[10_000, 5]
     assert kept[1000, 20] == kept[10_000, 20] <= 10 * 20 + 10

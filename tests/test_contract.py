@@ -431,7 +431,7 @@ GOOD = (torch.randn(4, CLASSES), torch.arange(4))
         ({"weight": torch.ones(CLASSES, dtype=torch.int64)}, TypeError, "weight must have a floating-point type"),
         ({"weight": [1.0] * CLASSES}, TypeError, "weight must be a Tensor.*got list"),
         ({"reduction": "average"}, ValueError, "reduction must be one of 'none', 'mean', 'sum', got 'average'"),
-        ({"backend": "cuda"}, ValueError, "backend must be one of None, 'torch', 'triton', got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of None, 'torch', 'compiled', 'triton', got 'cuda'"),
         (
             {"backend": "triton", "scores": GOOD[0].double()},
             RuntimeError,

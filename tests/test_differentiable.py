@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 
 import topk
-from topk_lab.study.timing import peak_temporaries
 from topk.losses import differentiable, networks
 from topk.losses.differentiable import LOSS, Options
+from topk_lab.study.timing import peak_temporaries
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")

@@ -16,6 +16,7 @@ from bench import expect
 from bench.trips import Traced, counted_lines
 from topk import topk_hinge_loss
 from topk.kernels import common
+from topk.kernels.resources import Resources
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 
@@ -49,18 +50,20 @@ _COMPILES = """
 import collections, json, resource, sys
 from bench import expect
 from bench.contenders import Setting
+from topk.kernels import resources
 family, classes, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for launch in expect.traced(Setting(family, 1, classes, k, samples=5), 1):
-    cubin, _ = expect.compiled(launch)
-    names = collections.Counter(one.name for one in expect.instructions(cubin))
-    print(json.dumps({"kernel": launch.kernel, "registers": expect.usage(cubin)[0], "names": names}))
+    described = expect.described(launch)
+    names = collections.Counter(one.name for one in expect.instructions(resources.machine_code(described, 90)[0]))
+    registers = resources.compiled(described, 90).registers
+    print(json.dumps({"kernel": launch.kernel, "registers": registers, "names": names}))
 """
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
 
 def _compiled(triton: str | None, *words: str) -> dict[str, dict[str, Any]]:
     """By kernel: registers, and how many instructions of each name."""
-    path = {"PYTHONPATH": triton} if triton else {}
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, [triton, "lab"]))}
     done = subprocess.run(
         [sys.executable, "-c", _COMPILES, *words], capture_output=True, text=True, env={**ENVIRONMENT, **path}
     )
@@ -96,20 +99,19 @@ def test_threads_hold_neighbouring_scores(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", ["smooth", "differentiable"])
-def test_compiling_takes_seconds(room: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["smooth", "differentiable"])
+def test_compiling_takes_seconds(name: str, tmp_path: Any) -> None:
     """Ten ks, and 32 scores sorted: what once took two minutes each."""
     script = f"""
 import json, resource, torch
 from topk.kernels import of, resources
-kernels, scores, target = of({room!r}), torch.zeros(64, 1000), torch.zeros(64, dtype=torch.int64)
-ks = list(range(1, 11))
-options = (ks, [0.1] * 10, 1.0, 1.0)
-if {room!r} == "differentiable":
-    options = ([5], [1.0], "odd_even", "cauchy", 1.0, 0.25, 32, "softmax", "kept", 50, 1e-6, True)
+kernels, scores, target = of({name!r}), torch.zeros(64, 1000), torch.zeros(64, dtype=torch.int64)
+options = kernels.Options(list(range(1, 11)), [0.1] * 10, 1.0, 1.0)
+if {name!r} == "differentiable":
+    options = kernels.Options([5], [1.0], kept=32, slopes=True)
 with resources.recorded_launches() as launches:
-    _, *saved = kernels.forward(scores, target, (), -100, options)
-    kernels.backward(torch.ones(64), scores, target, (), tuple(saved), -100, options)
+    _, *saved = kernels.forward(scores, target, options, -100)
+    kernels.backward(torch.ones(64), scores, target, options, -100, tuple(saved))
 for launch in launches:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime + resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     resources.compiled(launch, 90)
@@ -161,8 +163,10 @@ def test_instructions_are_weighted_by_the_loops_around_them() -> None:
 def test_a_memory_bound_kernel_takes_its_bytes_time() -> None:
     device = expect.Device("", 100, 1e9, 1e12)
     idle = dict.fromkeys(expect._THREADS, 0.0)
-    copy = expect.Expected("copy", 1e6, 32, {**idle, "issue": 1.0}, 32, 0, 0, 1e12)
+    copy = expect.Expected("copy", 1e6, Resources(32, 0, 0, 32), {**idle, "issue": 1.0}, 1e12)
     assert copy.seconds(device) == 1.0
     assert copy.resident == 32
-    counting = expect.Expected("counting", 1e6, 128, {**idle, "issue": 100.0, "compare": 100.0}, 32, 0, 0, 1.0)
+    counting = expect.Expected(
+        "counting", 1e6, Resources(32, 0, 0, 128), {**idle, "issue": 100.0, "compare": 100.0}, 1.0
+    )
     assert counting.seconds(device) == pytest.approx(1e6 * 128 * 100 / 64 / (100 * 1e9) / expect.EFFICIENCY)

@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-import triton.language as tl
-from kernel_cases import TYPES, compare, compare_special_rows, losses_and_gradient, random_scores
+from kernel_cases import TYPES, compare, compare_special_rows, random_scores
 
 from topk import differentiable_topk_loss
 from topk.kernels import common, differentiable
-from topk.losses.differentiable import DISTRIBUTIONS, METHODS, NETWORKS
+from topk.losses.differentiable import DISTRIBUTIONS, METHODS, NETWORKS, Options
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, about what a kernel masks afterwards
@@ -79,11 +78,11 @@ def test_ties(method: str) -> None:
     compare(differentiable_topk_loss, scores, torch.randint(20, (6,)), tolerance=TOLERANCE, method=method, k=SEVERAL)
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("m", [6, 12])
-def test_special_rows(m: int, kind: torch.dtype) -> None:
+def test_special_rows(m: int, dtype: torch.dtype) -> None:
     options: dict[str, Any] = {"k": {1: 0.5, 3: 0.5}, "m": m, "method": "bitonic"}
-    compare_special_rows(differentiable_topk_loss, 12, kind, tolerance=TOLERANCE, **options)
+    compare_special_rows(differentiable_topk_loss, 12, dtype, tolerance=TOLERANCE, **options)
 
 
 @pytest.mark.parametrize("method", ["softsort", "neuralsort", "sinkhorn"])
@@ -126,26 +125,16 @@ def test_networks_too_large_for_registers(monkeypatch: pytest.MonkeyPatch) -> No
     check(4, 8, k=2, m=8, method="bitonic")
 
 
-def test_wires_exchanged_without_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a Triton without `tl.gather` does."""
-    scores, target, grad = random_scores(3, 20), torch.randint(20, (3,)), torch.randn(3)
-    results = []
-    for gathers in (True, False):
-        monkeypatch.setattr(differentiable, "_GATHERS", tl.constexpr(gathers))
-        results.append(losses_and_gradient(differentiable_topk_loss, scores, target, grad, "triton", k=3, m=6))
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
-
-
 def test_backward_without_saved_slopes() -> None:
     """Forward is not asked for slopes where no gradient is in sight; backward then computes them itself."""
     scores, target, grad = random_scores(3, 20), torch.randint(20, (3,)), torch.randn(3)
-    options = ([2], [1.0], "odd_even", "cauchy", 1.0, 0.25, 5, "softmax", "kept", 50, 1e-6)
+    options = Options([2], [1.0], kept=5)
     results = []
     for slopes in (True, False):
-        loss, *saved = differentiable.forward(scores, target, (), -100, (*options, slopes))
+        options = options._replace(slopes=slopes)
+        loss, *saved = differentiable.forward(scores, target, options, -100)
         assert saved[1].shape == (3, 5 if slopes else 0)
-        gradient = differentiable.backward(grad, scores, target, (), tuple(saved), -100, (*options, slopes))
+        gradient = differentiable.backward(grad, scores, target, options, -100, tuple(saved))
         results.append((loss, gradient))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])

@@ -1,4 +1,4 @@
-"""The kernels on a GPU, all rooms of `kernel_cases.GPU_CASES` alike: `make test-gpu`."""
+"""The kernels on a GPU, all losses of `kernel_cases.GPU_CASES` alike: `make test-gpu`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CASES = [
 ]
 FIRST = [pytest.param(function, variants[0], id=name) for name, (function, variants) in GPU_CASES.items()]
 every_case = pytest.mark.parametrize(("loss", "keywords"), CASES)
-every_room = pytest.mark.parametrize(("loss", "keywords"), FIRST)
+every_loss = pytest.mark.parametrize(("loss", "keywords"), FIRST)
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +41,20 @@ def _largest_k(keywords: Mapping[str, Any]) -> int:
     return max(k) if isinstance(k, Mapping) else k
 
 
-def _problem(rows: int, classes: int, kind: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    return random_scores(rows, classes, kind).cuda(), torch.randint(classes, (rows,)).cuda()
+def _problem(rows: int, classes: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return random_scores(rows, classes, dtype).cuda(), torch.randint(classes, (rows,)).cuda()
 
 
 # --- the tables ------------------------------------------------------------------------------------------------------
 
 
 @every_case
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("classes", [0, 1, 63, 64, 65, 1000, 8191, 8192, 8193, 21841])
-def test_every_number_of_classes(loss: Loss, keywords: Mapping[str, Any], classes: int, kind: torch.dtype) -> None:
+def test_every_number_of_classes(loss: Loss, keywords: Mapping[str, Any], classes: int, dtype: torch.dtype) -> None:
     """0 and 1 stand for k and k + 1 classes."""
     classes = _largest_k(keywords) + classes if classes < 2 else max(classes, _largest_k(keywords))
-    compare(loss, *_problem(7, classes, kind), **keywords)
+    compare(loss, *_problem(7, classes, dtype), **keywords)
 
 
 @every_case
@@ -69,13 +69,13 @@ def test_every_number_of_rows(loss: Loss, keywords: Mapping[str, Any], rows: int
 
 
 @every_case
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("classes", [100, 20000])
-def test_special_rows(loss: Loss, keywords: Mapping[str, Any], classes: int, kind: torch.dtype) -> None:
-    compare(loss, *special_rows(classes, kind, "cuda"), **keywords)
+def test_special_rows(loss: Loss, keywords: Mapping[str, Any], classes: int, dtype: torch.dtype) -> None:
+    compare(loss, *special_rows(classes, dtype, "cuda"), **keywords)
 
 
-@every_room
+@every_loss
 def test_any_strides(loss: Loss, keywords: Mapping[str, Any]) -> None:
     scores, target = _problem(64, 130)
     compare(loss, scores.t(), target[:1].expand(130) % 64, **keywords)
@@ -83,7 +83,7 @@ def test_any_strides(loss: Loss, keywords: Mapping[str, Any]) -> None:
     compare(loss, scores[:1].expand(64, 130), target, torch.ones((), device="cuda").expand(64), **keywords)
 
 
-@every_room
+@every_loss
 def test_sorted_rows_take_every_tile(loss: Loss, keywords: Mapping[str, Any]) -> None:
     """The worst order for a running selection: every tile holds better scores than the one before."""
     scores = torch.linspace(-30.0, 30.0, 20000, device="cuda").expand(2, -1).contiguous()
@@ -93,7 +93,7 @@ def test_sorted_rows_take_every_tile(loss: Loss, keywords: Mapping[str, Any]) ->
 # --- size ------------------------------------------------------------------------------------------------------------
 
 
-@every_room
+@every_loss
 def test_more_than_two_to_the_31_elements(loss: Loss, keywords: Mapping[str, Any]) -> None:
     """The rows beyond the 2^31st element are those of a small tensor."""
     rows, classes = 2**31 // 21841 + 100, 21841
@@ -113,7 +113,7 @@ def test_more_than_two_to_the_31_elements(loss: Loss, keywords: Mapping[str, Any
 # --- around the kernels ----------------------------------------------------------------------------------------------
 
 
-@every_room
+@every_loss
 def test_the_kernels_are_the_default_where_they_are_promised(loss: Loss, keywords: Mapping[str, Any]) -> None:
     scores, target = _problem(5, 50)
     if torch.cuda.get_device_capability() >= (8, 0):
@@ -124,14 +124,14 @@ def test_the_kernels_are_the_default_where_they_are_promised(loss: Loss, keyword
     assert torch.equal(chosen[1], explicit[1])
 
 
-@every_room
+@every_loss
 def test_the_device_check_of_old_devices_passes(loss: Loss, keywords: Mapping[str, Any]) -> None:
     name = next(name for name, (function, _) in GPU_CASES.items() if function is loss)
-    for kind in TYPES:
-        assert backend._self_check(name, torch.device("cuda", 0), kind) is None
+    for dtype in TYPES:
+        assert backend._self_check(name, torch.device("cuda", 0), dtype) is None
 
 
-@every_room
+@every_loss
 def test_nothing_waits_for_the_device(loss: Loss, keywords: Mapping[str, Any]) -> None:
     scores, target = _problem(8, 200)
     grad = torch.ones(8, device="cuda")
@@ -143,7 +143,7 @@ def test_nothing_waits_for_the_device(loss: Loss, keywords: Mapping[str, Any]) -
         torch.cuda.set_sync_debug_mode("default")
 
 
-@every_room
+@every_loss
 def test_captured_in_a_graph(loss: Loss, keywords: Mapping[str, Any]) -> None:
     scores, target = _problem(8, 200)
     grad = torch.ones(8, device="cuda")
@@ -162,7 +162,7 @@ def test_captured_in_a_graph(loss: Loss, keywords: Mapping[str, Any]) -> None:
     assert torch.equal(captured[1], fresh[1])
 
 
-@every_room
+@every_loss
 def test_compiled_as_one_graph(loss: Loss, keywords: Mapping[str, Any]) -> None:
     scores, target = _problem(8, 200)
     scores.requires_grad_()
@@ -178,7 +178,7 @@ def test_compiled_as_one_graph(loss: Loss, keywords: Mapping[str, Any]) -> None:
         torch.testing.assert_close(plain, compiled)
 
 
-@every_room
+@every_loss
 def test_under_autocast(loss: Loss, keywords: Mapping[str, Any]) -> None:
     features, weights = torch.randn(8, 16, device="cuda"), torch.randn(16, 100, device="cuda", requires_grad=True)
     target = torch.randint(100, (8,), device="cuda")
@@ -194,7 +194,7 @@ def test_under_autocast(loss: Loss, keywords: Mapping[str, Any]) -> None:
     torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@every_room
+@every_loss
 def test_two_streams_at_once(loss: Loss, keywords: Mapping[str, Any]) -> None:
     problems = [_problem(500, 1000) for _ in range(2)]
     grad = torch.ones(500, device="cuda")
@@ -211,7 +211,7 @@ def test_two_streams_at_once(loss: Loss, keywords: Mapping[str, Any]) -> None:
             assert torch.equal(one[1], other[1])
 
 
-@every_room
+@every_loss
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_on_a_device_that_is_not_the_current_one(loss: Loss, keywords: Mapping[str, Any]) -> None:
     scores, target = (t.to("cuda:1") for t in _problem(5, 300))

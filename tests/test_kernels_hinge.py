@@ -28,10 +28,10 @@ def test_every_option(options: dict[str, Any]) -> None:
     compare(topk_hinge_loss, random_scores(7, 33), torch.randint(33, (7,)), **options)
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[6:], ids=str)
-def test_special_rows(options: dict[str, Any], kind: torch.dtype) -> None:
-    compare_special_rows(topk_hinge_loss, 12, kind, **options)
+def test_special_rows(options: dict[str, Any], dtype: torch.dtype) -> None:
+    compare_special_rows(topk_hinge_loss, 12, dtype, **options)
 
 
 @pytest.mark.parametrize("options", [OPTIONS[2], OPTIONS[6], OPTIONS[11]], ids=str)

@@ -28,13 +28,11 @@ def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "STREAMED", 32)
 
 
-def run(
-    scores: Tensor, target: Tensor, seeds: Tensor, *options: Any, margins: Tensor | None = None
-) -> tuple[tuple[Tensor, ...], Tensor]:
+def run(scores: Tensor, target: Tensor, seeds: Tensor, *options: Any) -> tuple[tuple[Tensor, ...], Tensor]:
     """Forward's results and the gradient, straight from the kernels."""
-    extras = (torch.ones(scores.shape[0]) if margins is None else margins, seeds)
-    loss, *saved = noised.forward(scores, target, extras, -100, options)
-    gradient = noised.backward(torch.ones_like(loss), scores, target, extras, tuple(saved), -100, options)
+    options, margins = Options(*options), torch.ones(scores.shape[0])
+    loss, *saved = noised.forward(scores, target, options, -100, margins, seeds)
+    gradient = noised.backward(torch.ones_like(loss), scores, target, options, -100, tuple(saved), margins, seeds)
     return (loss, *saved), gradient
 
 
@@ -132,10 +130,10 @@ def test_draw_by_draw(options: tuple[Any, ...], widest: int, monkeypatch: pytest
 
 
 def test_every_cut_of_the_rows_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, target, seeds = random_scores(2, 150), torch.randint(150, (2,)), torch.tensor([3])
+    scores, target, seeds = random_scores(2, 70), torch.randint(70, (2,)), torch.tensor([3])
     options = ([1, 4], [0.5, 0.5], 1.0, 5, 1.0)
     expected = run(scores, target, seeds, *options)
-    for widest, streamed, thread in ((16, 16, 8), (64, 64, 8), (64, 32, 1), (8192, 4096, 1)):
+    for widest, streamed, thread in ((16, 16, 8), (64, 32, 1), (8192, 4096, 1)):
         monkeypatch.setattr(common, "WIDEST", widest)
         monkeypatch.setattr(common, "STREAMED", streamed)
         monkeypatch.setattr(noised, "_THREAD", thread)
@@ -184,6 +182,7 @@ def test_ties_between_noised_scores_go_to_the_lower_class(monkeypatch: pytest.Mo
             assert run(scores, target, torch.tensor([1]), [k], [1.0], 1.0, 1, 1.0)[0][2].item() == order[k]
 
 
+@pytest.mark.slow
 def test_distribution_is_that_of_the_torch_path() -> None:
     """Which class is (k + 1)-th, by a chi-square test, and the mean loss; the torch path draws 500 times as often."""
     rows, samples, options = 6, 48, ([2], [1.0], 1.5)
@@ -217,9 +216,9 @@ def test_without_noise_against_the_torch_path(options: dict[str, Any]) -> None:
     compare(noised_topk_loss, random_scores(7, 33), torch.randint(33, (7,)), **WITHOUT_NOISE, **options)
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
-def test_special_rows(kind: torch.dtype) -> None:
-    compare_special_rows(noised_topk_loss, 12, kind, k={1: 0.5, 3: 0.5}, **WITHOUT_NOISE)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_special_rows(dtype: torch.dtype) -> None:
+    compare_special_rows(noised_topk_loss, 12, dtype, k={1: 0.5, 3: 0.5}, **WITHOUT_NOISE)
 
 
 def test_special_rows_in_streams(short_tiles: None) -> None:
@@ -247,7 +246,9 @@ def test_scores_of_any_strides_and_a_gradient_without() -> None:
     compare(noised_topk_loss, random_scores(1, 8).expand(4, 8), target, k=2, **WITHOUT_NOISE)
 
 
-@pytest.mark.parametrize("widest", [8192, 16], ids=["whole", "streamed"])
+@pytest.mark.parametrize(
+    "widest", [pytest.param(8192, id="whole"), pytest.param(16, id="streamed", marks=pytest.mark.slow)]
+)
 def test_special_rows_with_noise(widest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's noise does not touch its neighbours, whatever they hold."""
     monkeypatch.setattr(common, "WIDEST", widest)
@@ -295,9 +296,9 @@ def test_quadrature_has_no_kernel() -> None:
 def test_on_a_gpu_the_draws_are_those_of_the_torch_path(classes: int) -> None:
     """Both count their noise in the same way; a device's fast logarithm may swap a few almost equal scores."""
     scores, target = random_scores(40, classes).cuda(), torch.randint(classes, (40,)).cuda()
-    extras = (torch.ones(40, device="cuda"), torch.tensor([2**33 + 1], device="cuda"))
-    options = ([1, 5], [0.5, 0.5], 1.0, 7, 1.0)
-    loss, _, kept = noised.forward(scores, target, extras, -100, options)
-    losses, _, found = LOSS.forward(scores, target, Options(*options), *extras)
+    tensors = (torch.ones(40, device="cuda"), torch.tensor([2**33 + 1], device="cuda"))
+    options = Options([1, 5], [0.5, 0.5], 1.0, 7, 1.0)
+    loss, _, kept = noised.forward(scores, target, options, -100, *tensors)
+    losses, _, found = LOSS.forward(scores, target, options, *tensors)
     assert (kept == found).float().mean() > 0.995
     torch.testing.assert_close(loss, losses, rtol=1e-4, atol=1e-4)

@@ -39,10 +39,10 @@ def test_every_option(options: dict[str, Any]) -> None:
     compare(transition_topk_loss, random_scores(7, 33), torch.randint(33, (7,)), **options)
 
 
-@pytest.mark.parametrize("kind", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("options", [OPTIONS[1], OPTIONS[4], OPTIONS[6]], ids=named)
-def test_special_rows(options: dict[str, Any], kind: torch.dtype) -> None:
-    compare_special_rows(transition_topk_loss, 12, kind, **options)
+def test_special_rows(options: dict[str, Any], dtype: torch.dtype) -> None:
+    compare_special_rows(transition_topk_loss, 12, dtype, **options)
 
 
 @pytest.mark.parametrize("options", [OPTIONS[5], OPTIONS[6]], ids=named)

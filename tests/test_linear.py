@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from contract import CASES
-from topk_lab.study.timing import peak_temporaries
 from torch import Tensor, nn
 
 import topk
+from topk_lab.study.timing import peak_temporaries
 
 ROWS, FEATURES, CLASSES = 23, 6, 13
 CRITERIA: dict[str, nn.Module] = {

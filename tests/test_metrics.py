@@ -8,13 +8,13 @@ import math
 import pickle
 from pathlib import Path
 
+import brute_force as reference
 import pytest
 import torch
 import torchmetrics.functional.classification as their
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import brute_force as reference
 from topk import metrics
 from topk.metrics import TopKMeter
 

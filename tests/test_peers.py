@@ -9,11 +9,11 @@ import math
 from types import ModuleType
 from typing import Any
 
+import brute_force as reference
 import pytest
 import torch
 
 import topk
-import brute_force as reference
 from topk.svm import MaxTopkSVM, SmoothTopkSVM
 
 

@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
@@ -71,3 +72,30 @@ def test_readme_snippets_run() -> None:
     assert len(blocks) >= 2
     for block in blocks[1:]:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+
+
+ARROWS = {
+    "topk": (),
+    "lab/topk_lab": ("topk",),
+    "bench": ("topk", "topk_lab"),  # the lab's timer, so that book and benchmark have one clock
+    "book/pipeline": ("topk", "topk_lab", "bench"),
+}
+"""Which of this repository's packages a folder may import beside itself."""
+
+
+@pytest.mark.parametrize(("folder", "allowed"), ARROWS.items())
+def test_imports_point_one_way(folder: str, allowed: tuple[str, ...]) -> None:
+    ours = {"topk", "topk_lab", "bench", "book", "tests", "notebooks"}
+    own = {"lab/topk_lab": "topk_lab", "book/pipeline": "book"}.get(folder, folder)
+    for path in (ROOT / folder).rglob("*.py"):
+        found = re.findall(r"^\s*(?:from|import) ([a-z_]+)[. ]", path.read_text(), flags=re.M)
+        assert set(found) & ours <= {own, *allowed}, path
+
+
+def test_losses_know_nothing_of_what_is_built_on_them() -> None:
+    for path in (ROOT / "topk" / "losses").glob("*.py"):
+        assert not re.search(r"topk\.(operators|linear|shards|kernels|svm)", "\n".join(_imports(path))), path
+
+
+def _imports(path: Path) -> list[str]:
+    return re.findall(r"^\s*(?:from|import) .*", path.read_text(), flags=re.M)

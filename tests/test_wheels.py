@@ -68,6 +68,11 @@ def test_wheels_hold_all_modules_and_types(wheels: dict[str, Path]) -> None:
         assert {path.split("/")[0] for path in held if ".dist-info/" not in path} == {folder.name}
 
 
+def test_the_module_is_small(wheels: dict[str, Path]) -> None:
+    """What people install into their own training, in megabytes."""
+    assert wheels["topk-losses"].stat().st_size <= 0.3e6
+
+
 def test_wheels_have_one_release(wheels: dict[str, Path]) -> None:
     assert {path.name.split("-")[1] for path in wheels.values()} == {layout.version()}
 

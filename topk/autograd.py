@@ -18,13 +18,13 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from topk.arguments import WRONG, check_targets
+from topk import compiled, kernels
+from topk.arguments import IGNORED, WRONG, check_targets
 
 
 class Tail(NamedTuple):
@@ -74,6 +74,7 @@ class Loss:
     head: Callable[[Any], Head] | None = None
     joint: bool = False
     centred: bool = True  # whether `definition` is given scores less their largest; else it takes differences itself
+    saved_by_compiling: Callable[[Any], float] = lambda options: 0.0  # seconds for every score, measured
 
     def formula(
         self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor, tails: Sequence[Tensor] = ()
@@ -91,20 +92,25 @@ class Loss:
         # A masked class keeps its -inf, and gets no gradient.
         scores = torch.where(scores == -torch.inf, -torch.inf, scores * taint[:, None] - origin)
         scores = torch.where((broken | impossible)[:, None], 0.0, scores)
+        return torch.where(impossible, torch.inf, self.summed(scores, target, options, *tensors, tails=tails)) * taint
+
+    def summed(
+        self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor, tails: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """The definition, or the weighted sum of as many as there are `ks`."""
         fields = options._asdict()
         if len(tails) == 1:
             fields["tail"] = tails[0]
         if self.joint or "ks" not in fields:
-            loss = self.definition(scores, target, *tensors, **fields)
-        else:
-            ks, weights = fields.pop("ks"), fields.pop("weights")
-            loss = torch.zeros_like(scores[:, 0])
-            for place, k in enumerate(ks):
-                if len(tails) > 1:
-                    fields["tail"] = tails[place]
-                own = [tensor[:, place] if tensor.dim() == 2 else tensor for tensor in tensors]
-                loss = loss + weights[place] * self.definition(scores, target, *own, k=k, **fields)
-        return torch.where(impossible, torch.inf, loss) * taint
+            return self.definition(scores, target, *tensors, **fields)
+        ks, weights = fields.pop("ks"), fields.pop("weights")
+        loss = torch.zeros_like(scores[:, 0])
+        for place, k in enumerate(ks):
+            if len(tails) > 1:
+                fields["tail"] = tails[place]
+            own = [tensor[:, place] if tensor.dim() == 2 else tensor for tensor in tensors]
+            loss = loss + weights[place] * self.definition(scores, target, *own, k=k, **fields)
+        return loss
 
 
 class Call(NamedTuple):
@@ -113,19 +119,16 @@ class Call(NamedTuple):
     loss: Loss
     options: Any
     ignore_index: int
-    backend: str  # "torch" or "triton"
-
-    @property
-    def kernel(self) -> ModuleType:
-        """The file with the loss's Triton kernels; imports triton."""
-        return importlib.import_module(f"topk.kernels.{self.loss.name}")
+    backend: str  # "torch", "compiled" or "triton"
+    by_itself: bool = False  # whether the backend was chosen, not asked for
+    ran: list[compiled.Pair] | None = None  # of "compiled": what forward used, unless it met what that cannot do
 
 
 def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Tensor:
     """The loss of every row (rows,), differentiable in the scores (rows, classes)."""
     loss: Tensor
     if not is_traced(scores):
-        loss = RowLoss.apply(call, scores, target, *tensors)[0]
+        loss = RowLoss.apply(_chosen(call, scores, tensors), scores, target, *tensors)[0]
     elif call.backend == "triton":
         numbers = [option for option in call.options if isinstance(option, float)]
         others = _as_text(*(_NUMBER if isinstance(option, float) else option for option in call.options))
@@ -133,6 +136,19 @@ def row_loss(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> Te
     else:
         loss = _traced_loss(call, scores, target, tensors)
     return loss
+
+
+def _chosen(call: Call, scores: Tensor, tensors: tuple[Tensor, ...]) -> Call:
+    """The call with "compiled" in place of "torch" where that pays, and "torch" in place of it where it cannot be."""
+    by_itself = call.by_itself and call.backend == "torch" and scores.is_cpu
+    if not by_itself and call.backend != "compiled":
+        return call
+    plain = scores.requires_grad and torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+    if not plain or scores.numel() == 0:
+        return call._replace(backend="torch")
+    if by_itself and not compiled.is_due(call, scores, tensors):
+        return call
+    return call._replace(backend="compiled", ran=[])
 
 
 def compute_dtype(scores: Tensor) -> torch.dtype:
@@ -183,11 +199,20 @@ def row_values(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor
     """The loss of every row, the rows' states (raw targets where a kernel runs), and what backward needs."""
     if call.backend == "triton":
         target = target.to(torch.int64)
-        loss, *saved = call.kernel.forward(scores, target, tensors, call.ignore_index, call.options)
+        kernel = kernels.of(call.loss.name)
+        loss, *saved = kernel.forward(scores, target, call.options, call.ignore_index, *tensors)
         return loss, target.clone(), *saved
     state, all_used = check_targets(target, scores.shape[1], call.ignore_index)
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
     with _without_autocast(scores):
+        if call.ran is not None:
+            rows = rows if all_used else torch.where((state >= 0)[:, None], rows, 0.0)
+            pair = compiled.pair_for(call, rows, safe, tensors)
+            done = None if pair is None else compiled.forward(pair, rows, safe, tensors)
+            if pair is not None and done is not None:
+                call.ran.append(pair)
+                loss, *saved = done
+                return loss if all_used else settled(loss, state), state.clone(), *saved
         if call.loss.forward is None:
             loss, saved = call.loss.formula(rows, safe, call.options, *tensors), []
         else:
@@ -201,12 +226,16 @@ def row_gradients(
 ) -> Tensor:
     """The gradient of sum(grad * loss), in the type of the scores."""
     if call.backend == "triton":
-        gradient: Tensor = call.kernel.backward(grad, scores, state, tensors, saved, call.ignore_index, call.options)
+        kernel = kernels.of(call.loss.name)
+        gradient: Tensor = kernel.backward(grad, scores, state, call.options, call.ignore_index, saved, *tensors)
         return gradient
     all_used = state.is_cpu and state.numel() > 0 and int(state.min()) >= 0
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
     with _without_autocast(scores):
-        if call.loss.backward is None:
+        if call.ran:
+            rows = rows if all_used else torch.where((state >= 0)[:, None], rows, 0.0)
+            gradient = compiled.backward(call.ran[0], grad.to(rows.dtype).contiguous(), rows, saved)
+        elif call.loss.backward is None:
             pull = torch.func.vjp(lambda x: call.loss.formula(x, safe, call.options, *tensors), rows)[1]
             gradient = pull(grad.to(rows.dtype))[0]
         else:
@@ -291,7 +320,13 @@ class RowLossGradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, int]:
-        result = RowLossGradient.apply(*inputs[:2], *_folded(info.batch_size, in_dims[2:], inputs[2:]))
+        call, count = inputs[:2]
+        tensors = _folded(info.batch_size, in_dims[2:], inputs[2:])
+        if call.ran:  # compiled for another number of rows
+            call = call._replace(backend="torch", ran=None)
+            state = torch.where(tensors[2] == IGNORED, call.ignore_index, tensors[2])
+            tensors[3 + count :] = row_values(call, tensors[1], state, tuple(tensors[3 : 3 + count]))[2:]
+        result = RowLossGradient.apply(call, count, *tensors)
         return result.unflatten(0, (info.batch_size, -1)), 0
 
 
@@ -355,64 +390,35 @@ def _call_of(name: str, others: str, numbers: list[float], ignore_index: int) ->
 
 @torch.library.custom_op("topk::kernel_loss", mutates_args=())
 def _kernel_loss(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-) -> list[Tensor]:
+    name: str, others: str, numbers: list[float], ignore_index: int,
+    scores: Tensor, target: Tensor, tensors: list[Tensor],
+) -> list[Tensor]:  # fmt: skip
     """The loss of every row and what `kernel_gradient` needs."""
     loss, _, *saved = row_values(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
     return [loss, *saved]
 
 
 @_kernel_loss.register_fake
-def _(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-) -> list[Tensor]:
-    call = _call_of(name, others, numbers, ignore_index)
-    shapes = call.kernel.saved(*scores.shape, call.options)
+def _(*inputs: Any) -> list[Tensor]:
+    *call, scores, _, _ = inputs
+    shapes = kernels.of(call[0]).saved(*scores.shape, _call_of(*call).options)
     saved = [scores.new_empty(shape, dtype=dtype or torch.float32) for shape, dtype in shapes]
     return [scores.new_empty(scores.shape[:1], dtype=torch.float32), *saved]
 
 
 @torch.library.custom_op("topk::kernel_gradient", mutates_args=())
 def _kernel_gradient(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-    saved: list[Tensor],
-) -> Tensor:
+    name: str, others: str, numbers: list[float], ignore_index: int,
+    grad: Tensor, scores: Tensor, target: Tensor, tensors: list[Tensor], saved: list[Tensor],
+) -> Tensor:  # fmt: skip
     """The gradient of sum(grad * loss)."""
     call = _call_of(name, others, numbers, ignore_index)
     return row_gradients(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
 
 
 @_kernel_gradient.register_fake
-def _(
-    name: str,
-    others: str,
-    numbers: list[float],
-    ignore_index: int,
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    tensors: list[Tensor],
-    saved: list[Tensor],
-) -> Tensor:
+def _(*inputs: Any) -> Tensor:
+    scores = inputs[-4]
     return torch.empty_like(scores, memory_format=torch.contiguous_format)
 
 

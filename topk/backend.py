@@ -10,10 +10,10 @@ import warnings
 
 import torch
 
-from topk import kernels
+from topk import compiled, kernels
 from topk.autograd import Call, row_loss
 
-BACKENDS = (None, "torch", "triton")
+BACKENDS = (None, "torch", "compiled", "triton")
 
 
 def why_not_triton(
@@ -46,7 +46,7 @@ def why_not_triton(
     capability = torch.cuda.get_device_capability(device)
     if capability >= _PROMISED:
         return None
-    reasons = [_self_check(room, device, dtype) for room in ([name] if name is not None else kernels.NAMES)]
+    reasons = [_self_check(each, device, dtype) for each in ([name] if name is not None else kernels.NAMES)]
     wrong = next((reason for reason in reasons if reason is not None), None)
     return None if wrong is None else f"on {device}, of capability {capability[0]}.{capability[1]}, {wrong}"
 
@@ -64,6 +64,11 @@ def choose(
         if reason is not None:
             raise RuntimeError(f"backend='triton' cannot run: {reason}")
         return "triton"
+    if backend == "compiled":
+        reason = compiled.why_not(device)
+        if reason is not None:
+            raise RuntimeError(f"backend='compiled' cannot run: {reason}")
+        return "compiled"
     # Interpreted kernels are for tests: nobody gets them without asking.
     if backend == "torch" or device.type != "cuda" or _interpreted():
         return "torch"
@@ -76,7 +81,7 @@ for _constant in (why_not_triton, choose):
 
 
 def _serves_all(absent: tuple[bool, ...]) -> None:
-    """The answer of a kernel room that has no `why_not`."""
+    """The answer of kernels that have no `why_not`."""
 
 
 _KERNEL_TYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -124,7 +129,7 @@ def _agrees(name: str, device: torch.device, dtype: torch.dtype) -> bool:
             results = []
             for backend in ("torch", "triton"):
                 x = scores.detach().requires_grad_()
-                value = row_loss(Call(loss, loss.options(*options), -100, backend), x, target, *tensors)
+                value = row_loss(Call(loss, options, -100, backend), x, target, *tensors)
                 results.append((value.detach(), torch.autograd.grad(value.sum(), x)[0]))
             if not all(torch.allclose(a, b, relative, 1e-4) for a, b in zip(*results, strict=True)):
                 return False

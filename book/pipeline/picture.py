@@ -108,7 +108,6 @@ def draw() -> bytes:
     left.set(title="loss, k = 5", xlabel="lead of the right class over the fifth wrong score", ylim=(-0.2, 8))
     left.legend(fontsize=8.5)
     _bars(right)
-    figures.label_panels([left, right])
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=144, metadata={"Source": digest()})
     plt.close(figure)

@@ -31,7 +31,7 @@ def asked(k: int, classes: int, count: int = 2) -> Tensor:
     return torch.cat(drawn)
 
 
-# --- distributions, leads, regrets -----------------------------------------------------------------------------------
+# --- distributions, leads, regrets ---
 
 
 @pytest.mark.parametrize("kind", calibration.KINDS)
@@ -70,7 +70,7 @@ def test_expected_loss_by_hand() -> None:
     torch.testing.assert_close(expected(by_name("cross-entropy").at(2), scores, q), by_labels)
 
 
-# --- minima ----------------------------------------------------------------------------------------------------------
+# --- minima ---
 
 
 def test_descents_find_minima_of_quadratics_and_of_corners() -> None:
@@ -158,7 +158,7 @@ def test_no_descent_goes_below_the_corners(name: str) -> None:
     assert ((best - exact) < 0.02).double().mean() > 0.5  # and most come near: the corners are no other function's
 
 
-# --- verdicts --------------------------------------------------------------------------------------------------------
+# --- verdicts ---
 
 
 def test_verdicts() -> None:
@@ -269,7 +269,7 @@ def test_how_clearly_a_loss_prefers_the_right_window() -> None:
     torch.testing.assert_close(ends.best.softmax(0), q, rtol=0, atol=1e-5)
 
 
-# --- the picture -----------------------------------------------------------------------------------------------------
+# --- the picture ---
 
 
 def test_the_plane_of_three_scores(monkeypatch: pytest.MonkeyPatch) -> None:

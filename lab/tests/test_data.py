@@ -155,7 +155,7 @@ def test_the_fingerprint_tells_settings_and_content_apart(monkeypatch: pytest.Mo
     one, same = data.load({"name": "sample"}), data.load({"name": "sample", "noise": 0})
     assert one.fingerprint == same.fingerprint
     assert one.fingerprint != data.load({"name": "sample", "seed": 1}).fingerprint
-    found = data.parts_of(data.Sample(name="sample"))
+    found = data.parts_of(data.Known(name="sample"))
     other = data.Parts(
         {**found.parts, "test": data.Split(found.parts["test"].inputs + 1, found.parts["test"].labels)}, ()
     )
@@ -208,3 +208,34 @@ def test_images_are_normalised_moved_and_mirrored(given: Path) -> None:
     again = data.Batches(found.train, 300, found, device, shuffle=1, crop=2, flip=True)
     one, two = (next(iter(again.epoch(3)))[0] for _ in range(2))
     assert torch.equal(one, two)
+
+
+def test_torchvisions_cifar100_is_put_into_the_order_of_the_sheets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows by class and, within a class, as published: 250 of each class in either half."""
+    from torchvision.datasets import CIFAR100
+
+    class Published:
+        base_folder = CIFAR100.base_folder
+
+        def __init__(self, folder: Path, train: bool) -> None:
+            assert folder == tmp_path / "cifar100"
+            rows = 500 if train else 100
+            self.targets = np.random.default_rng(train).permutation(np.repeat(np.arange(100), rows)).tolist()
+            self.data = np.arange(len(self.targets)).reshape(-1, 1, 1, 1)
+            self.classes = [f"class{label}" for label in range(100)]
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR100", Published)
+    (tmp_path / "cifar100" / "cifar-100-python").mkdir(parents=True)
+    monkeypatch.setenv("TOPK_DATA", str(tmp_path))
+    found = data.images("cifar100")
+    targets = np.array(Published(tmp_path / "cifar100", True).targets)
+    assert found.parts["train-0"].labels.tolist() == np.repeat(np.arange(100), 250).tolist()
+    rows = found.parts["train-1"].inputs.ravel()
+    np.testing.assert_array_equal(targets[rows], found.parts["train-1"].labels)
+    assert (np.diff(rows.reshape(100, 250)) > 0).all()
+    assert rows[0] == np.flatnonzero(targets == 0)[250]
+    assert len(found.parts["test"]) == 10_000
+    assert found.superclasses is not None
+    assert sum(map(len, found.superclasses.values())) == 100

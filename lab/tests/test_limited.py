@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 
-from topk_lab import records
 from topk_lab.study import limited
 from topk_lab.study.limited import LOSSES, MODELS, Effort, Setting
 
@@ -113,15 +110,6 @@ def test_a_killed_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found == {setting: compare(setting, SMALL) for setting in settings}
     limited.compare_all(settings, dataclasses.replace(SMALL, steps=SMALL.steps + 1), tmp_path)
     assert len(begun) == 5  # another effort: nothing kept is of use
-
-
-def test_recorded_reads_what_a_record_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = limited.compare(SETTING, SMALL)
-    row = {"date": "2000-01-01", "result": json.dumps({limited.name_of(SETTING): found})}
-    monkeypatch.setattr(records, "load", lambda chapter: pd.DataFrame([row]))
-    read, source = limited.recorded([SETTING])
-    assert read == {SETTING: found}
-    assert source["date"] == "2000-01-01"
 
 
 def test_verdicts_are_paired_differences_in_points() -> None:

@@ -38,7 +38,7 @@ def frame_of(by_loss: dict[str, list[float]], **settings: Any) -> pd.DataFrame:
 THREE = {"cross-entropy": [0.5, 0.6, 0.7], "smooth": [0.51, 0.612, 0.708], "focal": [0.4, 0.7, 0.6]}
 
 
-# --- intervals -------------------------------------------------------------------------------------------------------
+# --- intervals ---
 
 
 def test_an_interval_by_hand() -> None:
@@ -100,7 +100,7 @@ def test_ahead_counts_every_comparison() -> None:
     assert report.ahead(frame, "noise", "smooth", comparisons=10**6) == {}
 
 
-# --- names and words -------------------------------------------------------------------------------------------------
+# --- names and words ---
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,10 @@ def test_ahead_counts_every_comparison() -> None:
         ({"loss.name": "differentiable", "loss.k": MIXTURE}, "differentiable [.5, 0, 0, 0, .5]"),
         ({"loss.name": "differentiable", "loss.k": "5"}, "differentiable [0, 0, 0, 0, 1]"),
         (
-            {"loss.name": "differentiable", "loss.k": "2", "loss.top1": "cross_entropy", "loss.cross_entropy_over": "all"},
+            {
+                "loss.name": "differentiable", "loss.k": "2",
+                "loss.top1": "cross_entropy", "loss.cross_entropy_over": "all",
+            },
             "differentiable [0, 1], cross-entropy over all",
         ),
         (
@@ -160,7 +163,7 @@ def test_provenance_names_where_runs_were_made() -> None:
     assert report.provenance(frame.iloc[:0]) == "no records yet"
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def test_the_table_of_accuracies(said: list[str]) -> None:
@@ -206,26 +209,29 @@ def test_training_beside_test(said: list[str]) -> None:
     assert "90.0,\u00a095.0 | 60.0,\u00a035.0" in first
 
 
-# --- the book's own records ------------------------------------------------------------------------------------------
+# --- the book's own records ---
 
 
 def test_tables_list_losses_in_one_order() -> None:
     for chapter in ("14_cifar100", "16_little_data", "17_long_tails", "18_imagenet"):
-        names = list(dict.fromkeys(report.runs(chapter)["loss"]))
+        runs = report.of_sweep(report.runs(chapter), chapter)
+        names = list(dict.fromkeys(runs["loss"]))
         assert names[0] == "cross-entropy"
         assert [report._place(name) for name in names] == sorted(map(report._place, names))
-    heads = [head for head, _, _ in report.by_head(report.runs("16_little_data"))]
+    runs = report.of_sweep(report.runs("16_little_data"), "16_little_data")
+    heads = [head for head, _, _ in report.by_head(runs)]
     assert heads == ["linear head"] * 5 + ["512 hidden units"] * 5
 
 
 def test_panels_of_records() -> None:
-    runs = report.runs("15_label_noise")
+    runs = report.of_sweep(report.runs("15_label_noise"), "15_label_noise")
     panel = report.along(runs[runs["model.name"] == "mlp"], "data.noise", "top5", title="512 hidden units")
     assert panel.x == sorted(runs["data.noise"].unique())
     smooth = runs[(runs["model.name"] == "mlp") & (runs["loss"] == "smooth") & (runs["data.noise"] == 0.4)]["top5"]
     assert panel.lines["smooth"].mean[2] == pytest.approx(100 * smooth.mean())
-    gaps = report.curve_differences(report.runs("14_cifar100"), ["smooth"], 10)["smooth"]
-    found = report.differences(report.runs("14_cifar100"), "top5")["smooth"]
+    cifar = report.of_sweep(report.runs("14_cifar100"), "14_cifar100")
+    gaps = report.curve_differences(cifar, ["smooth"], 10)["smooth"]
+    found = report.differences(cifar, "top5")["smooth"]
     assert gaps[4].mean == pytest.approx(found.mean, abs=1e-3)
     assert gaps[4].low == pytest.approx(found.low, abs=1e-3)
     assert len(gaps) == 10

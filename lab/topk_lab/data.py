@@ -27,6 +27,7 @@ import json
 import lzma
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import pooch
 import torch
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -45,7 +45,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.data import DataLoader
 
-from topk_lab.records import plain, save_array
+from topk_lab.records import save_array
+
+with warnings.catch_warnings():  # in a notebook without widgets its progress bar would complain, on every page
+    warnings.simplefilter("ignore")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -77,16 +80,12 @@ class _Common(Strict):
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-class Cifar100(_Common):
-    """CIFAR-100: 50,000 and 10,000 images of 32 x 32, 100 classes."""
+class Known(_Common):
+    """CIFAR-100, ImageNet classes at 64 x 64 pixels, or the sample that comes with the package: 64 principal components
+    of the frozen features of 80 CIFAR-100 images a class.
+    """
 
-    name: Literal["cifar100"]
-
-
-class ImageNet64(_Common):
-    """ImageNet classes at 64 x 64 pixels."""
-
-    name: Literal["imagenet64"]
+    name: Literal["cifar100", "imagenet64", "sample"]
 
 
 class Features(_Common):
@@ -94,12 +93,6 @@ class Features(_Common):
 
     name: Literal["features"]
     set: str
-
-
-class Sample(_Common):
-    """64 principal components of frozen features of 80 CIFAR-100 images a class; comes with the package."""
-
-    name: Literal["sample"]
 
 
 class Words(_Common):
@@ -111,7 +104,7 @@ class Words(_Common):
     rows: int | None = 400_000  # of the training split, from its beginning; None: all
 
 
-Data = Annotated[Cifar100 | ImageNet64 | Features | Sample | Words, Field(discriminator="name")]
+Data = Annotated[Known | Features | Words, Field(discriminator="name")]
 
 
 # --- what is loaded ---
@@ -167,39 +160,33 @@ class Parts:
 
 def cache() -> Path:
     """Where what is downloaded or computed is kept."""
+    import pooch  # here, since it asks for a notebook's widgets, which a page without downloads does without
+
     return Path(os.environ.get("TOPK_CACHE") or pooch.os_cache("topk")).expanduser()
 
 
 def load(settings: Mapping[str, Any] | _Common) -> DataSet:
     """The data set that the settings describe; the same settings give the same arrays everywhere."""
-    full = settings if isinstance(settings, _Common) else TypeAdapter[Any](Data).validate_python(settings)
+    full = TypeAdapter[Any](Data).validate_python(settings)
     found = parts_of(full)
     training = [split for name, split in found.parts.items() if name.startswith("train")]
     whole = Split(*(np.concatenate(arrays) for arrays in zip(*((x.inputs, x.labels) for x in training), strict=True)))
     (test,) = (split for name, split in found.parts.items() if not name.startswith("train"))
-    superclass = _superclass(found)
+    number = {name: label for label, group in enumerate((found.superclasses or {}).values()) for name in group}
+    superclass = np.array([number[name] for name in found.classes]) if number else None
     out, rows = _hold_out(whole.labels, found.verse, full)
     labels = _noisy(whole.labels, superclass, len(found.classes), full)
-    rows = _fraction(whole.labels, rows, full)
-    rows = _long_tail(whole.labels, rows, full)
-    train = _chosen(whole, labels, rows)
-    return DataSet(
-        train=train,
-        validation=_chosen(whole, labels, out),
-        test=test,
-        classes=found.classes,
-        superclass=superclass,
-        counts=np.bincount(train.labels, minlength=len(found.classes)),
-        mean=found.mean,
-        std=found.std,
-        fingerprint=fingerprint(full.model_dump(), found),
-        about=found.about,
-    )
+    rows = _kept(whole.labels, rows, full)
+    train, validation = _chosen(whole, labels, rows), _chosen(whole, labels, out)
+    counts = np.bincount(train.labels, minlength=len(found.classes))
+    same = {name: getattr(found, name) for name in ("classes", "mean", "std", "about")}
+    print_of_all = fingerprint(full.model_dump(), found)
+    return DataSet(train, validation, test, superclass=superclass, counts=counts, fingerprint=print_of_all, **same)
 
 
-def fingerprint(settings: Mapping[str, Any], found: Parts) -> str:
+def fingerprint(settings: dict[str, Any], found: Parts) -> str:
     """Identifies settings and content."""
-    return hashlib.sha256(json.dumps([VERSION, plain(settings), found.digests], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, settings, found.digests], sort_keys=True).encode()).hexdigest()
 
 
 def digest(split: Split) -> str:
@@ -210,17 +197,13 @@ def digest(split: Split) -> str:
     return found.hexdigest()
 
 
-def parts_of(settings: _Common) -> Parts:
+def parts_of(settings: Known | Features | Words) -> Parts:
     """What the settings' name stands for, before validation, noise, fraction and imbalance."""
-    match settings:
-        case Features():
-            return feature_set(settings.set)
-        case Sample():
-            return _sample()
-        case Words():
-            return _words(settings.vocabulary, settings.context, settings.rows)
-        case _:
-            return images(settings.name)  # type: ignore[attr-defined]
+    if isinstance(settings, Features):
+        return feature_set(settings.set)
+    if isinstance(settings, Words):
+        return _words(settings.vocabulary, settings.context, settings.rows)
+    return _sample() if settings.name == "sample" else images(settings.name)
 
 
 # --- images ---
@@ -295,6 +278,7 @@ def _jpegs(folder: Path) -> Parts:
 
 def _torchvision_cifar100(folder: Path, *, download: bool) -> Parts:
     """Rows ordered by class and, within a class, as published; 250 training images of each class in either half."""
+    import pooch
     from torchvision.datasets import CIFAR100
 
     if download and not (folder / CIFAR100.base_folder).is_dir():
@@ -419,13 +403,6 @@ def bits(seed: int, name: str, count: int) -> Array:
     return np.asarray(np.random.PCG64(stream).random_raw(count), dtype=np.uint64)
 
 
-def _superclass(found: Parts) -> Array | None:
-    if found.superclasses is None:
-        return None
-    number = {name: label for label, group in enumerate(found.superclasses.values()) for name in group}
-    return np.array([number[name] for name in found.classes])
-
-
 def _places(labels: Array, rows: Array, seed: int, name: str) -> Array:
     """For each of `rows` its place in a random order of its class, which only depends on seed, name and the rows."""
     own = labels[rows]
@@ -469,24 +446,17 @@ def _noisy(labels: Array, superclass: Array | None, classes: int, settings: _Com
     return np.where(uniform < settings.noise, table[own, drawn], labels)
 
 
-def _fraction(labels: Array, rows: Array, settings: _Common) -> Array:
-    if settings.fraction == 1:
-        return rows
-    sizes = np.maximum(1, np.rint(settings.fraction * np.bincount(labels[rows])))
-    return _first_of_each_class(labels, rows, sizes, settings.seed, "fraction")
-
-
-def _long_tail(labels: Array, rows: Array, settings: _Common) -> Array:
-    if settings.imbalance == 1:
-        return rows
-    counts = np.bincount(labels[rows])
-    profile = counts.max() * settings.imbalance ** (-np.arange(len(counts)) / (len(counts) - 1))
-    return _first_of_each_class(labels, rows, np.maximum(1, np.floor(profile + 1e-9)), settings.seed, "imbalance")
-
-
-def _first_of_each_class(labels: Array, rows: Array, sizes: Array, seed: int, name: str) -> Array:
-    kept: Array = rows[_places(labels, rows, seed, name) < sizes[labels[rows]]]
-    return kept
+def _kept(labels: Array, rows: Array, settings: _Common) -> Array:
+    """The rows that a fraction, then an imbalance leaves: the first of each class, in a random order of their own."""
+    if settings.fraction < 1:
+        sizes = np.maximum(1, np.rint(settings.fraction * np.bincount(labels[rows])))
+        rows = rows[_places(labels, rows, settings.seed, "fraction") < sizes[labels[rows]]]
+    if settings.imbalance > 1:
+        counts = np.bincount(labels[rows])
+        profile = counts.max() * settings.imbalance ** (-np.arange(len(counts)) / (len(counts) - 1))
+        sizes = np.maximum(1, np.floor(profile + 1e-9))
+        rows = rows[_places(labels, rows, settings.seed, "imbalance") < sizes[labels[rows]]]
+    return rows
 
 
 def _chosen(split: Split, labels: Array, rows: Array) -> Split:
@@ -518,7 +488,7 @@ class Batches:
         whole = shuffle is not None and len(split) >= batch  # no incomplete last batch
         self.rows = len(split) // batch * batch if whole else len(split)
         self.labels = torch.from_numpy(split.labels).to(device)
-        self.inputs = torch.from_numpy(np.array(split.inputs)).to(device)
+        self.inputs = torch.from_numpy(np.require(split.inputs, requirements="W")).to(device)  # a map is copied
         self.images = self.inputs.dtype == torch.uint8
 
     def __len__(self) -> int:

@@ -87,7 +87,7 @@ def look(loss: str) -> Look:
     return LOSSES.get(loss, LOSSES.get(family, {"color": GREY}))
 
 
-# --- showing ---------------------------------------------------------------------------------------------------------
+# --- showing ---
 
 
 def png(figure: Figure, palette: bool = False) -> bytes:
@@ -138,7 +138,7 @@ def _plain(text: str) -> str:
     return text.replace("$", "").replace("\\", "").replace("\n", " ")
 
 
-# --- lines -----------------------------------------------------------------------------------------------------------
+# --- lines ---
 
 
 class Band(NamedTuple):
@@ -227,7 +227,7 @@ def _legend_columns(names: Sequence[str], widest: int = 118) -> int:
     for count in range(len(names), 1, -1):
         rows = -(-len(names) // count)
         if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
-            return count
+            return -(-len(names) // rows)
     return 1
 
 
@@ -284,7 +284,10 @@ def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
         for name, values in panel.lines.items():
             if isinstance(values, Band):
                 parts = zip(*map(_numbers, values), strict=True)
-                found[mark + _plain(name)] = [f"{mean:.4g} [{low:.4g}, {high:.4g}]" for mean, low, high in parts]
+                found[mark + _plain(name)] = [
+                    "not run" if math.isnan(mean) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+                    for mean, low, high in parts
+                ]
             else:
                 found[mark + _plain(name)] = _numbers(values)
         for name, place in panel.marks.items():
@@ -358,9 +361,10 @@ def _still(
     still = []
     for number, panel in enumerate(at_start):
         shown = {text: next(iter(panels[number].lines.values())) for text, panels in found.items()} or panel.lines
-        label = f"{panel.x_label} ({rest})" if rest else panel.x_label
-        still.append(replace(panel, lines=shown, x_label=label, markers=panel.points, points=False))
-    return _drawn(still, (7.6, 3.2) if len(still) > 1 else (5.4, 3.2))
+        still.append(replace(panel, lines=shown, markers=panel.points, points=False))
+    figure = _drawn(still, (7.6, 3.4) if len(still) > 1 else (5.4, 3.4))
+    figure.suptitle(f"at {rest}" if rest else "", fontsize=9, color="grey")
+    return figure
 
 
 def _short(values: Iterable[Any]) -> list[float]:
@@ -368,7 +372,7 @@ def _short(values: Iterable[Any]) -> list[float]:
     return [float(f"{float(value):.4g}") for value in values]
 
 
-# --- intervals, bars, maps -------------------------------------------------------------------------------------------
+# --- intervals, bars, maps ---
 
 
 def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points") -> None:
@@ -402,11 +406,16 @@ def bars(
     left = np.zeros(len(names))
     for (label, values), colour in zip(series.items(), COLOURS, strict=False):
         lengths = np.array([values.get(name, 0.0) for name in names])
-        axis.barh(names, lengths, 0.7, left=left, color=colour, label=label)
+        axis.barh(names, lengths, 0.7, left=left, color=LOSSES.get(label, {"color": colour})["color"], label=label)
         left += lengths
     if line is not None:
         axis.axvline(line, color=BLACK, linewidth=1.2)
     axis.set(title=title, xlabel=x_label, xscale=scale)
+    if scale == "log":
+        axis.set_xlim(left=min(x for values in series.values() for x in values.values()) / 1.5)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1:
         axis.legend()
@@ -463,11 +472,12 @@ def scatter(
     guides: str = "axes",
     across: int = 4,
     written: Mapping[tuple[float, float], str] | None = None,
+    data: Table | None = None,
 ) -> None:
     """One panel a title, one marker a name: clouds (x, y).
 
     `guides`: "axes", lines through 0; "diagonal"; or "", which leaves the frame without numbers. `written` puts words
-    beside points.
+    beside points; `data` replaces the table of all points.
     """
     width, down = min(across, len(panels)), -(-len(panels) // across)
     size = (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
@@ -486,6 +496,7 @@ def scatter(
         else:
             axis.set(xticks=[], yticks=[])
             axis.grid(False)
+        axis.margins(x=0.2 if written else None)
         for place, words in (written or {}).items():
             axis.annotate(words, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
         axis.set_title(title, fontsize=9.5 if width > 2 else None)
@@ -493,7 +504,8 @@ def scatter(
         axis.label_outer()
     if guides:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
-    show(figure, alt, dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True)))
+    points = dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True))
+    show(figure, alt, points if data is None else data)
 
 
 def diagram(
@@ -524,7 +536,7 @@ def diagram(
     show(figure, alt, dict(zip(("from", "to", "where"), map(list, columns), strict=True)))
 
 
-# --- pictures of a loss ----------------------------------------------------------------------------------------------
+# --- pictures of a loss ---
 
 
 def value_and_gradient(loss: RowLoss, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

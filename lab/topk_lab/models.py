@@ -37,10 +37,10 @@ class Cosine(Strict):
 
 
 class WithHead(Strict):
-    """What ends in a layer of scores."""
+    """A net whose scores are linear in its last features, or cosines times `scale`."""
 
     head: Literal["linear", "cosine"] = "linear"
-    scale: Positive = 1.0  # of cosines
+    scale: Positive = 1.0
 
 
 class Mlp(WithHead):

@@ -69,7 +69,7 @@ def _cell(value: Any) -> str:
 
 def source(*objects: Callable[..., Any]) -> None:
     """The code of these functions, whole, read from the module that runs."""
-    for item in objects:
+    for item in map(inspect.unwrap, objects):
         path = Path(inspect.getsourcefile(item) or "").parts
         package = next((name for name in path if name in _PACKAGES), path[-1])
         where = "/".join(path[len(path) - 1 - path[::-1].index(package) :])

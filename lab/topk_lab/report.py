@@ -9,21 +9,20 @@ say(report.compared(runs, ["top5"]))                    # "top-5: above cross-en
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from topk_lab import figures, records
+from topk_lab import figures, sweep, train
+from topk_lab import records as tables
 from topk_lab.figures import Band, Panel
 from topk_lab.page import say, table
 from topk_lab.study.statistics import Interval, paired, t_interval
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 BASELINE = "cross-entropy"
 PENDING = "*No records yet: this is pending.*"
-HEADS = {"linear": "linear head", "mlp": "512 hidden units"}
+HEADS = {"linear": "linear head", "mlp": "512 hidden units", "cosine": "cosine head"}
 """{model.name: how chapters call it}."""
 _SHORT_NAMES = {
     "cross_entropy": "cross-entropy", "smooth_limit": "smooth-limit hinge", "entropy": "truncated entropy",
@@ -36,17 +35,22 @@ _TUNED = (
 )  # fmt: skip
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names ---
 
 
-def runs(chapter: str, sweep: str | None = None) -> pd.DataFrame:
-    """A chapter's runs of one sweep (None: the chapter's own), with a column `loss` that says which loss in words.
+def runs(chapter: str, profile: str = "full", records: str = "committed", **options: Any) -> pd.DataFrame:
+    """A chapter's runs, committed or run now (`sweep.records_of`), with a column `loss` that says the loss in words.
 
     Every table lists the losses in the order they have here: cross-entropy and its kin, the papers' losses, hinges.
     """
-    frame: pd.DataFrame = records.load(chapter, sweep or chapter)
+    frame = sweep.records_of(chapter, profile=profile, records=records, **options)
     frame.insert(0, "loss", [loss_name(dict(row)) for _, row in frame.iterrows()])
     return frame.sort_values("loss", key=lambda names: names.map(_place), kind="stable", ignore_index=True)
+
+
+def of_sweep(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The runs of one sweep, without the columns that none of them has."""
+    return frame[frame["sweep"] == name].dropna(axis="columns", how="all").reset_index(drop=True)
 
 
 def _place(loss: str) -> tuple[int, str]:
@@ -69,7 +73,7 @@ def loss_name(row: Mapping[str, Any]) -> str:
 
 def _family(row: Mapping[str, Any]) -> str:
     name, text = str(row["loss.name"]), row.get("loss.k")
-    k = records.k_of(text) if isinstance(text, str) else 5
+    k = tables.k_of(text) if isinstance(text, str) else 5
     if name == "cross_entropy" and (row.get("loss.label_smoothing") or 0) > 0:
         return "label smoothing"
     if name == "differentiable":
@@ -123,16 +127,16 @@ def side(interval: Interval, above: str = "above", level: str = "level", below: 
     return f"{(level, above, below)[interval.side]} ({interval.mean:+.2f})"
 
 
-# --- where numbers come from -----------------------------------------------------------------------------------------
+# --- where numbers come from ---
 
 
 def pending(chapter: str) -> None:
     """A table of the chapter's sweeps: how many runs each asks for, how many have a record, and the command."""
     rows = []
-    for sweep in records.sweeps(chapter):
-        missing = sweep["runs"] - sweep["recorded"]
-        command = f"`{sweep['command']}`" if missing else ""
-        rows.append({**{name: sweep[name] for name in ("sweep", "runs", "recorded")}, "pending": missing or "none",
+    for about in tables.sweeps(chapter):
+        missing = about["runs"] - about["recorded"]
+        command = f"`{about['command']}`" if missing else ""
+        rows.append({**{name: about[name] for name in ("sweep", "runs", "recorded")}, "pending": missing or "none",
                      "command for what is pending": command})  # fmt: skip
     table(rows)
 
@@ -172,7 +176,7 @@ def measured(frame: pd.DataFrame) -> None:
     say(f"*Measured: {provenance(frame)}.*")
 
 
-# --- tables ----------------------------------------------------------------------------------------------------------
+# --- tables ---
 
 
 def accuracies(
@@ -251,21 +255,17 @@ def live(contenders: Mapping[str, Mapping[str, Any]], seeds: int, **common: Any)
         seeds: 0 to seeds - 1.
         common: sections that all share, `data`, `model` and `training`.
     """
-    import pandas as pd
-
-    from topk_lab.train import train
-
     rows = []
     for name, own in contenders.items():
         config = {"model": {"name": "linear"}, **common, **own}
         config["training"] = {"optimizer": "adamw", "schedule": "one_cycle", "evaluate_every": 0, **config["training"]}
         for seed in range(seeds):
             config["data"] = {"name": "sample", **common.get("data", {}), **own.get("data", {}), "seed": seed}
-            rows.append({"loss": name, **train({**config, "seed": seed}, progress=False)})
+            rows.append({"loss": name, **train.train({**config, "seed": seed}, progress=False)})
     return pd.DataFrame(rows)
 
 
-# --- differences to a baseline ---------------------------------------------------------------------------------------
+# --- differences to a baseline ---
 
 
 def differences(
@@ -305,7 +305,7 @@ def compared(
                 for found in apart(frame, metric, baseline, lists)
             )
             sentences.append(f"{metric_name(metric)} surely above {baseline} {above}; surely below {below}")
-    return ". ".join(sentences)
+    return ". ".join(text[0].upper() + text[1:] if at else text for at, text in enumerate(sentences))
 
 
 def compared_by_head(frame: pd.DataFrame, setting: str, form: str, metric: str = "top5") -> None:
@@ -362,7 +362,7 @@ def _parts(frame: pd.DataFrame, setting: str) -> Iterator[tuple[str, float, pd.D
                 yield words, float(str(value)), part
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- figures ---
 
 
 def forest(frame: pd.DataFrame, metrics: Sequence[str], alt: str, baseline: str = BASELINE) -> None:
@@ -424,7 +424,7 @@ def curve_differences(frame: pd.DataFrame, losses: Sequence[str], longest: int =
     return found
 
 
-# --- tuning ----------------------------------------------------------------------------------------------------------
+# --- tuning ---
 
 
 def tuning(tried: pd.DataFrame, final: pd.DataFrame, metric: str = "top5") -> None:

@@ -314,7 +314,7 @@ def files_of(chapter: str) -> dict[str, Sweep]:
 
 def scratch(chapter: str) -> Path:
     """Where the rows of finished runs wait for `gather`, and checkpoints of unfinished ones lie."""
-    return Path(os.environ.get("TOPK_RUNS") or data.cache() / "runs") / chapter
+    return Path(os.environ.get("TOPK_RUNS") or data.cache() / "runs").resolve() / chapter
 
 
 def known(chapter: str) -> dict[str, tables.Row]:
@@ -324,10 +324,10 @@ def known(chapter: str) -> dict[str, tables.Row]:
     default; one that today's program refuses is not found.
     """
     found = {}
-    for row in tables.rows_of(tables.load(chapter)):
+    for row in [*tables.rows_of(tables.load(chapter)), *map(tables.restore, scratch(chapter).glob("*.json"))]:
         with contextlib.suppress(KeyError, ValueError):
             found[Config.of_record(row["config"]).key] = row
-    return found | {path.stem: tables.restore(path) for path in scratch(chapter).glob("*.json")}
+    return found
 
 
 def _execute(
@@ -338,7 +338,10 @@ def _execute(
     engine: str,
     jobs: int | None,
 ) -> dict[str, tables.Row]:
-    """The rows of those runs that have none, each saved as soon as it ends; joblib, or Ray under it, hands them out."""
+    """The rows of those runs that have none, each saved as soon as it ends; joblib, or Ray under it, hands them out.
+
+    Ray's workers save into the same folder, which all machines must share; its rows come back together at the end.
+    """
     todo = {key: run for key, run in runs.items() if key not in rows}
     place, found, failed = scratch(chapter), dict[str, tables.Row](), dict[str, str]()
     count = jobs or (1 if torch.cuda.is_available() else train.hardware()["cores"])
@@ -346,33 +349,36 @@ def _execute(
         from ray.util.joblib import register_ray
 
         register_ray()
-    calls = (delayed(_one)(run, place / "work" / key, {**about, **run.about}) for key, run in todo.items())
-    backend = parallel_config(backend={"local": "loky", "ray": "ray"}[engine])
-    with backend, tqdm(total=len(todo), unit="run", desc=chapter, disable=not todo) as bar:
-        for row in Parallel(n_jobs=max(1, min(count, len(todo))), return_as="generator_unordered")(calls):
+    calls = (delayed(_one)(run, place, {**about, **run.about}) for run in todo.values())
+    backend, as_they_end = {"local": ("loky", "generator_unordered"), "ray": ("ray", "list")}[engine]
+    jobs = max(1, min(count, len(todo)))
+    with parallel_config(backend=backend), tqdm(total=len(todo), unit="run", desc=chapter, disable=not todo) as bar:
+        for row in Parallel(n_jobs=jobs, return_as=as_they_end)(calls):
             if "traceback" in row:
                 failed[row["key"]] = row["traceback"]
             else:
                 found[row["key"]] = row
-                tables.save(row, place / f"{row['key']}.json")
-                shutil.rmtree(place / "work" / row["key"], ignore_errors=True)
             bar.update()
     for key, reason in failed.items():
         raise RuntimeError(f"{len(failed)} of {len(todo)} runs failed, {len(found)} are saved. {key}:\n{reason}")
     return found
 
 
-def _one(run: Run, folder: Path, about: Mapping[str, Any]) -> tables.Row:
-    """One run in a worker. To diverge is a result: a row without metrics, which says `failure`."""
+def _one(run: Run, place: Path, about: Mapping[str, Any]) -> tables.Row:
+    """One run in a worker, which saves it. To diverge is a result: a row without metrics, which says `failure`."""
+    key, config = run.config.key, run.config
     try:
-        return train.train(run.config, folder=folder, threads=run.threads, progress=False, **about)
+        row = train.train(config, folder=place / "work" / key, threads=run.threads, progress=False, **about)
     except train.DivergedError as error:
         source = train.provenance(about["profile"])
         about = {name: value for name, value in about.items() if name != "profile"} | {"failure": str(error)}
         result = {"final": {}, "epochs": [], "seconds": 0.0}
-        return tables.row(run.config.plain(), result, losses.probe(run.config.loss), source, **about)
+        row = tables.row(config.plain(), result, losses.probe(config.loss), source, **about)
     except Exception:
-        return {"key": run.config.key, "traceback": traceback.format_exc()}
+        return {"key": key, "traceback": traceback.format_exc()}
+    tables.save(row, place / f"{key}.json")
+    shutil.rmtree(place / "work" / key, ignore_errors=True)
+    return row
 
 
 def result_of(
@@ -442,7 +448,9 @@ def reproduce(chapter: str, key: str, tolerance: float | None = None) -> pd.Data
     if row is None:
         raise ValueError(f"no record of {chapter} has a key that starts with {key!r}")
     config = Config.of_record(row["config"])
-    fingerprint = data.fingerprint(json.loads(row["config"])["data"], data.parts_of(config.data))
+    typed = config.data.model_dump()  # 1 in the record is 1.0 here; what was added since was not part of its print
+    settings = {name: typed.get(name, value) for name, value in json.loads(row["config"])["data"].items()}
+    fingerprint = data.fingerprint(settings, data.parts_of(config.data))
     here = {"hardware.cpu": train.hardware()["cpu"], "hardware.gpu": train.hardware()["gpu"]}
     here |= {"versions.torch": train.versions()["torch"], "data_fingerprint": fingerprint}
     differ = ", ".join(name for name, now in here.items() if row.get(name) != now)

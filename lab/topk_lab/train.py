@@ -175,7 +175,8 @@ class _Run:
             data.train, settings.batch, data, device, shuffle=order, crop=settings.crop, flip=settings.flip
         )
         self.steps = len(self.batches) * settings.epochs
-        some = next(iter(Batches(data.train, 2048, data, device).epoch()))[0]  # FastNet looks at more than one image
+        first = Split(data.train.inputs[:2048], data.train.labels[:2048])  # FastNet looks at many images
+        some = next(iter(Batches(first, 2048, data, device).epoch()))[0]
         self._seed("initialisation")
         self.model = models.build(config.model, len(data.classes), some, data.about).to(device)
         if some.dim() == 4:

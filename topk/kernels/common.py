@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-Options = tuple[Any, ...]  # a loss's own, in the order of its NamedTuple
 Saved = tuple[Tensor, ...]
 SavedShape = tuple[tuple[int, ...], torch.dtype | None]
 
@@ -116,28 +115,8 @@ def tile_constants(tiling: Tiling, scores: Tensor, count: int) -> dict[str, Any]
 
 
 def allocate(scores: Tensor, shapes: tuple[SavedShape, ...]) -> list[Tensor]:
-    """Room for what forward saves; None as a type means float32."""
-    return [scores.new_empty(shape, dtype=kind or torch.float32) for shape, kind in shapes]
-
-
-# --- a loss of no k --------------------------------------------------------------------------------------------------
-
-
-def wrong_targets(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """Which rows have a target that is neither a class nor ignored."""
-    return ((target < 0) | (target >= classes)) & (target != ignore_index)
-
-
-def no_loss(target: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """The loss a row of an empty list of ks: 0, and NaN for a wrong target."""
-    loss = torch.zeros(target.shape, dtype=torch.float32, device=target.device)
-    return loss.masked_fill_(wrong_targets(target, classes, ignore_index), torch.nan)
-
-
-def no_gradient(scores: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    """Its gradient, likewise."""
-    result = torch.zeros_like(scores, memory_format=torch.contiguous_format)
-    return result.masked_fill_(wrong_targets(target, scores.shape[1], ignore_index)[:, None], torch.nan)
+    """Memory for what forward saves; None as a type means float32."""
+    return [scores.new_empty(shape, dtype=dtype or torch.float32) for shape, dtype in shapes]
 
 
 # --- a row's target --------------------------------------------------------------------------------------------------
@@ -185,14 +164,28 @@ def store_tile(starts, columns, classes, inside, values):
 
 
 @triton.jit
-def patch_tile(starts, start, places, values, inside, BLOCK: tl.constexpr):
-    """Overwrites single elements of the tile just stored, which begins at column `start`.
+def patch_tile(
+    results, start, places_ptr, slopes_ptr, grad, row, used,
+    COUNT: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Overwrites single elements of the tile just stored, which begins at column `start`, by grad * slope.
 
-    places (ROWS, LANES) may be negative for nothing, and must not repeat within a row.
+    places (rows, COUNT) may be negative for nothing, and must not repeat within a row; slopes (rows, COUNT).
     """
+    lanes = tl.arange(0, LANES)[None, :]
+    kept = used[:, None] & (lanes < COUNT)
+    offsets = row.to(tl.int64)[:, None] * COUNT + lanes
+    places = tl.load(places_ptr + offsets, mask=kept, other=-1)
+    values = product(grad[:, None], tl.load(slopes_ptr + offsets, mask=kept, other=0.0))
     tl.debug_barrier()  # the tile was written by other threads of this program
-    here = inside[:, None] & (places >= start) & (places < start + BLOCK)
-    tl.store(starts[:, None] + places, values.to(starts.dtype.element_ty), mask=here)
+    here = used[:, None] & (places >= start) & (places < start + BLOCK)
+    tl.store(results[:, None] + places, values.to(results.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def product(grad, slopes):
+    """grad * slopes, and 0 for a slope of 0: a loss that a score does not move asks nothing of it."""
+    return tl.where(slopes == 0.0, 0.0, grad * slopes)
 
 
 @triton.jit
@@ -215,6 +208,21 @@ def finite_or_zero(values):
 def exponential(values):
     """exp of every number of a tile, 0 for what would be denormal: two instructions where tl.exp takes five."""
     return tl.exp2(values * 1.4426950408889634)
+
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def log2(values):
+    """The device's own logarithm, off by 2^-22 at most: one instruction where tl.log2 takes a dozen."""
+    if _INTERPRETED:
+        result = tl.log2(values)
+    else:
+        result = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
 
 
 @triton.jit
@@ -355,21 +363,10 @@ def take(kept, kept_classes, last, last_class, scores, classes, ALIGN: tl.conste
 
 @triton.jit
 def scan(
-    starts,
-    class_stride,
-    classes,
-    used,
-    left_out,
-    origin,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ALIGN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-    REST: tl.constexpr,
-):
+    starts, class_stride, classes, used, left_out, origin,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, ALIGN: tl.constexpr,
+    GROUPS: tl.constexpr, STREAMS: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
     """One read of the rows that start at `starts`, whose NaNs count as +inf. Returns five things:
 
     best, found (ROWS, LANES): the COUNT largest scores, descending, without the class `left_out` (None: with all), and
@@ -407,7 +404,7 @@ def scan(
                     fade = tl.exp(tl.minimum(shift - finite_or_zero(t), 0.0))
                     shift = finite_or_zero(t)
                     outside *= fade[:, None]
-                    rest = rest * fade + _exponentials_up_to(score_of(before), t) - _ties(score_of(kept), t)
+                    rest = rest * fade + _exponentials_up_to(score_of(before), t) - ties(score_of(kept), t)
             if REST:
                 below = tl.where(x <= t[:, None], x - shift[:, None], float("-inf"))
                 outside += _sum_by_group(exponential(below), ALIGN, GROUPS)
@@ -454,6 +451,6 @@ def _exponentials_up_to(scores, t):
 
 
 @triton.jit
-def _ties(scores, t):
+def ties(scores, t):
     """How many of the scores kept are t, above -inf: their share of `_exponentials_up_to`."""
     return tl.sum(((scores == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)

@@ -8,8 +8,8 @@ by `tl.gather`; what every layer received stays in registers too, for the sweep 
 
 Everything is float32, so that rounding must not touch what the loss is the logarithm of: a comparator's two
 probabilities are computed apart, the smaller one from the tail of its distribution, and the target's small numbers are
-sums of products of positive ones. Sinkhorn's iterations, and networks too large for registers, run in the torch room on
-the m scores that the first kernel kept.
+sums of products of positive ones. Sinkhorn's iterations, and networks too large for registers, run on the torch
+path, on the m scores that the first kernel kept.
 
 Bytes a row, with n classes of s bytes and m kept: forward reads n s, writes and reads 4 m twice and writes 4 m + 16;
 backward reads 8 m + 12 a tile (n s more with cross-entropy over all classes), and writes n s.
@@ -26,7 +26,6 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    Options,
     Saved,
     SavedShape,
     aligned,
@@ -40,8 +39,8 @@ from topk.kernels.common import (
     score_of,
 )
 from topk.kernels.patched import patched_exponentials
-from topk.losses import differentiable as room
 from topk.losses.common import row_dtype
+from topk.losses.differentiable import NETWORKS, Options, hit_and_slopes, over_all, split_weights
 from topk.losses.networks import network
 
 _WIDEST_NETWORK = 32  # wires
@@ -52,85 +51,50 @@ _LOWEST = tl.constexpr(-1e20)  # what -inf plays as
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     """The kept classes (none if all are), the slopes in them if wanted, and (log-sum-exp, weight, 0) of all classes."""
-    settings = room.Options(*options)
-    selected = settings.kept if settings.kept < classes else 0
-    slopes = settings.kept if settings.slopes else 0
+    selected = options.kept if options.kept < classes else 0
+    slopes = options.kept if options.slopes else 0
     return ((rows, selected), torch.int32), ((rows, slopes), None), ((rows, 3), None)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    settings = room.Options(*options)
     rows, classes = scores.shape
     places, slopes, field = common.allocate(scores, saved(rows, classes, options))
-    if not settings.ks:
-        return common.no_loss(target, classes, ignore_index), places.fill_(0), slopes.zero_(), field.zero_()
     target = target.contiguous()
     values = scores
-    if settings.kept < classes:
-        values = scores.new_empty((rows, settings.kept), dtype=torch.float32)
-        _select(scores, target, ignore_index, settings, values, places, field)
+    if options.kept < classes:
+        values = scores.new_empty((rows, options.kept), dtype=torch.float32)
+        _select(scores, target, options, ignore_index, values, places, field)
     loss = scores.new_empty(rows, dtype=torch.float32)
-    _sort(values, target, classes, ignore_index, settings, loss, slopes, field)
+    _sort(values, target, options, ignore_index, classes, loss, slopes, field)
     return loss, places, slopes, field
 
 
 def _select(
-    scores: Tensor,
-    target: Tensor,
-    ignore_index: int,
-    settings: room.Options,
-    values: Tensor,
-    places: Tensor,
-    field: Tensor,
+    scores: Tensor, target: Tensor, options: Options, ignore_index: int, values: Tensor, places: Tensor, field: Tensor
 ) -> None:
     """Fills the kept scores and their classes (rows, m), and where it counts the first column of `field`."""
     rows, classes = scores.shape
     tiling = common.whole_rows(classes)
     common.launch(
-        _selected,
-        tiling.programs(rows),
-        scores,
-        target,
-        values,
-        places,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        KEPT=settings.kept,
-        COUNT=max(1, settings.kept - 1),
-        OVER_ALL=room.over_all(settings, classes),
-        **common.whole_row_constants(tiling, scores, settings.kept),
-    )
+        _selected, tiling.programs(rows),
+        scores, target, values, places, field,
+        rows, classes, *scores.stride(), ignore_index,
+        KEPT=options.kept, COUNT=max(1, options.kept - 1), OVER_ALL=over_all(options, classes),
+        **common.whole_row_constants(tiling, scores, options.kept),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _selected(
-    scores_ptr,
-    target_ptr,
-    values_ptr,
-    places_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    KEPT: tl.constexpr,
-    COUNT: tl.constexpr,
-    OVER_ALL: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    scores_ptr, target_ptr, values_ptr, places_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index,
+    KEPT: tl.constexpr, COUNT: tl.constexpr, OVER_ALL: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STREAMS: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -159,68 +123,37 @@ def _selected(
 
 
 def _sort(
-    values: Tensor,
-    target: Tensor,
-    classes: int,
-    ignore_index: int,
-    settings: room.Options,
-    loss: Tensor,
-    slopes: Tensor,
-    field: Tensor,
-) -> None:
+    values: Tensor, target: Tensor, options: Options, ignore_index: int, classes: int,
+    loss: Tensor, slopes: Tensor, field: Tensor,
+) -> None:  # fmt: skip
     """Fills the losses, their slopes in the values (rows, m), and what is left of `field`."""
     rows, kept = values.shape
-    parts = room.split_weights(settings, classes)
-    method, layers, table = _how(settings, parts.shares, values.device)
+    parts = split_weights(options, classes)
+    method, layers, table = _how(options, parts.shares, values.device)
     hit, pulls = loss, slopes
     if method == "given":
-        hit, pulls = _hit_of_torch(values, target, classes, ignore_index, settings, parts.shares)
+        hit, pulls = _hit_of_torch(values, target, options, ignore_index, classes, parts.shares)
     lanes = common.lanes(kept)
     together = max(1, _TILE // lanes)
     common.launch(
-        _sorted,
-        triton.cdiv(rows, together),
-        values,
-        target,
-        table,
-        hit,
-        pulls,
-        loss,
-        slopes,
-        field,
-        rows,
-        classes,
-        *values.stride(),
-        ignore_index,
-        float(settings.inverse_temperature),
-        float(settings.art_lambda),
-        KEPT=kept,
-        WIRES=lanes,
-        ROWS=together,
-        SELECTED=kept < classes,
-        METHOD=method,
-        DISTRIBUTION=settings.distribution,
-        SHARES=parts.shares,
-        LAYERS=layers,
-        MEMORY=common.lanes(layers),
-        FIRST=float(parts.first),
-        REST=float(parts.rest),
-        SURE=float(parts.sure),
-        TOP1=settings.top1,
-        OVER_ALL=room.over_all(settings, classes),
-        SLOPES=settings.slopes,
-        warps=max(1, min(4, together * lanes // 32)),
-    )
+        _sorted, triton.cdiv(rows, together),
+        values, target, table, hit, pulls, loss, slopes, field,
+        rows, classes, *values.stride(), ignore_index, float(options.inverse_temperature), float(options.art_lambda),
+        KEPT=kept, WIRES=lanes, ROWS=together, SELECTED=kept < classes, METHOD=method,
+        DISTRIBUTION=options.distribution, SHARES=parts.shares, LAYERS=layers, MEMORY=common.lanes(layers),
+        FIRST=float(parts.first), REST=float(parts.rest), SURE=float(parts.sure), TOP1=options.top1,
+        OVER_ALL=over_all(options, classes), SLOPES=options.slopes, warps=max(1, min(4, together * lanes // 32)),
+    )  # fmt: skip
 
 
-def _how(settings: room.Options, shares: tuple[float, ...], device: torch.device) -> tuple[str, int, Tensor | None]:
+def _how(options: Options, shares: tuple[float, ...], device: torch.device) -> tuple[str, int, Tensor | None]:
     """The kernel's way to the hit, and a network's number of layers and table of partners (layers, wires)."""
     if not shares:
         return "none", 0, None
-    if settings.method in ("neuralsort", "softsort"):
-        return settings.method, 0, None
-    if settings.method in room.NETWORKS and settings.kept <= _WIDEST_NETWORK:
-        table = _partners(settings.method, settings.kept, len(shares), device)
+    if options.method in ("neuralsort", "softsort"):
+        return options.method, 0, None
+    if options.method in NETWORKS and options.kept <= _WIDEST_NETWORK:
+        table = _partners(options.method, options.kept, len(shares), device)
         if table.shape[0] <= _MOST_LAYERS:
             return "network", table.shape[0], table
     return "given", 0, None
@@ -240,56 +173,26 @@ def _partners(method: str, wires: int, ranks: int, device: torch.device) -> Tens
 
 
 def _hit_of_torch(
-    values: Tensor,
-    target: Tensor,
-    classes: int,
-    ignore_index: int,
-    settings: room.Options,
-    shares: tuple[float, ...],
+    values: Tensor, target: Tensor, options: Options, ignore_index: int, classes: int, shares: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """The hit (rows,) and its slopes (rows, m) by the torch room."""
+    """The hit (rows,) and its slopes (rows, m) by the torch path."""
     used = (target >= 0) & (target < classes) & (target != ignore_index)
-    own = torch.where(used & (settings.kept == classes), target, 0)
+    own = torch.where(used & (options.kept == classes), target, 0)
     usable = used[:, None] & (values.amax(1, keepdim=True) < torch.inf)
     wide = torch.where(usable, values, 0.0).to(row_dtype(values))
-    hit, slopes = room.hit_and_slopes(wide, own, shares, settings)
+    hit, slopes = hit_and_slopes(wide, own, shares, options)
     result = hit.to(torch.float32)
     return result, result if slopes is None else slopes.to(torch.float32, memory_format=torch.contiguous_format)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _sorted(
-    values_ptr,
-    target_ptr,
-    table_ptr,
-    hit_ptr,
-    pulls_ptr,
-    loss_ptr,
-    slopes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    wire_stride,
-    ignore_index,
-    beta,
-    art_lambda,
-    KEPT: tl.constexpr,
-    WIRES: tl.constexpr,
-    ROWS: tl.constexpr,
-    SELECTED: tl.constexpr,
-    METHOD: tl.constexpr,
-    DISTRIBUTION: tl.constexpr,
-    SHARES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    MEMORY: tl.constexpr,
-    FIRST: tl.constexpr,
-    REST: tl.constexpr,
-    SURE: tl.constexpr,
-    TOP1: tl.constexpr,
-    OVER_ALL: tl.constexpr,
-    SLOPES: tl.constexpr,
-):
+    values_ptr, target_ptr, table_ptr, hit_ptr, pulls_ptr, loss_ptr, slopes_ptr, field_ptr,
+    rows, classes, row_stride, wire_stride, ignore_index, beta, art_lambda,
+    KEPT: tl.constexpr, WIRES: tl.constexpr, ROWS: tl.constexpr, SELECTED: tl.constexpr, METHOD: tl.constexpr,
+    DISTRIBUTION: tl.constexpr, SHARES: tl.constexpr, LAYERS: tl.constexpr, MEMORY: tl.constexpr, FIRST: tl.constexpr,
+    REST: tl.constexpr, SURE: tl.constexpr, TOP1: tl.constexpr, OVER_ALL: tl.constexpr, SLOPES: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
@@ -334,19 +237,19 @@ def _sorted(
             total = top + tl.log(tl.where(sum_ > 0.0, sum_, 1.0))
         softmax = tl.exp(x - total[:, None])
         own_log = tl.where(mine > float("-inf"), -total, float("-inf"))
+    first = FIRST * tl.exp(own_log) if FIRST > 0.0 else own_log
     if TOP1 == "softmax":
-        first = FIRST * tl.exp(own_log) if FIRST > 0.0 else own_log
-        inner = (inner + first) * (1.0 - 2e-7) + 1e-7
-        loss = -tl.log(inner)
-        of_hit, of_log = -(1.0 - 2e-7) / inner, first * (1.0 - 2e-7) / inner
+        inner += first
+    inner = inner * (1.0 - 2e-7) + 1e-7
+    loss = -tl.log(inner)
+    of_hit = -(1.0 - 2e-7) / inner
+    of_log = tl.zeros((ROWS,), tl.float32)
+    if TOP1 == "softmax":
+        of_log = -of_hit * first
     elif TOP1 == "cross_entropy":
-        inner = inner * (1.0 - 2e-7) + 1e-7
-        loss = -FIRST * own_log - REST * tl.log(inner)
-        of_hit, of_log = -REST * (1.0 - 2e-7) / inner, tl.full((ROWS,), FIRST, tl.float32)
-    else:
-        inner = inner * (1.0 - 2e-7) + 1e-7
-        loss = -tl.log(inner)
-        of_hit, of_log = -(1.0 - 2e-7) / inner, tl.zeros((ROWS,), tl.float32)
+        loss = REST * loss - FIRST * own_log
+        of_hit *= REST
+        of_log += FIRST
     loss = tl.where(mine == float("-inf"), float("inf"), loss)
     loss = tl.where(bad, float("nan"), tl.where(used, loss, 0.0))
     tl.store(loss_ptr + row, loss, mask=inside)
@@ -370,20 +273,10 @@ def _sorted(
 
 @triton.jit
 def _network(
-    x,
-    own,
-    table_ptr,
-    wires,
-    beta,
-    art_lambda,
-    KEPT: tl.constexpr,
-    WIRES: tl.constexpr,
-    DISTRIBUTION: tl.constexpr,
-    SHARES: tl.constexpr,
-    LAYERS: tl.constexpr,
-    MEMORY: tl.constexpr,
-    SLOPES: tl.constexpr,
-):
+    x, own, table_ptr, wires, beta, art_lambda,
+    KEPT: tl.constexpr, WIRES: tl.constexpr, DISTRIBUTION: tl.constexpr, SHARES: tl.constexpr, LAYERS: tl.constexpr,
+    MEMORY: tl.constexpr, SLOPES: tl.constexpr,
+):  # fmt: skip
     """The hit (ROWS,) and its slopes (ROWS, WIRES).
 
     A wire of a comparator takes p of itself and c of its partner, p + c = 1, values and distribution alike. Backwards
@@ -598,43 +491,38 @@ def _wire(v, possible, wires, other):
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
-) -> Tensor:
+def backward(grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved) -> Tensor:
     """grad * d loss / d scores: the saved slopes, written over zeros or over the softmax of all classes."""
-    settings = room.Options(*options)
-    if not settings.ks:
-        return common.no_gradient(scores, target, ignore_index)
     places, slopes, field = saved
-    if not settings.slopes:
-        wanted = tuple(settings._replace(slopes=True))
-        _, places, slopes, field = forward(scores, target, extras, ignore_index, wanted)
+    if not options.slopes:
+        _, places, slopes, field = forward(scores, target, options._replace(slopes=True), ignore_index)
     rows, classes = scores.shape
-    if settings.kept == classes:
+    if options.kept == classes:
         places = torch.arange(classes, dtype=torch.int32, device=scores.device).repeat(rows, 1)
-    reads = room.over_all(settings, classes)
-    return patched_exponentials(grad, scores, target, places, slopes, field, ignore_index, reads=reads)
-
-
-def for_formula(
-    scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
-) -> Saved:
-    """What the torch room's formula takes."""
-    return saved[0].to(torch.int64), saved[1]
+    reads = over_all(options, classes)
+    return patched_exponentials(grad, scores, target, ignore_index, (places, slopes, field), reads=reads)
 
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
     """Calls that reach every path: every method, distribution and treatment of k = 1."""
-    m, k = min(16, classes), min(5, classes - 1)
-    one, several = ([k], [1.0]), ([1, k], [0.25, 0.75]) if k > 1 else ([1], [1.0])
-    rest = (50, 1e-6, True)
-    return [
-        ((), (*several, "odd_even", "cauchy", 1.0, 0.25, m, "softmax", "kept", *rest)),
-        ((), (*several, "bitonic", "logistic_phi", 0.5, 0.5, m, "cross_entropy", "all", *rest)),
-        ((), (*one, "splitter_selection", "gaussian", 1.0, 0.25, m, "sort", "kept", *rest)),
-        ((), (*one, "odd_even", "logistic", 1.0, 0.25, min(6, classes), "sort", "kept", *rest)),
-        ((), (*one, "bitonic", "reciprocal", 1.0, 0.25, min(6, classes), "sort", "kept", *rest)),
-        ((), (*one, "odd_even", "optimal", 1.0, 0.25, min(6, classes), "sort", "kept", *rest)),
-        ((), (*several, "neuralsort", "cauchy", 0.5, 0.25, m, "softmax", "kept", *rest)),
-        ((), (*several, "softsort", "cauchy", 0.5, 0.25, m, "cross_entropy", "kept", *rest)),
+    m, few, k = min(16, classes), min(6, classes), min(5, classes - 1)
+    one = Options([k], [1.0], kept=m, iterations=50, slopes=True)
+    several = one._replace(ks=[1, k], weights=[0.25, 0.75]) if k > 1 else one
+    calls = [
+        several,
+        several._replace(
+            method="bitonic",
+            distribution="logistic_phi",
+            inverse_temperature=0.5,
+            art_lambda=0.5,
+            top1="cross_entropy",
+            cross_entropy_over="all",
+        ),
+        one._replace(method="splitter_selection", distribution="gaussian", top1="sort"),
+        one._replace(distribution="logistic", kept=few, top1="sort"),
+        one._replace(method="bitonic", distribution="reciprocal", kept=few, top1="sort"),
+        one._replace(distribution="optimal", kept=few, top1="sort"),
+        several._replace(method="neuralsort", inverse_temperature=0.5),
+        several._replace(method="softsort", inverse_temperature=0.5, top1="cross_entropy"),
     ]
+    return [((), options) for options in calls]

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    Options,
     Saved,
     SavedShape,
     aligned,
@@ -29,11 +28,11 @@ from topk.kernels.common import (
     softplus,
 )
 from topk.kernels.patched import patched_exponentials
+from topk.losses.hinge import VARIANTS, Options
 
 
 def _depth(options: Options) -> int:
-    ks: list[int] = options[0]
-    return max(ks, default=0) + (1 if options[2] == "calibrated" else 0)
+    return options.ks[-1] + (1 if options.variant == "calibrated" else 0)
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -45,66 +44,32 @@ def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, weights, variant, margin = options
     rows, classes = scores.shape
     places, slopes, field = common.allocate(scores, saved(rows, classes, options))
-    if not ks:
-        return common.no_loss(target, classes, ignore_index), places.fill_(-1), slopes.zero_(), field.zero_()
     loss = scores.new_empty(rows, dtype=torch.float32)
     depth = _depth(options)
     tiling = common.whole_rows(classes)
     common.launch(
-        _forward,
-        tiling.programs(rows),
-        scores,
-        target.contiguous(),
-        loss,
-        places,
-        slopes,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(margin),
-        TERMS=len(ks),
-        KS=tuple(ks),
-        WEIGHTS=tuple(weights),
-        VARIANT=variant,
+        _forward, tiling.programs(rows),
+        scores, target.contiguous(), loss, places, slopes, field,
+        rows, classes, *scores.stride(), ignore_index, float(options.margin),
+        TERMS=len(options.ks), KS=tuple(options.ks), WEIGHTS=tuple(options.weights), VARIANT=options.variant,
         COUNT=depth,
         **common.whole_row_constants(tiling, scores, depth + 1),
-    )
+    )  # fmt: skip
     return loss, places, slopes, field
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
-    scores_ptr,
-    target_ptr,
-    loss_ptr,
-    places_ptr,
-    slopes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    margin,
-    TERMS: tl.constexpr,
-    KS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    VARIANT: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    scores_ptr, target_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index, margin,
+    TERMS: tl.constexpr, KS: tl.constexpr, WEIGHTS: tl.constexpr, VARIANT: tl.constexpr, COUNT: tl.constexpr,
+    LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr, GROUPS: tl.constexpr,
     ALIGN: tl.constexpr,
-):
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
@@ -219,19 +184,12 @@ def _entropy_term(scores, lanes, mine, rest, t, K: tl.constexpr):
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
-) -> Tensor:
+def backward(grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved) -> Tensor:
     """grad * d loss / d scores."""
-    ks, _, variant, _ = options
-    if not ks:
-        return common.no_gradient(scores, target, ignore_index)
-    places, slopes, field = saved
-    return patched_exponentials(grad, scores, target, places, slopes, field, ignore_index, reads=variant == "entropy")
+    return patched_exponentials(grad, scores, target, ignore_index, saved, reads=options.variant == "entropy")
 
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
     """Calls that reach every path: all variants, one k and several."""
-    variants = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
-    each: list[Options] = [([3], [1.0], variant, 1.0) for variant in variants]
-    return [((), options) for options in [*each, ([1, 4], [0.5, 0.5], "entropy", 1.0)]]
+    each = [Options([3], [1.0], variant, 1.0) for variant in VARIANTS]
+    return [((), options) for options in [*each, Options([1, 4], [0.5, 0.5], "entropy", 1.0)]]

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    Options,
     Saved,
     SavedShape,
     finite_or_zero,
     in_order,
     lane,
+    log2,
     nothing_kept,
     order_of,
     row_states,
@@ -38,29 +38,30 @@ from topk.kernels.common import (
     take,
 )
 from topk.kernels.patched import patched_exponentials
+from topk.losses.noised import Options
 
 _THREAD = 8  # scores a thread: four samples of them are in registers at once
 _WIDEST = 4096  # the longest row in registers
 _STREAMED = 2048  # the width of a tile of longer ones
-_CHUNK = 16  # entries of a row compared together with all others
+_LANES = 64  # entries of a row added up together, at most
+_CHUNK = 16  # entries that these are compared with at a time
 _LARGEST_NORMAL = tl.constexpr(6.8)  # no noise is larger: sqrt(-2 log 2^-33) = 6.76
 _BELOW_MINUS_INFINITY = tl.constexpr(-2139095042)  # the order of -inf is one more
 
 
 def why_not(absent: tuple[bool, ...]) -> str | None:
     """The expectation by quadrature has no kernel."""
-    return "samples=None (quadrature) has no Triton kernel" if absent[3] else None
+    return "samples=None (quadrature) has no Triton kernel" if absent[Options._fields.index("samples")] else None
 
 
 def _draws(options: Options) -> int:
     """How many samples are looked at: without noise, all are the same one."""
-    _, _, epsilon, samples, _ = options
-    return samples if samples is not None and epsilon > 0 else 1
+    return options.samples if options.samples is not None and options.epsilon > 0 else 1
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     """The hinges' slopes (rows, ks), and the classes that came (k + 1)-th (rows, draws, ks)."""
-    count = len(options[0])
+    count = len(options.ks)
     return ((rows, count), None), ((rows, _draws(options), count), torch.int32)
 
 
@@ -87,45 +88,24 @@ def _cut(classes: int) -> _Cut:
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(
+    scores: Tensor, target: Tensor, options: Options, ignore_index: int, margins: Tensor, seeds: Tensor
+) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, weights, epsilon, _, scale = options
-    margins, seeds = extras
+    ks, draws = options.ks, _draws(options)
     rows, classes = scores.shape
     slopes, kept = common.allocate(scores, saved(rows, classes, options))
-    if not ks:
-        return common.no_loss(target, classes, ignore_index), slopes, kept
     loss = scores.new_empty(rows, dtype=torch.float32)
     cut = _cut(classes)
     common.launch(
-        _forward,
-        rows,
-        scores,
-        target.contiguous(),
-        margins,
-        seeds.contiguous(),
-        loss,
-        slopes,
-        kept,
-        classes,
-        *scores.stride(),
-        margins.stride(0),
-        max(1, rows // seeds.shape[0]),
-        ignore_index,
-        float(epsilon),
-        _draws(options) // 4,
-        KS=tuple(ks),
-        RATES=tuple(float(scale * weight) for weight in weights),
-        PLACES=common.lanes(len(ks)),
-        COUNT=max(ks) + 1,
-        LANES=common.lanes(max(ks) + 1),
-        DRAWS=_draws(options),
-        NOISY=epsilon > 0,
-        SIZE=cut.size,
-        GROUPS=cut.groups,
-        STREAMS=cut.streams,
-        warps=cut.warps,
-    )
+        _forward, rows,
+        scores, target.contiguous(), margins, seeds.contiguous(), loss, slopes, kept,
+        classes, *scores.stride(), margins.stride(0), max(1, rows // seeds.shape[0]), ignore_index,
+        float(options.epsilon), draws // 4,
+        KS=tuple(ks), RATES=tuple(float(options.scale * weight) for weight in options.weights),
+        PLACES=common.lanes(len(ks)), COUNT=ks[-1] + 1, LANES=common.lanes(ks[-1] + 1), DRAWS=draws,
+        NOISY=options.epsilon > 0, SIZE=cut.size, GROUPS=cut.groups, STREAMS=cut.streams, warps=cut.warps,
+    )  # fmt: skip
     return loss, slopes, kept
 
 
@@ -133,32 +113,11 @@ def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, op
 # neighbouring columns, four or eight at a time, and spread a group over several threads.
 @triton.jit(do_not_specialize=["row_stride"])
 def _forward(
-    scores_ptr,
-    target_ptr,
-    margins_ptr,
-    seeds_ptr,
-    loss_ptr,
-    slopes_ptr,
-    kept_ptr,
-    classes,
-    row_stride,
-    class_stride,
-    margin_stride,
-    rows_a_seed,
-    ignore_index,
-    epsilon,
-    fours,
-    KS: tl.constexpr,
-    RATES: tl.constexpr,
-    PLACES: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    DRAWS: tl.constexpr,
-    NOISY: tl.constexpr,
-    SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    scores_ptr, target_ptr, margins_ptr, seeds_ptr, loss_ptr, slopes_ptr, kept_ptr,
+    classes, row_stride, class_stride, margin_stride, rows_a_seed, ignore_index, epsilon, fours,
+    KS: tl.constexpr, RATES: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr,
+    DRAWS: tl.constexpr, NOISY: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target, used, wrong = row_states(target_ptr, row, row + 1, classes, ignore_index)
     places = tl.arange(0, PLACES)
@@ -220,28 +179,10 @@ def _tile(start, first, classes, class_stride, centre, SIZE: tl.constexpr, GROUP
 
 @triton.jit
 def _samples(
-    start,
-    x,
-    columns,
-    classes,
-    class_stride,
-    centre,
-    seed,
-    counter,
-    four,
-    epsilon,
-    kept,
-    KS: tl.constexpr,
-    PLACES: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    DRAWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NOISY: tl.constexpr,
-    SIZE: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    start, x, columns, classes, class_stride, centre, seed, counter, four, epsilon, kept,
+    KS: tl.constexpr, PLACES: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, DRAWS: tl.constexpr,
+    WIDTH: tl.constexpr, NOISY: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     """Stores the classes that are (k + 1)-th in up to four samples; the sums of their noised scores, and `bad`."""
     bad = tl.zeros((), tl.int32)
     if STREAMS:
@@ -295,7 +236,7 @@ def _normals(one, other):
     cos t = -cos(2 pi h) and sin t = sin(2 pi h) are polynomials in z (times h), off by at most 5e-7 in float32.
     """
     uniform = (one.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    radius = tl.sqrt(tl.maximum(-1.3862943611198906 * tl.log2(uniform), 0.0))  # the approximate log of 1 may be above 0
+    radius = tl.sqrt(tl.maximum(-1.3862943611198906 * log2(uniform), 0.0))  # the approximate log of 1 may be above 0
     h = 0.5 - other.to(tl.float32) * 2.3283064365386963e-10
     z = h * h
     cosine = 25.968313217163086 - 6.5296101570129395 * z
@@ -320,9 +261,11 @@ def _normals(one, other):
 def _ranked(noised, tops, columns, K: tl.constexpr, GROUPS: tl.constexpr):
     """The (K + 1)-th largest of every sample (WIDTH,), and its class; of equal ones the lower class is the larger."""
     if 2 * (K + 1) <= GROUPS:
-        level = tl.max(tops, 1)
+        orders = order_of(tops)  # a warp's largest integer is one instruction
+        best = tl.max(orders, 1)
         for _ in range(K):
-            level = tl.max(tl.where(tops < level[:, None], tops, float("-inf")), 1)
+            best = tl.max(tl.where(orders < best[:, None], orders, _BELOW_MINUS_INFINITY + 1), 1)
+        level = score_of(best)
         above = _count_above(noised, level)
         while tl.max(above, 0) > K:
             higher = _least(tl.where(noised > level[:, None, None], noised, float("inf")))
@@ -375,21 +318,10 @@ def _class_at(noised, columns, level, ties):
 
 @triton.jit
 def _streamed(
-    start,
-    classes,
-    class_stride,
-    centre,
-    seed,
-    counter,
-    four,
-    epsilon,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    NOISY: tl.constexpr,
-    SIZE: tl.constexpr,
+    start, classes, class_stride, centre, seed, counter, four, epsilon,
+    COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, NOISY: tl.constexpr, SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
-):
+):  # fmt: skip
     """The COUNT largest noised scores of every sample (WIDTH, LANES), their classes, and 1 for NaN or +inf."""
     kept, kept_classes, last, last_class = nothing_kept(WIDTH, COUNT, LANES)
     bad = tl.zeros((), tl.int32)
@@ -418,85 +350,56 @@ def _flat(tile):
 
 
 def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved, *_: Tensor
 ) -> Tensor:
     """grad * d loss / d scores: what falls on one class is added up first, then written over a row of zeros."""
-    if not options[0]:
-        return common.no_gradient(scores, target, ignore_index)
     rows, classes = scores.shape
     slopes, kept = saved
     entries = kept.shape[1] * kept.shape[2] + 1
     places = torch.empty((rows, entries), dtype=torch.int32, device=scores.device)
     pushes = scores.new_empty((rows, entries), dtype=torch.float32)
     field = scores.new_empty((rows, 3), dtype=torch.float32)
-    together = max(1, _CHUNK // common.lanes(entries))
+    lanes = min(_LANES, common.lanes(entries))
+    together = max(1, _CHUNK // lanes)
     target = target.contiguous()
     common.launch(
-        _added_up,
-        triton.cdiv(rows, together),
-        scores,
-        target,
-        slopes,
-        kept,
-        places,
-        pushes,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        ENTRIES=entries,
-        KS=kept.shape[2],
-        LANES=common.lanes(entries),
-        CHUNK=_CHUNK,
-        ROWS=together,
-        warps=1 if entries <= 64 else 4,
-    )
-    return patched_exponentials(grad, scores, target, places, pushes, field, ignore_index, reads=False)
+        _added_up, triton.cdiv(rows, together),
+        scores, target, slopes, kept, places, pushes, field,
+        rows, classes, *scores.stride(), ignore_index,
+        ENTRIES=entries, KS=kept.shape[2], LANES=lanes, CHUNK=_CHUNK, ROWS=together, warps=1,
+    )  # fmt: skip
+    return patched_exponentials(grad, scores, target, ignore_index, (places, pushes, field), reads=False)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _added_up(
-    scores_ptr,
-    target_ptr,
-    slopes_ptr,
-    kept_ptr,
-    places_ptr,
-    pushes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    ENTRIES: tl.constexpr,
-    KS: tl.constexpr,
-    LANES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    scores_ptr, target_ptr, slopes_ptr, kept_ptr, places_ptr, pushes_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index,
+    ENTRIES: tl.constexpr, KS: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """The row's slopes, each class once: what the draws push up, and in the last entry the target."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    target, used, _ = row_states(target_ptr, row, rows, classes, ignore_index)
+    target, used, _wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     row = row.to(tl.int64)
     mine = tl.load(scores_ptr + row * row_stride + target.to(tl.int64) * class_stride, mask=used, other=0.0)
     possible = used & (mine.to(tl.float32) > float("-inf"))
-    lanes = tl.arange(0, LANES)
-    places, _ = _entries(slopes_ptr, kept_ptr, row, target, used, possible, lanes, ENTRIES, KS)
-    total = tl.zeros((ROWS, LANES), tl.float32)
-    earlier = tl.zeros((ROWS, LANES), tl.int32)
-    for first in range(0, ENTRIES, CHUNK):
-        others = first + tl.arange(0, CHUNK)
-        found, more = _entries(slopes_ptr, kept_ptr, row, target, used, possible, others, ENTRIES, KS)
-        same = places[:, :, None] == found[:, None, :]
-        total += tl.sum(tl.where(same, more[:, None, :], 0.0), 2)
-        before = same & (others[None, None, :] < lanes[None, :, None])
-        earlier = earlier | tl.max(before.to(tl.int32), 2)
-    silent = (total == total) & (total != 0.0) & (earlier == 0)
-    inside = (row < rows)[:, None] & (lanes < ENTRIES)[None, :]
-    offsets = row[:, None] * ENTRIES + lanes[None, :]
-    tl.store(places_ptr + offsets, tl.where(silent, places, -1), mask=inside)
-    tl.store(pushes_ptr + offsets, total, mask=inside)
+    for base in range(0, ENTRIES, LANES):
+        lanes = base + tl.arange(0, LANES)
+        places, _ = _entries(slopes_ptr, kept_ptr, row, target, used, possible, lanes, ENTRIES, KS)
+        total = tl.zeros((ROWS, LANES), tl.float32)
+        earlier = tl.zeros((ROWS, LANES), tl.int32)
+        for first in range(0, ENTRIES, CHUNK):
+            others = first + tl.arange(0, CHUNK)
+            found, more = _entries(slopes_ptr, kept_ptr, row, target, used, possible, others, ENTRIES, KS)
+            same = places[:, :, None] == found[:, None, :]
+            total += tl.sum(tl.where(same, more[:, None, :], 0.0), 2)
+            before = same & (others[None, None, :] < lanes[None, :, None])
+            earlier = earlier | tl.max(before.to(tl.int32), 2)
+        silent = (total == total) & (total != 0.0) & (earlier == 0)
+        inside = (row < rows)[:, None] & (lanes < ENTRIES)[None, :]
+        offsets = row[:, None] * ENTRIES + lanes[None, :]
+        tl.store(places_ptr + offsets, tl.where(silent, places, -1), mask=inside)
+        tl.store(pushes_ptr + offsets, total, mask=inside)
     broken = tl.load(slopes_ptr + row * KS, mask=used, other=0.0)
     scale = tl.where(broken == broken, 0.0, float("nan"))
     for i in tl.static_range(3):
@@ -517,25 +420,15 @@ def _entries(slopes_ptr, kept_ptr, row, target, used, possible, entry, ENTRIES: 
     return places, tl.where(last, -pull[:, None], slopes * KS / (ENTRIES - 1))
 
 
-# --- second derivatives ----------------------------------------------------------------------------------------------
-
-
-def for_formula(
-    scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
-) -> Saved:
-    """What the torch room's formula takes: it must not draw again."""
-    slopes, kept = saved
-    return slopes.to(torch.float64), kept.to(torch.int64)
-
-
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
     """Calls that reach every path: no noise, and so little that it decides nothing, for one k and for several."""
     margins, seeds = torch.ones(rows, device=device), torch.full((1,), 7, dtype=torch.int64, device=device)
-    extras = (margins, seeds)
-    several = sorted({1, min(5, classes - 1), min(40, classes - 1)})
+    k = min(5, classes - 1)
+    several = sorted({1, k, min(40, classes - 1)})
     share = [1.0 / len(several)] * len(several)
-    return [
-        (extras, ([min(5, classes - 1)], [1.0], 0.0, 5, 1.0)),
-        (extras, ([min(5, classes - 1)], [1.0], 1e-6, 5, 1.0)),
-        (extras, (several, share, 1e-6, 6, 2.0)),
+    calls = [
+        Options([k], [1.0], 0.0, 5, 1.0),
+        Options([k], [1.0], 1e-6, 5, 1.0),
+        Options(several, share, 1e-6, 6, 2.0),
     ]
+    return [((margins, seeds), options) for options in calls]

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    Saved,
     aligned,
     exponential,
     load_tile,
     patch_tile,
+    product,
     row_pointers,
     row_states,
     store_tile,
@@ -27,75 +29,42 @@ from topk.kernels.common import (
 
 
 def patched_exponentials(
-    grad: Tensor,
-    scores: Tensor,
-    target: Tensor,
-    places: Tensor,
-    slopes: Tensor,
-    field: Tensor,
-    ignore_index: int,
-    reads: bool = True,
+    grad: Tensor, scores: Tensor, target: Tensor, ignore_index: int, saved: Saved, reads: bool = True
 ) -> Tensor:
-    """A new contiguous tensor like the scores.
+    """A new contiguous tensor like the scores, from `saved`: places, slopes and field.
 
     places (rows, w): classes, each once, or -1 for none; slopes (rows, w); field (rows, 3): m, c and f. With `reads`
     off c and f are 0, or c is NaN for a row of NaN, and the scores are not looked at. Masked classes get 0, and so does
     every class whose slope is 0, or all but those patched where c is 0, however large grad is.
     """
+    places, slopes, field = saved
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)
     common.launch(
-        _patched,
-        tiling.programs(rows) * common.tiles(classes, tiling),
-        grad,
-        scores,
-        target.contiguous(),
-        places,
-        slopes,
-        field,
-        result,
-        rows,
-        classes,
-        *scores.stride(),
-        grad.stride(0),
-        ignore_index,
-        COUNT=places.shape[1],
-        READS=reads,
+        _patched, tiling.programs(rows) * common.tiles(classes, tiling),
+        grad, scores, target.contiguous(), places, slopes, field, result,
+        rows, classes, *scores.stride(), grad.stride(0), ignore_index,
+        COUNT=places.shape[1], READS=reads,
         **common.tile_constants(tiling, scores, places.shape[1]),
-    )
+    )  # fmt: skip
     return result
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _patched(
-    grad_ptr,
-    scores_ptr,
-    target_ptr,
-    places_ptr,
-    slopes_ptr,
-    field_ptr,
-    result_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    grad_stride,
-    ignore_index,
-    COUNT: tl.constexpr,
-    READS: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    grad_ptr, scores_ptr, target_ptr, places_ptr, slopes_ptr, field_ptr, result_ptr,
+    rows, classes, row_stride, class_stride, grad_stride, ignore_index,
+    COUNT: tl.constexpr, READS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ALIGN: tl.constexpr,
-):
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row, start = tile_of_program(classes, ROWS, BLOCK)
     inside = row < rows
     _, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     grad = tl.load(grad_ptr + row.to(tl.int64) * grad_stride, mask=used, other=0.0).to(tl.float32)
     at = field_ptr + row.to(tl.int64) * 3
-    scale = tl.where(wrong, float("nan"), _product(grad, tl.load(at + 1, mask=used, other=0.0)))
+    scale = tl.where(wrong, float("nan"), product(grad, tl.load(at + 1, mask=used, other=0.0)))
 
     columns = start + tl.arange(0, BLOCK)
     if READS:
@@ -108,16 +77,4 @@ def _patched(
         slopes = tl.broadcast_to(scale[:, None], (ROWS, BLOCK))
     results = row_pointers(result_ptr, row, classes)
     store_tile(results, columns, classes, inside, slopes)
-
-    lanes = tl.arange(0, LANES)[None, :]
-    kept = used[:, None] & (lanes < COUNT)
-    offsets = row.to(tl.int64)[:, None] * COUNT + lanes
-    places = tl.load(places_ptr + offsets, mask=kept, other=-1)
-    patches = _product(grad[:, None], tl.load(slopes_ptr + offsets, mask=kept, other=0.0))
-    patch_tile(results, start, places, patches, used, BLOCK)
-
-
-@triton.jit
-def _product(grad, slopes):
-    """grad * slopes, and 0 for a slope of 0: a loss that a score does not move asks nothing of it."""
-    return tl.where(slopes == 0.0, 0.0, grad * slopes)
+    patch_tile(results, start, places_ptr, slopes_ptr, grad, row, used, COUNT, LANES, BLOCK)

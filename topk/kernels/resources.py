@@ -1,6 +1,6 @@
-"""What the kernels take of a device: registers, spills and shared memory, told by the compiler with no device present.
+"""What the kernels take of a device: registers, spills and shared memory, as the compiler says with no device present.
 
-`python -m topk.kernels.resources transition hinge` compiles what the examples of these rooms launch and prints a line
+`python -m topk.kernels.resources transition hinge` compiles what the examples of these losses launch and prints a line
 of comma-separated values for each kernel; `--help` lists the choices.
 """
 
@@ -23,7 +23,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from topk.kernels import NAMES, common, of
+from topk import kernels
+from topk.kernels import common
 
 _POINTERS = {
     torch.float64: "*fp64",
@@ -84,27 +85,44 @@ def recorded_launches() -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches_of(room: str, classes: int, kind: torch.dtype, rows: int = 64) -> list[Launch]:
-    """The different launches, forward and backward, that the room's examples make for such scores."""
-    kernels, device = of(room), torch.device("cpu")
-    scores = torch.zeros(rows, classes, dtype=kind)
+def launches_of(name: str, classes: int, dtype: torch.dtype, rows: int = 64) -> list[Launch]:
+    """The different launches, forward and backward, that the loss's examples make for such scores."""
+    loss = kernels.of(name)
+    scores = torch.zeros(rows, classes, dtype=dtype)
     target, grad = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     with recorded_launches() as launches:
-        for extras, options in kernels.examples(rows, classes, device):
-            _, *saved = kernels.forward(scores, target, extras, -100, options)
-            kernels.backward(grad, scores, target, extras, tuple(saved), -100, options)
+        for tensors, options in loss.examples(rows, classes, scores.device):
+            _, *saved = loss.forward(scores, target, options, -100, *tensors)
+            loss.backward(grad, scores, target, options, -100, tuple(saved), *tensors)
     different = {(launch.kernel, str(specialised(launch)), launch.warps): launch for launch in launches}
     return list(different.values())
 
 
+def machine_code(launch: Launch, capability: int) -> tuple[bytes, int]:
+    """The launch compiled for a device of that capability (90 for 9.0), and the bytes of shared memory it takes."""
+    source = ASTSource(launch.function, *specialised(launch))
+    target = GPUTarget("cuda", capability, 32)
+    kernel = triton.compile(source, target=target, options={"num_warps": launch.warps})
+    return kernel.asm["cubin"], int(kernel.metadata.shared)
+
+
 def compiled(launch: Launch, capability: int) -> Resources:
-    """Compiles the launch for a device of that capability (90 for 9.0), as far as machine code."""
-    signature, constants, attributes = specialised(launch)
-    source = ASTSource(launch.function, signature, constants, attributes)
-    options = {"num_warps": launch.warps}
-    machine_code = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spilled = _usage(machine_code.asm["ptx"], capability)
-    return Resources(registers, spilled, int(machine_code.metadata.shared), 32 * launch.warps)
+    """What that takes of the device."""
+    cubin, shared = machine_code(launch, capability)
+    usage = tool("cuobjdump", cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump shows neither registers nor the stack, where spilled ones go: {usage!r}")
+    return Resources(int(found[1]), int(found[2]), shared, 32 * launch.warps)
+
+
+def tool(name: str, cubin: bytes, *options: str) -> str:
+    """What one of the programs that come with triton prints of machine code."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *options, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], Any]]:
@@ -129,53 +147,27 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
     return {name: signature.get(name, "constexpr") for name in launch.function.arg_names}, constants, attributes
 
 
-def _usage(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes a thread, as ptxas counts them."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    assembler = get_ptxas(capability)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        target = re.search(r"\.target (\w+)", ptx)
-        assert target is not None
-        command = [
-            str(assembler.path),
-            "-v",
-            f"-arch={target[1]}",
-            str(source),
-            "-o",
-            str(Path(folder, "kernel.cubin")),
-        ]
-        told = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", told)
-    spilled = re.search(r"(\d+) bytes spill stores", told)
-    if registers is None or spilled is None:
-        raise RuntimeError(f"ptxas told neither registers nor spills: {told!r}")
-    return int(registers[1]), int(spilled[1])
-
-
-_KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-COLUMNS = "room,kernel,classes,type,capability,constants,registers,spilled,shared,threads"
+_TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COLUMNS = "loss,kernel,classes,type,capability,constants,registers,spilled,shared,threads"
 
 
 def main() -> None:
     """The table, printed."""
     parser = argparse.ArgumentParser(prog="python -m topk.kernels.resources", description=__doc__)
-    parser.add_argument("rooms", nargs="*", default=NAMES, help=f"losses, of {', '.join(NAMES)}; all if none is named")
+    parser.add_argument("losses", nargs="*", default=kernels.NAMES, help="all if none is named")
     parser.add_argument("--classes", nargs="+", type=int, default=[1000, 20000])
-    parser.add_argument("--types", nargs="+", choices=_KINDS, default=["float32"])
+    parser.add_argument("--types", nargs="+", choices=_TYPES, default=["float32"])
     parser.add_argument("--capabilities", nargs="+", type=int, default=[90], help="90 for 9.0")
     chosen = parser.parse_args()
     print(COLUMNS)
-    for room in chosen.rooms:
+    for loss in chosen.losses:
         for classes in chosen.classes:
-            for kind in chosen.types:
-                for launch in launches_of(room, classes, _KINDS[kind]):
+            for dtype in chosen.types:
+                for launch in launches_of(loss, classes, _TYPES[dtype]):
                     constants = " ".join(f"{k}={v}".replace(", ", "/") for k, v in launch.constants.items())
                     for capability in chosen.capabilities:
                         r = compiled(launch, capability)
-                        line = (room, launch.kernel, classes, kind, capability, constants.replace(",", ""))
+                        line = (loss, launch.kernel, classes, dtype, capability, constants.replace(",", ""))
                         print(*line, r.registers, r.spilled, r.shared, r.threads, sep=",", flush=True)
 
 

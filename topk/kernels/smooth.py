@@ -21,7 +21,6 @@ from torch import Tensor
 
 from topk.kernels import common, smooth_few
 from topk.kernels.common import (
-    Options,
     Saved,
     SavedShape,
     aligned,
@@ -36,13 +35,14 @@ from topk.kernels.smooth_few import outcome
 from topk.kernels.smooth_series import TERMS, slopes_of, store_series
 from topk.kernels.smooth_sift import chosen, sift, tile_of
 from topk.kernels.smooth_tilt import balance, extremes, near_kth
+from topk.losses.smooth import Options
 
 _LONGEST_SIFTED = 8192  # scores in the tile that a row is sifted into
 _RECORD = tl.constexpr(3 + 2 * TERMS.value)
 
 
-def _few(ks: list[int]) -> bool:
-    return 0 < max(ks, default=0) <= smooth_few.LARGEST
+def _few(options: Options) -> bool:
+    return options.ks[-1] <= smooth_few.LARGEST
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
@@ -50,48 +50,31 @@ def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
 
     Of few ks, what `smooth_few` saves.
     """
-    ks = options[0]
-    return smooth_few.saved(rows, ks) if _few(ks) else (((rows, len(ks) * _RECORD.value + 1), None),)
+    if _few(options):
+        return smooth_few.saved(rows, options.ks)
+    return (((rows, len(options.ks) * _RECORD.value + 1), None),)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, weights, tau, margin = options
+    target, ks = target.contiguous(), options.ks
+    if _few(options):
+        return smooth_few.forward(scores, target, options, ignore_index)
     rows, classes = scores.shape
-    target = target.contiguous()
-    if _few(ks):
-        return smooth_few.forward(scores, target, ignore_index, options)
     (table,) = common.allocate(scores, saved(rows, classes, options))
-    if not ks:
-        return common.no_loss(target, classes, ignore_index), table.zero_()
     loss = scores.new_empty(rows, dtype=torch.float32)
-    tiling = _smaller(common.whole_rows(classes), scores, max(ks))
+    tiling = _smaller(common.whole_rows(classes), scores, ks[-1])
     common.launch(
-        _forward,
-        tiling.programs(rows),
-        scores,
-        target,
-        loss,
-        table,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(tau),
-        float(margin),
-        KS=tuple(ks),
-        WEIGHTS=tuple(weights),
-        KEEP=_kept(max(ks)) if _sifts(tiling, max(ks)) else 0,
-        LANES=8 * triton.next_power_of_2(len(ks)),
-        ROWS=tiling.rows,
-        BLOCK=tiling.block,
-        STREAMS=tiling.streams,
-        ALIGN=common.alignment(scores),
-        warps=tiling.warps,
-    )
+        _forward, tiling.programs(rows),
+        scores, target, loss, table,
+        rows, classes, *scores.stride(), ignore_index, float(options.tau), float(options.margin),
+        KS=tuple(ks), WEIGHTS=tuple(options.weights), KEEP=_kept(ks[-1]) if _sifts(tiling, ks[-1]) else 0,
+        LANES=8 * triton.next_power_of_2(len(ks)), ROWS=tiling.rows, BLOCK=tiling.block, STREAMS=tiling.streams,
+        ALIGN=common.alignment(scores), warps=tiling.warps,
+    )  # fmt: skip
     return loss, table
 
 
@@ -127,22 +110,10 @@ def _forward(
     target_ptr,  # (rows,)
     loss_ptr,  # (rows,), written
     table_ptr,  # (rows, len(KS) * _RECORD + 1), written
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    tau,
-    margin,
-    KS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    KEEP: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, ignore_index, tau, margin,
+    KS: tl.constexpr, WEIGHTS: tl.constexpr, KEEP: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STREAMS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -179,24 +150,13 @@ def _forward(
             rest = tl.where(lanes // 8 == i, sums, 0.0)
         else:
             average = (total / tl.maximum(possible, 1).to(tl.float32) - center) * rate
-        shift, variance = balance(
-            x,
-            source,
-            center,
-            spread,
-            rate,
-            possible,
-            average,
-            limit,
-            rest,
-            lanes % 8,
-            live,
-            k,
-            ROWS,
-            BLOCK,
+        shift, variance, signed, heads = balance(
+            x, source, center, spread, rate, possible, average, limit, rest, lanes % 8, live, k, ROWS, BLOCK,
             reads_again,
+        )  # fmt: skip
+        real, imag, heads, circle, count = nodes_of(
+            signed, heads, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS
         )
-        real, imag, heads, circle, count = nodes_of(x, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS)
         chance, chance_less, node_weight = chances(real + 1.0, imag, heads - k, circle, count, live)
         gap = tl.log(chance / chance_less) - shift + (center - mine) * rate + margin / tau
         term, slope, told = outcome(gap, absent, live, bad, mine, chosen(WEIGHTS, i), tau, k)
@@ -217,41 +177,22 @@ def _forward(
 # --- backward --------------------------------------------------------------------------------------------------------
 
 
-def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
-) -> Tensor:
+def backward(grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved) -> Tensor:
     """grad * d loss / d scores."""
-    ks, _, tau, _ = options
-    if not ks:
-        return common.no_gradient(scores, target, ignore_index)
     target = target.contiguous()
-    if _few(ks):
-        return smooth_few.backward(grad, scores, target, saved, ignore_index, options)
+    if _few(options):
+        return smooth_few.backward(grad, scores, target, options, ignore_index, saved)
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)
     if tiling.rows > 8:  # of more rows the coefficients would not fit the registers
         tiling = replace(tiling, rows=8, warps=max(1, 8 * tiling.block // 512))
     common.launch(
-        _backward,
-        tiling.programs(rows) * common.tiles(classes, tiling),
-        grad,
-        scores,
-        target,
-        *saved,
-        result,
-        rows,
-        classes,
-        *scores.stride(),
-        grad.stride(0),
-        ignore_index,
-        float(tau),
-        KS=tuple(ks),
-        ROWS=tiling.rows,
-        BLOCK=tiling.block,
-        ALIGN=common.alignment(scores),
-        warps=tiling.warps,
-    )
+        _backward, tiling.programs(rows) * common.tiles(classes, tiling),
+        grad, scores, target, *saved, result,
+        rows, classes, *scores.stride(), grad.stride(0), ignore_index, float(options.tau),
+        KS=tuple(options.ks), ROWS=tiling.rows, BLOCK=tiling.block, ALIGN=common.alignment(scores), warps=tiling.warps,
+    )  # fmt: skip
     return result
 
 
@@ -262,18 +203,9 @@ def _backward(
     target_ptr,  # (rows,)
     table_ptr,  # (rows, len(KS) * _RECORD + 1)
     result_ptr,  # (rows, classes), written
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    grad_stride,
-    ignore_index,
-    tau,
-    KS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, grad_stride, ignore_index, tau,
+    KS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row, start = tile_of_program(classes, ROWS, BLOCK)
     columns = start + tl.arange(0, BLOCK)
@@ -295,4 +227,4 @@ def _backward(
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
     """Calls that reach every path: one small k, one that spreads over many classes, several at once."""
-    return [((), ([5], [1.0], 1.0, 1.0)), ((), ([1, min(20, classes)], [0.25, 0.75], 0.5, 0.0))]
+    return [((), Options([5], [1.0], 1.0, 1.0)), ((), Options([1, min(20, classes)], [0.25, 0.75], 0.5, 0.0))]

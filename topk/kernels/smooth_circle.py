@@ -20,7 +20,7 @@ from topk.kernels.smooth_sift import tile_of
 from topk.kernels.smooth_tilt import signed_odds
 
 NODES = tl.constexpr(32)
-"""Room for the nodes of a row: at most 23 are in use, the one at 0 included."""
+"""Lanes for the nodes of a row: at most 23 are in use, the one at 0 included."""
 
 SPREAD = tl.constexpr(8.0)
 """The variance of S from which on a Chebyshev series serves both sides of P = 1/2."""
@@ -84,18 +84,29 @@ def _times(real, imag, other_real, other_imag):
 
 @triton.jit
 def nodes_of(
-    x, source, center, shift, variance, rate, k, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr
-):
+    signed,  # (ROWS, BLOCK) and
+    heads,  # (ROWS,), of a row that does not stream
+    source,
+    center,
+    shift,
+    variance,
+    rate,
+    k,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     """The product less 1 of the factors 1 + q (e^{it} - 1) at the nodes, real and imaginary parts (ROWS, NODES), and
     the heads (ROWS,), P > 1/2. A head has -t in the place of t.
     """
     real = tl.zeros((ROWS, NODES), tl.float32)
     imag = tl.zeros((ROWS, NODES), tl.float32)
-    heads = tl.zeros((ROWS,), tl.int32)
     circle, count = circle_of(variance, k)
-    for start in range(0, source[2] if STREAMS else BLOCK, BLOCK):
-        signed, head = signed_odds(tile_of(x, source, start, BLOCK, STREAMS), center, shift, rate)
-        heads += tl.sum(head.to(tl.int32), 1)
+    if STREAMS:
+        heads = tl.zeros((ROWS,), tl.int32)
+        for start in range(0, source[2], BLOCK):
+            signed, head = signed_odds(tile_of(None, source, start, BLOCK, True), center, shift, rate)
+            heads += tl.sum(head.to(tl.int32), 1)
+            real, imag = _multiplied(real, imag, signed, circle, count, ROWS, BLOCK)
+    else:
         real, imag = _multiplied(real, imag, signed, circle, count, ROWS, BLOCK)
     return real, imag, heads, circle, count
 
@@ -111,7 +122,8 @@ def _multiplied(real, imag, signed, circle, count, ROWS: tl.constexpr, BLOCK: tl
     """
     lanes = tl.arange(0, real.shape[1])[None, :]
     evens, odds = tl.split(tl.reshape(signed, (ROWS, BLOCK // 4, 2, 2)))
-    (one, third), (other, fourth) = tl.split(evens), tl.split(odds)
+    one, third = tl.split(evens)
+    other, fourth = tl.split(odds)
     a0, a1, b0, b1 = _two(one, other)
     c0, c1, d0, d1 = _two(third, fourth)
     square, cross, top = b0 * d0, b0 * d1 + b1 * d0, b1 * d1

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    Options,
     SavedShape,
     aligned,
     by_group,
@@ -40,9 +39,11 @@ from topk.kernels.common import (
     softplus,
     store_tile,
     take,
+    ties,
     tile_of_program,
     without,
 )
+from topk.losses.smooth import Options
 
 LARGEST = 6
 """The largest k that this serves: beyond, Newton's identities cancel too much in float32 sums."""
@@ -52,60 +53,36 @@ _TOGETHER = 128  # rows of a program of the second kernel
 
 def saved(rows: int, ks: list[int]) -> tuple[SavedShape, ...]:
     """For every k the k-th score and k coefficients; the kept classes and y (-1: none), and their slopes."""
-    width = max(ks) + 1
+    width = ks[-1] + 1
     return ((rows, len(ks) + sum(ks)), None), ((rows, width), torch.int32), ((rows, width), None)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, weights, tau, margin = options
+    ks = options.ks
     rows, classes = scores.shape
-    count, total = max(ks), sum(ks)
+    count, total = ks[-1], sum(ks)
     table, places, slopes = common.allocate(scores, saved(rows, ks))
     loss = scores.new_empty(rows, dtype=torch.float32)
     read = scores.new_empty((rows, 1 + count + total), dtype=torch.float32)  # y's score, the largest, the power sums
     tiling = common.whole_rows(classes)
     common.launch(
-        _read,
-        tiling.programs(rows),
-        scores,
-        target,
-        read,
-        places,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(tau),
-        KS=tuple(ks),
-        TOTAL=total,
-        COUNT=count,
+        _read, tiling.programs(rows),
+        scores, target, read, places,
+        rows, classes, *scores.stride(), ignore_index, float(options.tau),
+        KS=tuple(ks), TOTAL=total, COUNT=count,
         **common.whole_row_constants(tiling, scores, count),
-    )
+    )  # fmt: skip
     common.launch(
-        _finish,
-        triton.cdiv(rows, _TOGETHER),
-        read,
-        target,
-        loss,
-        table,
-        places,
-        slopes,
-        rows,
-        classes,
-        ignore_index,
-        float(tau),
-        float(margin),
-        KS=tuple(ks),
-        STARTS=tuple(accumulate(ks, initial=0)),
-        WEIGHTS=tuple(weights),
-        COUNT=count,
-        ROWS=_TOGETHER,
-        warps=_TOGETHER // 32,
-    )
+        _finish, triton.cdiv(rows, _TOGETHER),
+        read, target, loss, table, places, slopes,
+        rows, classes, ignore_index, float(options.tau), float(options.margin),
+        KS=tuple(ks), STARTS=tuple(accumulate(ks, initial=0)), WEIGHTS=tuple(options.weights), COUNT=count,
+        ROWS=_TOGETHER, warps=_TOGETHER // 32,
+    )  # fmt: skip
     return loss, table, places, slopes
 
 
@@ -115,22 +92,10 @@ def _read(
     target_ptr,  # (rows,)
     read_ptr,  # (rows, 1 + COUNT + TOTAL), written
     places_ptr,  # (rows, COUNT + 1), written but for the last column
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    tau,
-    KS: tl.constexpr,
-    TOTAL: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, ignore_index, tau,
+    KS: tl.constexpr, TOTAL: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, STREAMS: tl.constexpr, GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
@@ -140,14 +105,18 @@ def _read(
 
     kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
     shift = tl.zeros((ROWS,), tl.float32)
-    sums = _zeros(TOTAL, ROWS, GROUPS)  # of the scores that were never kept
-    rest = _zeros(TOTAL, ROWS, 1)  # of those that were
+    sums = _zeros(tl.zeros((ROWS, GROUPS), tl.float32), TOTAL)  # of the scores that were never kept
+    rest = _zeros(tl.zeros((ROWS, 1), tl.float32), TOTAL)  # of those that were
     for start in range(0, classes if STREAMS else BLOCK, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
         t = score_of(last)
-        enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
-        if tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0:
+        if STREAMS:
+            enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
+            offers = tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0
+        else:
+            offers = True
+        if offers:
             before = score_of(kept)
             kept, kept_classes, last, last_class = take(kept, kept_classes, last, last_class, x, columns, ALIGN, GROUPS)
             # The smallest only grows, except from the stand-in for -inf, while all sums are still 0.
@@ -157,8 +126,8 @@ def _read(
             sums = _faded(sums, fade, tau, KS)
             rest = _faded(rest, fade, tau, KS)
             rest = _added(rest, before, t, shift, tau, KS, 1, 1)
-            ties = tl.sum(((score_of(kept) == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)
-            rest = _less(rest, ties[:, None])  # the kept ones that are summed up here or in their tile
+            # Less the kept ones that are summed up here or in their tile.
+            rest = _less(rest, ties(score_of(kept), t)[:, None])
         sums = _added(sums, x, t, shift, tau, KS, ALIGN, GROUPS)
 
     best, found = in_order(kept, kept_classes, COUNT, LANES)
@@ -174,11 +143,12 @@ def _read(
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    zeros = ()
+def _zeros(like, COUNT: tl.constexpr):
+    """COUNT tensors of zeros."""
+    result = ()
     for _ in tl.static_range(COUNT):
-        zeros = zeros + (tl.zeros((ROWS, WIDTH), tl.float32),)
-    return zeros
+        result = result + (tl.zeros_like(like),)
+    return result
 
 
 @triton.jit
@@ -244,17 +214,9 @@ def _finish(
     table_ptr,  # (rows, len(KS) + sum of KS), written
     places_ptr,  # (rows, COUNT + 1), its last column written
     slopes_ptr,  # (rows, COUNT + 1), written
-    rows,
-    classes,
-    ignore_index,
-    tau,
-    margin,
-    KS: tl.constexpr,
-    STARTS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    COUNT: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    rows, classes, ignore_index, tau, margin,
+    KS: tl.constexpr, STARTS: tl.constexpr, WEIGHTS: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
@@ -266,7 +228,7 @@ def _finish(
 
     loss = tl.zeros((ROWS,), tl.float32)
     pull = tl.zeros((ROWS,), tl.float32)
-    slopes = _nothing(mine, COUNT)
+    slopes = _zeros(mine, COUNT)
     table = table_ptr + row * (len(KS) + STARTS[len(KS)])
     for i in tl.static_range(len(KS)):
         sums = _loaded(record + 1 + COUNT + STARTS[i], used, KS[i])
@@ -399,7 +361,7 @@ def _with_slopes(slopes, odds, head, tail, series, up, down, K: tl.constexpr, CO
     behind = _left_out(tail, up, down, 1.0, K)
     result = ()
     for back in tl.static_range(K):
-        before = _multiplied(_one(tail[0], K), head, 0, K - 1 - back, K)
+        before = _multiplied((tl.zeros_like(tail[0]) + 1.0,) + _zeros(tail[0], K), head, 0, K - 1 - back, K)
         total = before[0] * behind[0]
         for m in tl.static_range(1, K):
             total += before[m] * behind[m]
@@ -426,23 +388,6 @@ def _one_more_behind(behind, trials, j: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def _one(like, K: tl.constexpr):
-    """The polynomial 1, with K more coefficients."""
-    result = (tl.zeros_like(like) + 1.0,)
-    for _ in tl.static_range(K):
-        result = result + (tl.zeros_like(like),)
-    return result
-
-
-@triton.jit
-def _nothing(like, COUNT: tl.constexpr):
-    result = ()
-    for _ in tl.static_range(COUNT):
-        result = result + (tl.zeros_like(like),)
-    return result
-
-
-@triton.jit
 def _loaded(pointers, mask, COUNT: tl.constexpr):
     numbers = ()
     for j in tl.static_range(COUNT):
@@ -454,32 +399,20 @@ def _loaded(pointers, mask, COUNT: tl.constexpr):
 
 
 def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, saved: tuple[Tensor, ...], ignore_index: int, options: Options
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: tuple[Tensor, ...]
 ) -> Tensor:
     """grad * d loss / d scores."""
-    ks, _, tau, _ = options
+    ks = options.ks
     rows, classes = scores.shape
     result = torch.empty_like(scores, memory_format=torch.contiguous_format)
     tiling = common.elementwise(classes)
     common.launch(
-        _backward,
-        tiling.programs(rows) * common.tiles(classes, tiling),
-        grad,
-        scores,
-        target,
-        *saved,
-        result,
-        rows,
-        classes,
-        *scores.stride(),
-        grad.stride(0),
-        ignore_index,
-        float(tau),
-        KS=tuple(ks),
-        STARTS=tuple(accumulate(ks, initial=0)),
-        COUNT=max(ks) + 1,
-        **common.tile_constants(tiling, scores, max(ks) + 1),
-    )
+        _backward, tiling.programs(rows) * common.tiles(classes, tiling),
+        grad, scores, target, *saved, result,
+        rows, classes, *scores.stride(), grad.stride(0), ignore_index, float(options.tau),
+        KS=tuple(ks), STARTS=tuple(accumulate(ks, initial=0)), COUNT=ks[-1] + 1,
+        **common.tile_constants(tiling, scores, ks[-1] + 1),
+    )  # fmt: skip
     return result
 
 
@@ -492,21 +425,10 @@ def _backward(
     places_ptr,  # (rows, COUNT)
     slopes_ptr,  # (rows, COUNT)
     result_ptr,  # (rows, classes), written
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    grad_stride,
-    ignore_index,
-    tau,
-    KS: tl.constexpr,
-    STARTS: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    rows, classes, row_stride, class_stride, grad_stride, ignore_index, tau,
+    KS: tl.constexpr, STARTS: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row, start = tile_of_program(classes, ROWS, BLOCK)
     columns = start + tl.arange(0, BLOCK)
@@ -524,13 +446,7 @@ def _backward(
     slopes = tl.where(wrong[:, None], float("nan"), slopes)
     results = row_pointers(result_ptr, row, classes)
     store_tile(results, columns, classes, inside, slopes)
-
-    lanes = tl.arange(0, LANES)[None, :]
-    kept = used[:, None] & (lanes < COUNT)
-    offsets = row[:, None] * COUNT + lanes
-    places = tl.load(places_ptr + offsets, mask=kept, other=-1)
-    patches = grad[:, None] * tl.load(slopes_ptr + offsets, mask=kept, other=0.0)
-    patch_tile(results, start, places, patches, used, BLOCK)
+    patch_tile(results, start, places_ptr, slopes_ptr, grad, row, used, COUNT, LANES, BLOCK)
 
 
 @triton.jit

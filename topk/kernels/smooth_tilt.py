@@ -67,7 +67,11 @@ def signed_odds(x, center, shift, rate):
 def _moments(
     x, source, center, shift, rate, limit, rest, lanes, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr
 ):
-    """How many have P > 1/2, the mean of S less that number, and the variance; of a sifted row to 0.2 and 0.9 %."""
+    """How many have P > 1/2, the mean of S less that number, and the variance; of a sifted row to 0.2 and 0.9 %.
+
+    Last, the signed odds of `x` or, where rows are read again, of the last tile.
+    """
+    signed = x
     heads = tl.zeros((ROWS,), tl.int32)
     mean = tl.zeros((ROWS,), tl.float32)
     variance = tl.zeros((ROWS,), tl.float32)
@@ -80,7 +84,7 @@ def _moments(
         more_mean, more_variance = _moments_of_rest(rest, lanes, (finite_or_zero(limit) - center) * rate + shift)
         mean += more_mean
         variance += more_variance
-    return heads, mean, variance
+    return heads, mean, variance, signed
 
 
 @triton.jit
@@ -114,11 +118,11 @@ def balance(
     lanes,
     live,
     k,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-):
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
+):  # fmt: skip
     """A shift of the log-odds at which the mean of S is within 1/4 of k - 1/2, and the variance there.
+
+    Last, signed odds and heads at that shift, of `x` if that is the row.
 
     Newton steps for the logit of mean / n, which is linear in the shift for equal scores; bisection where they leave
     the bracket. Scores close together against k tau are met by the first guess, which knows their average.
@@ -130,7 +134,7 @@ def balance(
     high = tl.log(tl.full((ROWS,), 1.0, tl.float32) * (2 * k - 1))
     guess = aim if average is None else aim - tl.where(live, average, 0.0)
     shift = tl.minimum(tl.maximum(guess, low), 0.0)
-    heads, mean, variance = _moments(x, source, center, shift, rate, limit, rest, lanes, ROWS, BLOCK, STREAMS)
+    heads, mean, variance, signed = _moments(x, source, center, shift, rate, limit, rest, lanes, ROWS, BLOCK, STREAMS)
     excess = mean + (heads - k).to(tl.float32) + 0.5
     steps = 0
     while (tl.max((live & (tl.abs(excess) > 0.25)).to(tl.int32), 0) > 0) & (steps < 40):
@@ -141,7 +145,9 @@ def balance(
         step = shift + (aim - tl.log(hits / misses)) * (hits / n) * misses / tl.maximum(variance, 1e-20)
         step = tl.where((step > low) & (step < high), step, (low + high) * 0.5)
         shift = tl.where(tl.abs(excess) > 0.25, step, shift)
-        heads, mean, variance = _moments(x, source, center, shift, rate, limit, rest, lanes, ROWS, BLOCK, STREAMS)
+        heads, mean, variance, signed = _moments(
+            x, source, center, shift, rate, limit, rest, lanes, ROWS, BLOCK, STREAMS
+        )
         excess = mean + (heads - k).to(tl.float32) + 0.5
         steps += 1
-    return shift, tl.where(live, variance, 1.0)
+    return shift, tl.where(live, variance, 1.0), signed, heads

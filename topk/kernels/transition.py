@@ -17,7 +17,6 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
-    Options,
     Saved,
     SavedShape,
     aligned,
@@ -28,83 +27,47 @@ from topk.kernels.common import (
     scan,
 )
 from topk.kernels.patched import patched_exponentials
+from topk.losses.transition import Options
 
 
 def saved(rows: int, classes: int, options: Options) -> tuple[SavedShape, ...]:
     """The classes whose slope is not softmax's (-1: none), their slopes, and (m, c, f): slope c exp(x - m) - f."""
-    width = max(options[0], default=0) + 1
+    width = options.ks[-1] + 1
     return ((rows, width), torch.int32), ((rows, width), None), ((rows, 3), None)
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
 
 
-def forward(scores: Tensor, target: Tensor, extras: Saved, ignore_index: int, options: Options) -> tuple[Tensor, ...]:
+def forward(
+    scores: Tensor, target: Tensor, options: Options, ignore_index: int, a: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """loss (rows,) and what `saved` names."""
-    ks, weights, width, smoothing = options
+    ks = options.ks
     rows, classes = scores.shape
     places, slopes, field = common.allocate(scores, saved(rows, classes, options))
-    if not ks:
-        return common.no_loss(target, classes, ignore_index), places.fill_(-1), slopes.zero_(), field.zero_()
     loss = scores.new_empty(rows, dtype=torch.float32)
-    mix = extras[0].to(torch.float32).contiguous() if extras else loss  # anything that is not read
+    given = loss if a is None else a.to(torch.float32).contiguous()  # `loss`: anything, since it is not read
     tiling = common.whole_rows(classes)
     common.launch(
-        _forward,
-        tiling.programs(rows),
-        scores,
-        target.contiguous(),
-        mix,
-        loss,
-        places,
-        slopes,
-        field,
-        rows,
-        classes,
-        *scores.stride(),
-        ignore_index,
-        float(width),
-        float(smoothing),
-        TERMS=len(ks),
-        KS=tuple(ks),
-        WEIGHTS=tuple(weights),
-        GIVEN=len(extras) > 0,
-        SMOOTHED=smoothing > 0.0,
-        COUNT=ks[-1] + 1,
+        _forward, tiling.programs(rows),
+        scores, target.contiguous(), given, loss, places, slopes, field,
+        rows, classes, *scores.stride(), ignore_index, float(options.width), float(options.label_smoothing),
+        TERMS=len(ks), KS=tuple(ks), WEIGHTS=tuple(options.weights), GIVEN=a is not None,
+        SMOOTHED=options.label_smoothing > 0.0, COUNT=ks[-1] + 1,
         **common.whole_row_constants(tiling, scores, ks[-1] + 1),
-    )
+    )  # fmt: skip
     return loss, places, slopes, field
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
-    scores_ptr,
-    target_ptr,
-    mix_ptr,
-    loss_ptr,
-    places_ptr,
-    slopes_ptr,
-    field_ptr,
-    rows,
-    classes,
-    row_stride,
-    class_stride,
-    ignore_index,
-    width,
-    smoothing,
-    TERMS: tl.constexpr,
-    KS: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    GIVEN: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    COUNT: tl.constexpr,
-    LANES: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
+    scores_ptr, target_ptr, given_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr,
+    rows, classes, row_stride, class_stride, ignore_index, width, smoothing,
+    TERMS: tl.constexpr, KS: tl.constexpr, WEIGHTS: tl.constexpr, GIVEN: tl.constexpr, SMOOTHED: tl.constexpr,
+    COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
+    GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
@@ -136,7 +99,7 @@ def _forward(
     for i in tl.static_range(TERMS):
         weight = WEIGHTS[i]
         if GIVEN:
-            a = tl.load(mix_ptr + row.to(tl.int64) * TERMS + i, mask=used, other=0.0)
+            a = tl.load(given_ptr + row.to(tl.int64) * TERMS + i, mask=used, other=0.0)
         else:
             a = _weight_of_lead(mine, scores, lanes, width, KS[i])
         grouped, log_group, pull = _group(p, lanes, is_mine, weight * a, KS[i])
@@ -207,16 +170,13 @@ def _group(p, lanes, is_mine, weight, K: tl.constexpr):
 
 
 def backward(
-    grad: Tensor, scores: Tensor, target: Tensor, extras: Saved, saved: Saved, ignore_index: int, options: Options
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, ignore_index: int, saved: Saved, *_: Tensor
 ) -> Tensor:
     """grad * d loss / d scores."""
-    if not options[0]:
-        return common.no_gradient(scores, target, ignore_index)
-    places, slopes, field = saved
-    return patched_exponentials(grad, scores, target, places, slopes, field, ignore_index)
+    return patched_exponentials(grad, scores, target, ignore_index, saved)
 
 
 def examples(rows: int, classes: int, device: torch.device) -> list[tuple[Saved, Options]]:
     """Calls that reach every path: one k and several, a read off the lead and given, with and without smoothing."""
     half = torch.full((rows, 2), 0.5, device=device)
-    return [((), ([3], [1.0], 1.0, 0.0)), ((half,), ([1, 5], [0.25, 0.75], 1.0, 0.1))]
+    return [((), Options([3], [1.0], 1.0, 0.0)), ((half,), Options([1, 5], [0.25, 0.75], 1.0, 0.1))]

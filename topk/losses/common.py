@@ -17,7 +17,7 @@ from topk.arguments import (
     check_k,
     check_number,
 )
-from topk.autograd import Call, Head, Loss, compute_dtype, row_loss
+from topk.autograd import Call, Head, Loss, compute_dtype, is_traced, row_loss
 
 # --- from a call to rows and back ------------------------------------------------------------------------------------
 
@@ -65,9 +65,11 @@ def reduced_loss(
             options, tensors = _counting(options, tensors, rows.shape[1])
         if not options.ks:
             loss, chosen = NOTHING, "torch"
-    call, used = Call(loss, options, ignore_index, chosen), flat != ignore_index
+    call, used = Call(loss, options, ignore_index, chosen, by_itself=tail["backend"] is None), flat != ignore_index
     share = None if weight is None else _share(weight.to(compute_dtype(scores)), flat, used)
     if isinstance(rows, PendingScores):
+        # What is compiled takes all scores at once.
+        call = call._replace(backend="torch" if chosen == "compiled" else chosen, by_itself=False)
         value = rows.source(call, flat, tensors, share, reduction)
     else:
         value = row_loss(call, rows, flat, *tensors)
@@ -155,8 +157,11 @@ def largest_classes(scores: Tensor, count: int) -> Tensor:
 
 def without_target(values: Tensor, classes: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Drops the target from the columns of a selection, or the last column where the target is not in it."""
+    count = classes.shape[1]
+    column = torch.arange(count, device=classes.device)
     # From the slot where the target sits, if it does, everything moves up by one.
-    passed = (classes == target[:, None]).cumsum(1)[:, :-1] > 0
+    slot = torch.where(classes == target[:, None], column, count).amin(1, keepdim=True)
+    passed = column[:-1] >= slot
     return torch.where(passed, values[:, 1:], values[:, :-1]), torch.where(passed, classes[:, 1:], classes[:, :-1])
 
 
@@ -174,7 +179,35 @@ def largest_wrong_scores(scores: Tensor, target: Tensor, count: int) -> Tensor:
     return without_target(scores.gather(1, top), top, target)[0]
 
 
+def largest_wrong_and_own(scores: Tensor, target: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The same and x_y (rows,), which one gather finds: so their gradients are scattered once."""
+    top = largest_classes(scores, count + 1)
+    values = scores.gather(1, torch.cat((top, target[:, None]), 1))
+    return without_target(values[:, :-1], top, target)[0], values[:, -1]
+
+
 # --- numbers of a row ------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("topk::materialised", mutates_args=())
+def _materialised(numbers: Tensor) -> Tensor:
+    return numbers.clone()
+
+
+@_materialised.register_fake
+def _(numbers: Tensor) -> Tensor:
+    return torch.empty_like(numbers)
+
+
+torch.library.register_autograd("topk::materialised", lambda ctx, grad: _materialised(grad))
+
+
+def materialised(numbers: Tensor) -> Tensor:
+    """The same few numbers a row, which a compiler is to write down, and not to work out again for every class.
+
+    The same holds for their gradient in backward.
+    """
+    return _materialised(numbers) if is_traced(numbers) else numbers
 
 
 def target_scores(scores: Tensor, target: Tensor) -> Tensor:

@@ -676,7 +676,7 @@ def differentiable_topk_loss(
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
+        backend: None (choose), "torch", "compiled" or "triton".
     """
     classes = check_scores(scores, target)
     ks, weights = check_k(k, classes)

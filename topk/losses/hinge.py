@@ -272,7 +272,7 @@ def topk_hinge_loss(
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
+        backend: None (choose), "torch", "compiled" or "triton".
     """
     ks, weights = check_k(k, check_scores(scores, target))
     check_choice("variant", variant, VARIANTS)

@@ -168,7 +168,7 @@ def ldam_loss(
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
+        backend: None (choose), "torch", "compiled" or "triton".
     """
     check_scores(scores, target)
     options = LDAMOptions(check_number("scale", scale, above=0.0))
@@ -199,7 +199,7 @@ def focal_loss(
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
+        backend: None (choose), "torch", "compiled" or "triton".
     """
     check_scores(scores, target)
     options = FocalOptions(check_number("gamma", gamma, least=0.0))

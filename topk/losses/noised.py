@@ -232,7 +232,7 @@ def noised_topk_loss(
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
+        backend: None (choose), "torch", "compiled" or "triton".
     """
     ks, weights = check_k(k, check_scores(scores, target))
     epsilon = check_number("epsilon", epsilon, least=0.0)

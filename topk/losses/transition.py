@@ -295,7 +295,7 @@ def transition_topk_loss(
             included, where ``F.cross_entropy`` takes every class's own weight in the smoothing.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
-        backend: None (choose), "torch" or "triton".
+        backend: None (choose), "torch", "compiled" or "triton".
     """
     ks, weights = check_k(k, check_scores(scores, target))
     width = check_number("width", width, above=0.0)

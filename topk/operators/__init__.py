@@ -90,11 +90,11 @@ def _soft(
         options = {("method" if name == "sorter" else name): value for name, value in options.items()}
         if isinstance(temperature, Tensor):
             raise TypeError("temperature must be a number for method='sort', got a Tensor")
-        ranks = soft_permutation(scores, ranks=int(k), temperature=temperature, dim=dim, **options)
-        return ranks.sum(-2).movedim(-1, dim)
+        ranks = soft_permutation(as_rows(scores, dim), ranks=int(k), temperature=temperature, **options)
+        return as_scores(ranks.sum(1), scores, dim)
     rows, scale = as_rows(scores, dim), per_row("temperature", temperature, scores, dim)
     if method == "subset":
         counts = torch.full_like(scale, int(k)).to(torch.int64)
         return as_scores(subset_mask(rows, counts, scale, int(k))[0], scores, dim)
-    counts = per_row("k", k, scores, dim) if isinstance(k, Tensor) else k
-    return as_scores(threshold.threshold_mask(rows, counts, scale, method), scores, dim)
+    per_k = per_row("k", k, scores, dim) if isinstance(k, Tensor) else k
+    return as_scores(threshold.threshold_mask(rows, per_k, scale, method), scores, dim)

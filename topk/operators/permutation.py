@@ -26,7 +26,7 @@ from topk.losses.differentiable import (
     transport_potentials,
 )
 from topk.losses.networks import network
-from topk.operators.rows import as_rows, check_scores
+from topk.operators.rows import as_rows, check_scores, float_type
 
 
 def soft_permutation(
@@ -51,8 +51,9 @@ def soft_permutation(
         temperature: of the relaxation, > 0: one over the inverse temperature of ``differentiable_topk_loss``.
         distribution: the networks' swap probability, as in ``differentiable_topk_loss``.
         art_lambda: the power of "logistic_phi", >= 0 and < 1.
-        iterations: at most so many of Sinkhorn's; where values cannot be looked at, exactly so many.
-        tolerance: how far Sinkhorn's marginals may be off.
+        iterations: at most so many of Sinkhorn's; where values cannot be looked at, exactly so many. Two Newton steps
+            on the marginals follow.
+        tolerance: how far the marginals may be off before those.
         dim: where the elements are. The ranks stand before them, at the end.
     """
     check_scores(scores, dim)
@@ -71,7 +72,8 @@ def soft_permutation(
     rows = as_rows(scores, dim)
     broken = ~(rows.detach().amax(1) < torch.inf)
     rows = torch.where(broken[:, None], 0.0, rows)
-    matrix = _NAMES.get(method, _network)(rows, ranks, settings)
+    # Impossible elements take the ranks that no other can, and those are left empty.
+    matrix = _NAMES.get(method, _network)(rows, ranks, settings) * (rows > -torch.inf)[:, None]
     matrix = torch.where(broken[:, None, None], torch.nan, matrix)
     return matrix.reshape(*scores.movedim(dim, -1).shape[:-1], ranks, n).to(scores.dtype)
 
@@ -120,11 +122,11 @@ def _ranked(logits: Tensor, possible: Tensor, rank: Tensor, settings: Options) -
 
 def _sinkhorn(rows: Tensor, ranks: int, settings: Options) -> Tensor:
     """The iterations without a gradient; two Newton steps on the marginals from there have the right derivatives."""
-    exponent = _transport_exponents(rows, settings)
+    exponent = _transport_exponents(rows.to(float_type(rows)), settings)
     row, column = transport_potentials(exponent.detach(), settings.iterations, settings.tolerance)
     for _ in range(2):
         row, column = _newton_step(exponent, row, column)
-    return _plan(exponent, row, column).mT[:, :ranks]
+    return _plan(exponent, row, column).mT[:, :ranks].to(rows.dtype)
 
 
 _NAMES = {"neuralsort": _neuralsort, "softsort": _softsort, "sinkhorn": _sinkhorn}

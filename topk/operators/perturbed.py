@@ -2,9 +2,9 @@ r"""Soft top-k by noise (book, chapters "Soft top-k" and 7).
 
     m_i = Pr[x_i + T Z_i is among the k largest],        Z independent: standard normal, or Gumbel.
 
-Draws: the mean of the hard masks of some noised scores y = x + T Z. Its derivative holds the draws and reweights them by
-the density they would have at other scores, p(y; x) / p(y; x'), whose derivatives of every order at x = x' are those
-of Berthet et al. (2020); the mean of the other draws is taken off first, which changes no expectation.
+Draws: the mean of the hard masks of some noised scores y = x + T Z. Its derivative holds the draws and reweights them
+by the density they would have at other scores, p(y; x) / p(y; x'), whose derivatives of every order at x = x' are
+those of Berthet et al. (2020); the mean of the other draws is taken off first, which changes no expectation.
 
 Quadrature (normal noise only): with v a threshold, z = x / T, P_i(v) = Phi(z_i - v) and S(v) the number of successes,
 
@@ -39,7 +39,7 @@ from topk.operators.subset import _factors, _tree, subset_mask
 from topk.operators.threshold import threshold
 
 NOISES = ("gaussian", "gumbel")
-_BELOW, _ABOVE, _SPACING = 24, 28, 7.0 / 16.0  # nodes on either side of c, and between them in units of the spread
+_BELOW, _ABOVE, _SPACING = 14, 16, 0.65  # nodes on either side of c, and between them in units of the spread
 
 
 def perturbed_topk(
@@ -115,10 +115,7 @@ def _sampled(
     mean = hard.mean(0)
     possible = rows > -torch.inf
     distance = torch.where(possible, drawn - rows, 0.0) / scale[:, None]
-    if noise == "gaussian":
-        potential = 0.5 * distance.square()
-    else:
-        potential = distance + (-distance).exp()
+    potential = 0.5 * distance.square() if noise == "gaussian" else distance + (-distance).exp()
     potential = torch.where(possible, potential + scale.log()[:, None], 0.0).sum(-1, keepdim=True)
     weight = (potential.detach() - potential).exp()  # 1
     spread = hard - mean if samples > 1 else hard
@@ -129,7 +126,7 @@ def _sampled(
 
 def _integrated(rows: Tensor, k: int, scale: Tensor) -> Tensor:
     """Works in float64, on (rows, nodes, n) numbers."""
-    count, n = rows.shape
+    n = rows.shape[1]
     wide, possible = float_type(rows), rows > -torch.inf
     broken = ~(rows.detach().amax(1) < torch.inf)
     settled = possible.sum(1) <= k

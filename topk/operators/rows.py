@@ -1,16 +1,17 @@
-"""What all operators share: scores as rows, arguments a row, the head of a row, and functions that vmap by rows."""
+"""What all operators share: scores as rows, arguments a row, the head of a row, and what vmaps by rows."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from topk._cpu import largest, ordered_topk
+from topk._cpu import largest
 from topk.arguments import check_number
+from topk.losses.common import largest_classes
 
 Context = Any
 _TYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -75,23 +76,19 @@ def check_temperature(temperature: float | Tensor) -> None:
         check_number("temperature", temperature, above=0.0)
 
 
-class RowFunction(Function):
-    """A function of tensors whose first axis are the rows: a vmapped batch becomes more rows."""
-
-    @classmethod
-    def fold(cls, info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        """The `vmap` of a subclass."""
-        folded = []
-        for argument, dim in zip(arguments, in_dims, strict=True):
-            if isinstance(argument, Tensor):
-                moved = argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
-                rows = moved.shape[1]
-                argument = moved.flatten(0, 1)
-            folded.append(argument)
-        outputs = cls.apply(*folded)
-        if isinstance(outputs, Tensor):
-            return outputs.unflatten(0, (info.batch_size, rows)), 0
-        return tuple(output.unflatten(0, (info.batch_size, rows)) for output in outputs), (0,) * len(outputs)
+def fold(function: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    """The `vmap` of a function of tensors whose first axis are the rows: a batch becomes more rows."""
+    folded = []
+    for argument, dim in zip(arguments, in_dims, strict=True):
+        if isinstance(argument, Tensor):
+            moved = argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+            rows = moved.shape[1]
+            argument = moved.flatten(0, 1)
+        folded.append(argument)
+    outputs = function(*folded)
+    if isinstance(outputs, Tensor):
+        return outputs.unflatten(0, (info.batch_size, rows)), 0
+    return tuple(output.unflatten(0, (info.batch_size, rows)) for output in outputs), (0,) * len(outputs)
 
 
 def compiled() -> bool:
@@ -107,58 +104,18 @@ def order_statistics(scores: Tensor, k: float | Tensor) -> Tensor:
         places = torch.stack((level.ceil() - 1, level.floor(), torch.zeros_like(level)), 1)
         return ordered.gather(1, places.clamp(0, n - 1).to(torch.int64))
     depth = min(math.floor(k) + 1, n)
-    ordered = scores.topk(depth, dim=1).values if compiled() else largest(scores, depth)[0]
+    ordered = largest(scores, depth)[0]
     return torch.stack((ordered[:, math.ceil(k) - 1], ordered[:, depth - 1], ordered[:, 0]), 1)
 
 
-class Constant(RowFunction):
-    """A function without a derivative."""
-
-    @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.outputs = None if isinstance(output, Tensor) else len(output)
-        ctx.inputs = len(inputs)
-        ctx.mark_non_differentiable(*([output] if isinstance(output, Tensor) else output))
-
-    @staticmethod
-    def backward(ctx: Context, *grads: Tensor) -> tuple[None, ...]:
-        return (None,) * int(ctx.inputs)
-
-    @staticmethod
-    def jvp(ctx: Context, *tangents: Any) -> Any:
-        return None if ctx.outputs is None else (None,) * ctx.outputs
-
-    @classmethod
-    def of(cls, *arguments: Any) -> Any:
-        if compiled():
-            return cls.forward(*(each.detach() if isinstance(each, Tensor) else each for each in arguments))
-        return cls.apply(*arguments)
-
-
-class _HardMask(Constant):
-    """1 on the round(k) largest scores (rows, n), of equal ones those that come first, but never on -inf."""
-
-    @staticmethod
-    def forward(scores: Tensor, k: float | Tensor) -> Tensor:
-        possible = (scores > -torch.inf).to(scores.dtype)
-        if isinstance(k, Tensor):
-            place = scores.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            return possible * (place < k.round()[:, None])
-        if compiled():
-            index = scores.argsort(dim=1, descending=True, stable=True)[:, : round(k)]
-        else:
-            index = ordered_topk(scores, max(1, round(k)))[1][:, : round(k)]
-        return torch.zeros_like(scores).scatter_(1, index, 1.0).mul_(possible)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _HardMask.fold(info, in_dims, *arguments)
-
-
 def hard_mask(scores: Tensor, k: float | Tensor) -> Tensor:
-    """1 on the round(k) largest scores (rows, n), of equal ones those that come first; NaN rows where `scores` has any."""
-    mask: Tensor = _HardMask.of(scores, k)
-    return mask
+    """1 on the round(k) largest scores (rows, n), of equal ones those that come first, but never on -inf."""
+    possible = (scores > -torch.inf).to(scores.dtype)
+    if isinstance(k, Tensor):
+        place = scores.detach().argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        return possible * (place < k.detach().round()[:, None])
+    index = largest_classes(scores, max(1, round(k)))[:, : round(k)]
+    return possible * torch.zeros_like(possible).scatter(1, index, 1.0)
 
 
 def float_type(scores: Tensor) -> torch.dtype:

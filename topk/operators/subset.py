@@ -4,13 +4,16 @@ r"""The subset distribution: k of n at random, likelier where scores are higher 
 
 Its inclusion probabilities pi_i = Pr[i in S], the gradient of T log e_k, are the soft top-k of greatest entropy, and
 their Jacobian is the covariance of the indicators over T. Both come from one polynomial, as in chapter 10. With
-w_i = exp(x_i / T - level), P_i = w_i / (1 + w_i) and A(z) = prod(1 - P_i + P_i z), whose coefficients are probabilities,
+w_i = exp(x_i / T - level), P_i = w_i / (1 + w_i) and the polynomial A(z) = prod(1 - P_i + P_i z) of probabilities,
 
     pi_i = w_i alpha_{k-1} / A_k,        A(z) = (1 + w_i z) alpha(z),
 
 for every level. We take the one with sum P = k, the threshold of the logistic mask: then A peaks at k. Where w <= 1 the
 division alpha_j = A_j - w alpha_{j-1} amplifies no error. That leaves 2 k scores at most, the head: there the factors
 before and the factors behind are multiplied, which adds positive numbers only.
+
+Up to k = POWER_SUM_LIMIT the value needs no threshold on the CPU: the level is the k-th score, and the polynomial of
+the tail comes from power sums, as in the smooth loss.
 
 The derivative along v is the same calculation on dual numbers, w_i having the derivative w_i v_i: polynomials carry a
 second row. It is symmetric, so one function serves as jvp and as vjp; and it is plain torch, so it has derivatives.
@@ -19,31 +22,34 @@ second row. It is symmetric, so one function serves as jvp and as vjp; and it is
 from __future__ import annotations
 
 import itertools
-from typing import Any
+import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.distributions import Distribution, constraints, register_kl
 from torch.nn.functional import pad, softplus
 
-from topk._cpu import largest
+from topk._cpu import CHUNK, SMALLEST, buffers, chunks, exponentials, largest
 from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
+from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
+from topk.losses.smooth import POWER_SUM_LIMIT, _left_out, _newton_identities, _with_head
 from topk.operators.rows import (
     LOWEST,
-    Constant,
     Context,
-    RowFunction,
     as_rows,
     check_k,
     check_scores,
     check_temperature,
     compiled,
     float_type,
+    fold,
     hard_mask,
     per_row,
 )
-from topk.operators.threshold import threshold_level
+from topk.operators.threshold import threshold_level, threshold_mask
 
 _WIDE_BELOW = 32  # factors, from which on their products are taken in float64
 _SETTLED, _BROKEN = 1.0, 2.0
@@ -98,11 +104,11 @@ def _factors(u: Tensor, v: Tensor | None) -> Tensor:
 
 
 def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """pi (rows, n), or its derivative along v, and log Pr[k trials succeed] (rows,); u = log w."""
+    """pi (rows, n), or its derivative along v, and log e_k(w) (rows,); u = log w."""
     head = u.gather(1, index)
     head_factors = _factors(head, None if v is None else v.gather(1, index)).to(float_type(u))
     tail = u.scatter(1, index, -torch.inf)
-    behind = _tree(_factors(tail, v), most)
+    behind, odds = _tree(_factors(tail, v), most), tail.exp()
     one = torch.zeros_like(behind)
     one[0, 0] = 1.0
     before = [one + 0.0 * behind]  # as many dimensions as `behind` has under vmap
@@ -121,16 +127,15 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
     full = _up_to(behind, k)
     chance = torch.where(full[0, -1] > 0, full[0, -1], 1.0)
     full = full / chance
-    log_chance = chance.log().to(u.dtype)
+    log_sum = chance.log().to(u.dtype) + softplus(u, threshold=40.0).sum(1)
     at_head = (at_head * (head_factors[0, 1] / chance[:, None])).to(u.dtype)
     coefficients = full[:, :-1, :, None].to(u.dtype)
-    odds = tail.exp()
     alpha = coefficients[0, 0].expand_as(odds)
     if v is None:
         alpha = alpha.clone()
         for coefficient in coefficients[0, 1:].unbind(0):
             torch.addcmul(coefficient, alpha, odds, value=-1.0, out=alpha)
-        return alpha.mul_(odds).scatter_(1, index, at_head[0]), log_chance
+        return alpha.mul_(odds).scatter_(1, index, at_head[0]), log_sum
     moved = odds * v
     slope = coefficients[1, 0].expand_as(odds)
     for value, derivative in zip(coefficients[0, 1:].unbind(0), coefficients[1, 1:].unbind(0), strict=True):
@@ -139,74 +144,129 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
     drift = full[1, -1, :, None].to(u.dtype)
     at_tail = moved * alpha + odds * slope - odds * alpha * drift
     of_head = at_head[0] * (v.gather(1, index) - drift) + at_head[1]
-    return at_tail.scatter(1, index, of_head), log_chance
+    return at_tail.scatter(1, index, of_head), log_sum
+
+
+def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    """pi, log e_k and the pivot on the CPU for small k, as the smooth loss has them: the pivot is the k-th score."""
+    n = scores.shape[1]
+    top, index = largest(scores, min(most, n))
+    kth = top.gather(1, (k - 1).clamp(0, n - 1)[:, None])[:, 0]
+    pivot = torch.where(kth.isfinite(), kth, 0.0)
+    mask = torch.empty_like(scores, memory_format=torch.contiguous_format)  # until the end its odds
+    sums, unscaled = scores.new_empty((most, len(scores))), bool((temperature == 1).all())
+    (space,) = buffers(scores, 1, CHUNK // 2)
+    for part in chunks(scores, CHUNK // 2):
+        odds, power = torch.sub(scores[part], pivot[part, None], out=mask[part]), space[: part.stop - part.start]
+        odds = exponentials(odds if unscaled else odds.div_(temperature[part, None])).scatter_(1, index[part], 0.0)
+        torch.sum(odds, 1, out=sums[0, part])
+        for m in range(1, most):
+            torch.mul(power if m > 1 else odds, odds, out=power)
+            torch.sum(torch.threshold_(power, math.exp(SMALLEST[odds.dtype] / 2), 0.0), 1, out=sums[m, part])
+    head = ((top - pivot[:, None]).clamp(min=LOWEST) / temperature[:, None]).T.to(float_type(scores))
+    tail = _newton_identities(sums.to(head.dtype))
+    before, full = _with_head(head, tail)
+    behind, full = _up_to(torch.stack((tail, full)), k)
+    chance = torch.where(full[-1] > 0, full[-1], 1.0)
+    at_head = _left_out(head, before, behind[:-1].flip(0) / chance)
+    columns = (full[:-1] / chance).to(scores.dtype)[:, :, None].unbind()
+    for part in chunks(scores, CHUNK // 2):
+        odds, value = mask[part], columns[0][part]
+        for column in columns[1:]:
+            value = torch.addcmul(column[part], value, odds, value=-1.0, out=space[: part.stop - part.start])
+        odds.mul_(value).scatter_(1, index[part], at_head.T[part].to(odds.dtype))
+    total = chance.log() + softplus(head, threshold=40.0).sum(0)
+    status = torch.where(kth == -torch.inf, _SETTLED, 0.0).masked_fill_(k <= 0, _SETTLED)
+    status = status.masked_fill_(~((top[:, 0] < torch.inf) & (temperature > 0)), _BROKEN)
+    return *_settled(mask, total.to(scores.dtype), scores, k, temperature, pivot, status), pivot
 
 
 # --- mask and log e_k ------------------------------------------------------------------------------------------------
 
 
-class _Plan(Constant):
-    """Of every row the anchor, the level and 0, _SETTLED or _BROKEN (rows, 3), and the head's places (rows, size)."""
-
-    @staticmethod
-    def forward(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        n = scores.shape[1]
-        anchor, level = threshold_level(scores, k.to(scores.dtype), temperature, "logistic")
-        settled = (level.abs() > abs(LOWEST / 20) / temperature).to(scores.dtype)
-        size = min(2 * most, n)
-        index = scores.topk(size, dim=1).indices if compiled() else largest(scores, size)[1]
-        broken = level.isnan()
-        status = torch.where(broken, _BROKEN, settled * _SETTLED)
-        return torch.stack((anchor, torch.where(broken | (settled > 0), 0.0, level), status), 1), index
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _Plan.fold(info, in_dims, *arguments)
+def _level(scores: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """Of every row the pivot where P is 1/2, and 0, _SETTLED or _BROKEN (rows,): constants to every derivative."""
+    scores, temperature = scores.detach(), temperature.detach()
+    anchor, level = threshold_level(scores, k.to(scores.dtype), temperature, "logistic")
+    status = torch.where(level.abs() > abs(LOWEST / 20) / temperature, _SETTLED, 0.0).to(scores.dtype)
+    status = status.masked_fill(level.isnan(), _BROKEN)
+    return anchor + torch.where(status > 0, 0.0, level) * temperature, status
 
 
-class _Subset(RowFunction):
-    """pi (rows, n) and log e_k(exp u) (rows,), from u (rows, n) less the level: both differentiable."""
+def standardised(scores: Tensor, pivot: Tensor, temperature: Tensor) -> Tensor:
+    """(x - pivot) / T (rows, n)."""
+    return (scores - pivot[:, None]).clamp(min=LOWEST) / temperature[:, None]
 
-    @staticmethod
-    def forward(u: Tensor, k: Tensor, status: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
-        mask, log_chance = _inclusion(u, None, k, index, most)
-        total = log_chance + softplus(u, threshold=40.0).sum(1)
-        if compiled() or not u.is_cpu or bool((status != 0).any()):
-            chosen = (u > LOWEST / 2) & (k > 0)[:, None]
-            settled, broken = status == _SETTLED, torch.where(status == _BROKEN, torch.nan, 0.0)
-            mask = torch.where(settled[:, None], chosen.to(u.dtype), mask) + broken[:, None]
-            total = torch.where(settled, torch.where(chosen, u, 0.0).sum(1), total) + broken
+
+def _settled(
+    mask: Tensor, total: Tensor, scores: Tensor, k: Tensor, temperature: Tensor, pivot: Tensor, status: Tensor
+) -> tuple[Tensor, Tensor]:
+    """pi and log e_k with what is settled, or broken, without an equation."""
+    if scores.is_cpu and not compiled() and not bool((status != 0).any()):
         return mask, total
+    chosen = (scores > LOWEST / 2) & (k > 0)[:, None]
+    settled, broken = status == _SETTLED, torch.where(status == _BROKEN, torch.nan, 0.0)
+    mask = torch.where(settled[:, None], chosen.to(mask.dtype), mask) + broken[:, None]
+    collected = torch.where(chosen, scores - pivot[:, None], 0.0).sum(1) / temperature
+    return mask, torch.where(settled, collected, total) + broken
+
+
+class _Subset(Function):
+    """pi (rows, n) and log e_k(exp u) (rows,), u = (x - pivot) / T, differentiable; and the pivot, a constant."""
+
+    @staticmethod
+    def forward(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        if scores.is_cpu and not compiled() and most <= POWER_SUM_LIMIT:
+            return _by_power_sums(scores, k, temperature, most)
+        pivot, status = _level(scores, k, temperature)
+        index = largest_classes(scores, min(2 * most, scores.shape[1]))
+        mask, total = _inclusion(standardised(scores, pivot, temperature), None, k, index, most)
+        return *_settled(mask, total, scores, k, temperature, pivot, status), pivot
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        u, k, status, index, ctx.most = inputs
-        ctx.save_for_backward(u, k, status, index, output[0])
-        ctx.save_for_forward(u, k, status, index, output[0])
+        scores, k, temperature, ctx.most = inputs
+        mask, _, pivot = output
+        ctx.mark_non_differentiable(pivot)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(scores, k, temperature, mask, pivot)
+        ctx.save_for_forward(scores, k, temperature, mask, pivot)
 
     @staticmethod
     def along(ctx: Context, v: Tensor) -> Tensor:
-        u, k, status, index, _ = ctx.saved_tensors
-        derivative = _inclusion(u, v, k, index, ctx.most)[0]
+        """The derivative of pi along v, in units of u."""
+        scores, k, temperature, _, _ = ctx.saved_tensors
+        pivot, status = _level(scores, k, temperature)
+        index = largest_classes(scores, min(2 * ctx.most, scores.shape[1]))
+        derivative = _inclusion(standardised(scores, pivot, temperature), v, k, index, ctx.most)[0]
         return torch.where((status == _SETTLED)[:, None], 0.0, derivative)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor | None, grad_total: Tensor | None) -> tuple[Tensor | None, ...]:
-        result = None if grad is None else _Subset.along(ctx, grad)
+    def backward(ctx: Context, grad: Tensor | None, grad_total: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        scores, _, temperature, mask, pivot = ctx.saved_tensors
+        pull = torch.zeros_like(mask) if grad is None else _Subset.along(ctx, grad)
         if grad_total is not None:
-            direct = ctx.saved_tensors[4] * grad_total[:, None]
-            result = direct if result is None else result + direct
-        return result, None, None, None, None
+            pull = pull + mask * grad_total[:, None]
+        gradient, for_temperature = pull / temperature[:, None], None
+        if ctx.needs_input_grad[2]:
+            for_temperature = -(gradient * standardised(scores, pivot, temperature)).sum(1)
+        return gradient, None, for_temperature, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return (_Subset if compiled() else _ForwardSubset).fold(info, in_dims, *arguments)
+        return fold((_Subset if compiled() else _ForwardSubset).apply, info, in_dims, *arguments)
 
 
 class _ForwardSubset(_Subset):
     @staticmethod
-    def jvp(ctx: Context, u: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return _Subset.along(ctx, u), (ctx.saved_tensors[4] * u).sum(1)
+    def jvp(ctx: Context, push: Tensor | None, _: Any, heat: Tensor | None, __: Any) -> tuple[Tensor, Tensor, None]:
+        scores, _, temperature, mask, pivot = ctx.saved_tensors
+        move = torch.zeros_like(mask) if push is None else push
+        if heat is not None:
+            u = standardised(scores, pivot, temperature)
+            move = move - torch.where(u > LOWEST / 2 / temperature[:, None], u, 0.0) * heat[:, None]
+        move = move / temperature[:, None]
+        return _Subset.along(ctx, move), (mask * move).sum(1), None
 
 
 def subset_mask(
@@ -215,13 +275,9 @@ def subset_mask(
     temperature: Tensor,  # (rows,)
     most: int,  # the largest k
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pi (rows, n), u = (x - anchor) / T (rows, n) and log e_k(exp u) (rows,)."""
-    plan, index = _Plan.of(scores, k, temperature, most)
-    anchor, level, status = plan.unbind(1)
-    u = (scores - anchor[:, None]).clamp(min=LOWEST) / temperature[:, None]
-    shifted = u - level[:, None]
-    mask, total = (_Subset if compiled() else _ForwardSubset).apply(shifted, k, status, index, most)
-    return mask, shifted, total
+    """pi (rows, n), log e_k(exp u) (rows,) of u = (x - pivot) / T, and the pivot (rows,)."""
+    mask, total, pivot = (_Subset if compiled() else _ForwardSubset).apply(scores, k, temperature, most)
+    return mask, total, pivot
 
 
 # --- the distribution ------------------------------------------------------------------------------------------------
@@ -253,7 +309,7 @@ class KSubset(Distribution):
         validate_args: as in every distribution of torch.
     """
 
-    arg_constraints = {"scores": constraints.independent(constraints.real, 1)}
+    arg_constraints: ClassVar[dict[str, Any]] = {"scores": constraints.independent(constraints.real, 1)}
     has_rsample = True
     has_enumerate_support = True
 
@@ -268,7 +324,8 @@ class KSubset(Distribution):
         super().__init__(scores.shape[:-1], scores.shape[-1:], validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> KSubset:
-        new = self._get_checked_instance(KSubset, _instance)
+        """The same distribution for a larger batch."""
+        new: KSubset = self._get_checked_instance(KSubset, _instance)  # type: ignore[no-untyped-call]
         shape = torch.Size(batch_shape)
         new.scores, new.k = self.scores.expand(*shape, *self.event_shape), self.k
         new.temperature = self.temperature.expand(shape)
@@ -278,13 +335,16 @@ class KSubset(Distribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
     def support(self) -> constraints.Constraint:
+        """Vectors of zeros and k ones."""
         return _KHot(self.k)
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
         """pi and u (..., n), log e_k(exp u) (...)."""
         rows = as_rows(self.scores, -1)
         count = torch.full_like(rows[:, 0], self.k).to(torch.int64)
-        mask, u, total = subset_mask(rows, count, self.temperature.reshape(-1), self.k)
+        temperature = self.temperature.reshape(-1)
+        mask, total, pivot = subset_mask(rows, count, temperature, self.k)
+        u = standardised(rows, pivot, temperature)
         return mask.view(self.scores.shape), u.view(self.scores.shape), total.view(self.batch_shape)
 
     @property
@@ -294,6 +354,7 @@ class KSubset(Distribution):
 
     @property
     def variance(self) -> Tensor:
+        """Of every element's indicator."""
         mean = self.mean
         return mean * (1.0 - mean)
 
@@ -303,6 +364,7 @@ class KSubset(Distribution):
         return hard_mask(as_rows(self.scores, -1), self.k).view(self.scores.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
+        """log Pr of a set, as a vector of zeros and k ones."""
         if self._validate_args:
             self._validate_sample(value)
         _, u, total = self._parts()
@@ -310,6 +372,7 @@ class KSubset(Distribution):
         return torch.where(log_prob < LOWEST / 2, -torch.inf, log_prob)
 
     def entropy(self) -> Tensor:
+        """log e_k - <mean, scores / temperature>."""
         mask, u, total = self._parts()
         return total - (mask * u).sum(-1)
 
@@ -317,11 +380,12 @@ class KSubset(Distribution):
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Independent trials with sum P = k, tried again until k of them succeed: within a few tries, on average."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        _, u, _ = self._parts()
-        chance = torch.sigmoid(u).expand(shape).reshape(-1, shape[-1])
+        rows = as_rows(self.scores, -1)
+        chance = threshold_mask(rows, float(self.k), self.temperature.reshape(-1), "logistic")
+        chance = chance.view(self.scores.shape).expand(shape).reshape(-1, shape[-1])
         mode = self.mode.expand(shape).reshape(-1, shape[-1])
         open_ended = ((chance > 0) & (chance < 1)).any(1) & (mode.sum(1) == self.k)
-        result = mode + 0.0 * u.expand(shape).reshape(-1, shape[-1])  # a NaN row stays one
+        result = mode + 0.0 * chance  # a NaN row stays one
         waiting = open_ended.nonzero()[:, 0]
         while len(waiting):
             drawn = torch.rand_like(chance[waiting]) < chance[waiting]
@@ -344,7 +408,7 @@ class KSubset(Distribution):
         return values.expand(-1, *self.batch_shape, n) if expand else values
 
 
-@register_kl(KSubset, KSubset)
+@register_kl(KSubset, KSubset)  # type: ignore[untyped-decorator]
 def _kl(p: KSubset, q: KSubset) -> Tensor:
     if p.event_shape != q.event_shape:
         raise ValueError(f"p and q must choose from as many elements, got {p.event_shape[0]} and {q.event_shape[0]}")
@@ -399,7 +463,9 @@ def subset_loss(
     else:
         check_k(largest_k, scores.shape[dim], whole=True)
     rows = torch.where(ignored[:, None], 0.0, rows)
-    _, u, total = subset_mask(rows, chosen.sum(1), per_row("temperature", temperature, scores, dim), largest_k)
+    scale = per_row("temperature", temperature, scores, dim)
+    _, total, pivot = subset_mask(rows, chosen.sum(1), scale, largest_k)
+    u = standardised(rows, pivot, scale)
     lost = (chosen & (rows == -torch.inf)).any(1)
     loss = torch.where(lost, torch.inf, total - torch.where(chosen, u, 0.0).sum(1))
     if reduction == "none":

@@ -30,15 +30,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
 from topk._cpu import buffers, chunks
-from topk.operators.rows import LOWEST, Context, RowFunction, compiled, float_type, order_statistics
+from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
 class Family(NamedTuple):
-    """F, its density at z given m = F(z), its inverse, how many Newton steps are always enough, and both sums at once."""
+    """F, its density at z given m = F(z), its inverse, its variance, and how many Newton steps are always enough."""
 
     cdf: Callable[[Tensor], Tensor]
     density: Callable[[Tensor, Tensor], Tensor]
@@ -74,7 +75,7 @@ FAMILIES = {
     "laplace": Family(_laplace_cdf, lambda z, m: _laplace_tail(z), _laplace_quantile, 2.0),
     "gaussian": Family(torch.special.ndtr, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
     "sparse": Family(
-        lambda z: z.clamp(0.0, 1.0), lambda z, m: ((z >= 0) & (z <= 1)).to(z.dtype), lambda p: p, None, steps=16
+        lambda z: z.clamp(0.0, 1.0), lambda z, m: ((z >= 0) & (z <= 1)).to(z.dtype), lambda p: p, None, steps=24
     ),
 }
 METHODS = (*FAMILIES, "fixed")
@@ -90,9 +91,10 @@ def threshold_mask(
     if method == "fixed":
         count, n = int(k), scores.shape[1]
         level = scores.topk(min(count + 1, n), dim=1).values[:, count - 1 :].mean(1)
-        possible = scores > -torch.inf
+        possible, broken = scores > -torch.inf, ~(scores.detach().amax(1) < torch.inf)
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
-        return torch.sigmoid((scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None])
+        z = (scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None]
+        return torch.sigmoid(z) + torch.where(broken, torch.nan, 0.0)[:, None]
     return threshold(scores, k, temperature, method)[0]
 
 
@@ -103,31 +105,53 @@ def threshold(scores: Tensor, k: float | Tensor, temperature: Tensor, method: st
     return mask, offset, anchor
 
 
+def _solve(
+    scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """anchor and (b - anchor) / T (rows,), +-inf or nearly so where it is settled; writes the mask, if one is given."""
+    anchor, level = torch.empty_like(temperature), torch.empty_like(temperature)
+    for part in chunks(scores):
+        u, *space = buffers(scores, 1 if mask is not None else 2)
+        z = mask[part] if mask is not None else space[0][: part.stop - part.start]
+        rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u[: z.shape[0]], z)
+        anchor[part], level[part] = _by_moments(rows) or _by_order(rows)
+        if mask is not None:
+            torch.sub(rows.u, level[part, None], out=z)
+            z.sigmoid_() if method == "logistic" else z.copy_(rows.family.cdf(z))
+    return anchor, level
+
+
+@torch.library.custom_op("topk::threshold_level", mutates_args=())
 def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
-    """anchor and (b - anchor) / T (rows,), without a derivative: +-inf, or nearly so, where it is settled."""
-    u, z = torch.empty_like(scores), torch.empty_like(scores)
-    rows = Rows(scores, k, temperature, None, FAMILIES[method], u, z)
-    return _by_moments(rows) or _by_order(rows)
+    """anchor and (b - anchor) / T (rows,), without a derivative: one opaque step to a compiler."""
+    return _solve(scores, k, temperature, None, method)
 
 
-class _Mask(RowFunction):
+@threshold_level.register_fake
+def _(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(temperature), torch.empty_like(temperature)
+
+
+@threshold_level.register_vmap
+def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
+    return fold(threshold_level, info, in_dims, *arguments)
+
+
+class _Mask(Function):
     """m (rows, n) and b - anchor (rows,), differentiable, and the anchor (rows,), a constant near b."""
 
     @staticmethod
     def forward(
         scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str
     ) -> tuple[Tensor, Tensor, Tensor]:
-        mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
-        anchor, offset = torch.empty_like(temperature), torch.empty_like(temperature)
-        for part in [slice(None)] if compiled() else chunks(scores):
-            z = mask[part]
-            u = torch.empty_like(z) if compiled() else buffers(scores, 1)[0][: z.shape[0]]
-            rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u, z)
-            anchor[part], level = _by_moments(rows) or _by_order(rows)
-            offset[part] = level * rows.temperature
-            torch.sub(u, level[:, None], out=z)
-            z.sigmoid_() if method == "logistic" else z.copy_(rows.family.cdf(z))
-        return mask, offset, anchor
+        if compiled():
+            anchor, level = threshold_level(scores, k, temperature, method)
+            u = (scores - anchor[:, None]).clamp(min=LOWEST) / temperature[:, None]
+            mask = FAMILIES[method].cdf(u - level[:, None])
+        else:
+            mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
+            anchor, level = _solve(scores, k, temperature, fixed, method, mask)
+        return mask, level * temperature, anchor
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -143,7 +167,8 @@ class _Mask(RowFunction):
         z = ((scores - anchor[:, None]).clamp(min=LOWEST) - offset[:, None]) / temperature[:, None]
         density = FAMILIES[ctx.method].density(z, mask)
         total = density.sum(1, keepdim=True)
-        inverse = torch.where(total == 0, 0.0, 1.0 / torch.where(total == 0, 1.0, total))
+        moves = total > torch.finfo(total.dtype).tiny
+        inverse = torch.where(moves, 1.0 / torch.where(moves, total, 1.0), 0.0)
         return density, z, temperature[:, None], inverse
 
     @staticmethod
@@ -157,7 +182,7 @@ class _Mask(RowFunction):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
-        return (_Mask if compiled() else _ForwardMask).fold(info, in_dims, *arguments)
+        return fold((_Mask if compiled() else _ForwardMask).apply, info, in_dims, *arguments)
 
 
 class _ForwardMask(_Mask):
@@ -188,18 +213,18 @@ class Rows(NamedTuple):
     def standardize(self, anchor: Tensor) -> None:
         """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
         torch.sub(self.scores, anchor[:, None], out=self.u)
-        if compiled() or not self.u.is_cpu or bool((self.temperature != 1).any()):
+        if not self.u.is_cpu or bool((self.temperature != 1).any()):
             self.u.div_(self.temperature[:, None])
 
     def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next level, the sum S at this one, and |S - k| / k; a few numbers a row, so in float64 if there is any."""
+        """The next level, the sum S at this one, and |S - k| / min(k, n - k), in float64 where there is any."""
         n = self.u.shape[1]
         torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.z)
         total, slope = (each.to(level.dtype) for each in self.family.sums(self.z))
         share = total / n
         link = self.family.quantile(share)
         gain = n * self.family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
-        return level + (link - aim) * gain, total, (total - k).abs() / k
+        return level + (link - aim) * gain, total, (total - k).abs() / torch.minimum(k, n - k)
 
     def enough(self) -> float:
         """An excess after which one more step is exact; F that is linear in pieces has no such thing."""
@@ -213,7 +238,7 @@ def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
     Where the temperature is not far below the scores' spread that is close, and saves the selection.
     """
     scores, temperature, family, u = rows.scores, rows.temperature, rows.family, rows.u
-    if not scores.is_cpu or compiled() or family.variance is None:
+    if not scores.is_cpu or family.variance is None:
         return None
     first, n = scores[:, 0], scores.shape[1]
     torch.sub(scores, first[:, None], out=u)
@@ -226,7 +251,7 @@ def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
     level = torch.zeros_like(k)
     for _ in range(4):
         level, _, excess = rows.newton(level, k, aim)
-        if bool((excess <= rows.enough()).all()):
+        if bool(((excess <= rows.enough()) & (level.abs() < torch.inf) & (temperature > 0)).all()):
             return anchor, level.to(u.dtype)
     return None
 
@@ -242,8 +267,9 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
     settled = full | empty | broken
     goal = torch.where(settled, 0.5, k).to(wide)
     drop = torch.where(settled, 0.0, (lower - upper) / temperature).to(wide)
-    low = drop - family.quantile(goal / (goal.floor() + 1.0))
-    high = -family.quantile((goal - goal.ceil() + 1.0) / (n + 1.0 - goal.ceil()))
+    # A little wider than the bounds, since the root may lie on one.
+    low = drop - family.quantile(goal / (goal.floor() + 1.0)) - 1e-3
+    high = 1e-3 - family.quantile((goal - goal.ceil() + 1.0) / (n + 1.0 - goal.ceil()))
     level = (low + high) / 2.0 if family.variance is None else drop / 2.0
     aim = family.quantile(goal / n)
     rows.standardize(anchor)
@@ -251,8 +277,9 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
         step, total, excess = rows.newton(level, goal, aim)
         low, high = torch.where(total > goal, level, low), torch.where(total < goal, level, high)
         inside = (step > low) & (step < high)
-        level = torch.where(inside, step, torch.where(excess <= 1e-5, level, (low + high) / 2.0))
-        if u.is_cpu and not compiled() and not bool(((excess > rows.enough()) & ~settled).any()):
+        there = excess <= 16.0 * torch.finfo(u.dtype).eps
+        level = torch.where(inside, step, torch.where(there, level, (low + high) / 2.0))
+        if u.is_cpu and not bool(((excess > rows.enough()) & ~settled).any()):
             break
     # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
     far = LOWEST / temperature

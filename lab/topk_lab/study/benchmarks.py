@@ -6,24 +6,24 @@ into the table that `load` reads.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from topk_lab import figures, records
 from topk_lab.figures import Band, Panel
+from topk_lab.page import say, table
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-CHAPTER = "13_benchmarks"
+CHAPTER, EXPECTED = "13_benchmarks", "13_benchmarks_expected"
 PROBLEM = ["family", "batch", "classes", "k", "spread", "epsilon", "samples", "method", "m", "dtype"]
 FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
 CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
 _AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"}
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+# --- the table ---
 
 
 def load() -> pd.DataFrame:
@@ -124,7 +124,12 @@ def provenance(frame: pd.DataFrame) -> str:
     return "\n\n".join(lines)
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+def source_of(frame: pd.DataFrame) -> str:
+    """The line below a figure."""
+    return f"*Source: {provenance(frame)}.*"
+
+
+# --- figures and tables, each with where its numbers come from ---
 
 
 def look(contender: str) -> dict[str, Any]:
@@ -141,11 +146,14 @@ def look(contender: str) -> dict[str, Any]:
     return {**style, "marker": marker, "markersize": 4}
 
 
-def time_and_memory(
-    frame: pd.DataFrame, family: str, along: str, alt: str, clock: str = "", fixed_batch: bool = True
-) -> None:
+def time_and_memory(frame: pd.DataFrame, family: str, along: str, clock: str = "", fixed_batch: bool = True) -> None:
     """Two panels against `along`: median time with its 20 to 80 % band, and peak memory in copies of the scores."""
-    wide = sweep(frame, family, along, fixed_batch).pivot(index=along, columns="contender")
+    rows = sweep(frame, family, along, fixed_batch)
+    if rows.empty:
+        say(f"No record over this axis yet for the {family} loss ({along}).")
+        return
+    what = _held(rows.iloc[-1], along, fixed_batch)
+    wide = rows.pivot(index=along, columns="contender")
     names = list(wide["p50_ms"])
     times = {
         name: Band(*(wide[f"{clock}{column}"][name] for column in ("p50_ms", "p20_ms", "p80_ms"))) for name in names
@@ -154,29 +162,50 @@ def time_and_memory(
     common: dict[str, Any] = {"x_label": _AXIS[along], "scale": "log", "looks": {name: look(name) for name in names}}
     panels = [Panel(wide.index, times, "time, ms", **common),
               Panel(wide.index, memory, "peak memory, in copies of the scores", **common)]  # fmt: skip
+    alt = f"Time and peak memory of the {family} loss and its rivals against the {_words(along)}; {what}."
     figures.lines(*panels, alt=alt, size=(7.8, 3.9))
+    say(f"The {family} loss, {what}. {source_of(rows)}")
 
 
-def ratio_to_cross_entropy(
-    frame: pd.DataFrame, along: str, alt: str, clock: str = "", fixed_batch: bool = True
-) -> None:
+def _held(row: Any, along: str, fixed_batch: bool) -> str:
+    """What a sweep keeps, in words."""
+    if along == "classes" and not fixed_batch:
+        return f"about {row['batch'] * row['classes']:.2g} scores"
+    parts = {"batch": f"{row['batch']} rows", "classes": f"{row['classes']} classes", "k": f"k = {row['k']}"}
+    return ", ".join(text for name, text in parts.items() if name != along)
+
+
+def _words(along: str) -> str:
+    return _AXIS[along].split(" $")[0]
+
+
+def ratio_to_cross_entropy(frame: pd.DataFrame, along: str, clock: str = "", fixed_batch: bool = True) -> None:
     """Every family's time over cross-entropy's against `along`."""
     series = {family: ours(sweep(frame, family, along, fixed_batch)) for family in FAMILIES}
     found = {family: rows.set_index(along)[f"{clock}times_ce"].dropna() for family, rows in series.items() if len(rows)}
+    if not found:
+        say(f"No record over this axis yet ({along}).")
+        return
     places = sorted({place for ratios in found.values() for place in ratios.index})
     lines = {family: [ratios.get(place, np.nan) for place in places] for family, ratios in found.items()}
     looks = {family: look(f"topk {family}") for family in lines}
-    title = "time over that of cross-entropy"
-    figures.lines(Panel(places, lines, title, _AXIS[along], scale="log", looks=looks, levels={"": 1.0}), alt=alt)
+    panel = Panel(places, lines, "time over that of cross-entropy", _AXIS[along], scale="log", looks=looks,
+                  levels={"": 1.0})  # fmt: skip
+    figures.lines(panel, alt=f"Time over that of cross-entropy against the {_words(along)}, for {', '.join(lines)}.")
+    say(source_of(pd.concat(series.values())))
 
 
 def ratio_to_peers(frame: pd.DataFrame, alt: str) -> None:
     """Every peer's time over ours, a bar for every problem that both solve."""
     both = against_peers(frame).sort_values("faster", ascending=False)
+    if both.empty:
+        say("No record with a peer yet.")
+        return
     series: dict[str, dict[str, float]] = {family: {} for family in FAMILIES if family in set(both["family"])}
     for _, row in both.iterrows():
         series[row["family"]][f"{describe(row)} | {row['contender_peer'].split()[0]}"] = row["faster"]
     figures.bars(series, alt, x_label="times faster than the peer", line=1.0, scale="log")
+    say(source_of(both))
 
 
 def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
@@ -187,4 +216,44 @@ def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
         who = row["contender"].split()[0]
         kind = "topk" if who == "topk" else "copy" if "copy" in row["contender"] else "others"
         series.setdefault(kind, {})[f"{row['family']}: {row['contender']}"] = row[f"{clock}gbps"]
+    if not series:
+        say("No record yet.")
+        return
     figures.bars(series, alt, x_label="GB/s, least traffic over time", scale="log")
+    say(source_of(rows))
+
+
+def slower_table(frame: pd.DataFrame) -> None:
+    """Every problem at which someone else is faster, counted, and the worst of each loss."""
+    lost, mine = slower(frame), ours(frame)
+    against_peer = lost[lost["contender_other"].str.contains("difftopk|pytopk")]
+    against_ce = lost[lost["contender_other"] == CROSS_ENTROPY]
+    say(
+        f"Of {len(mine)} problems ours is slower than cross-entropy in {len(against_ce)}, and slower than a peer in "
+        f"{len(against_peer)} of the {len(against_peers(frame))} that a peer solves."
+    )
+    worst = pd.concat([against_ce.drop_duplicates("family"), against_peer.drop_duplicates(["family", "batch"])])
+    if len(worst):
+        table([
+            {"problem": describe(row), "faster": row["contender_other"], "ours, ms": row["p50_ms"],
+             "theirs, ms": row["p50_ms_other"], "ours takes times": row["times"]}
+            for _, row in worst.iterrows()
+        ])  # fmt: skip
+
+
+# --- what is expected of a GPU ---
+
+
+def expected() -> pd.DataFrame:
+    """What `python -m bench expect` worked out: a row a kernel, and one, "together", a problem."""
+    frame: pd.DataFrame = records.load(EXPECTED)
+    return frame
+
+
+def in_floors(frame: pd.DataFrame, problem: Mapping[str, Any]) -> list[float]:
+    """Times the floor, graphs replayed, of our float32 runs of such a problem with 64 million scores or more."""
+    mine = ours(frame)
+    chosen = (mine["batch"] * mine["classes"] >= 64e6) & (mine["dtype"] == "float32")
+    for name, value in problem.items():
+        chosen &= mine[name] == value
+    return list((mine["graph_copy_gbps"] / mine["graph_gbps"])[chosen].dropna())

@@ -37,7 +37,7 @@ GAP = 0.01
 """q_[k] - q_[k+1] is at least this in every distribution; in a near tie it is this."""
 
 
-# --- label distributions ---------------------------------------------------------------------------------------------
+# --- label distributions ---
 
 
 def distributions(kind: str, classes: int, k: int, count: int, generator: torch.Generator) -> Tensor:
@@ -89,7 +89,7 @@ def _dirichlet(classes: int, concentration: float, generator: torch.Generator) -
     return (gamma + 1e-9) / (gamma + 1e-9).sum()
 
 
-# --- ranking ---------------------------------------------------------------------------------------------------------
+# --- ranking ---
 
 
 def leads(scores: Tensor, q: Tensor, k: int) -> Tensor:
@@ -141,7 +141,7 @@ def judge(values: Tensor, scores: Tensor, q: Tensor, k: int) -> Outcome:
     return Outcome((ahead | ~minimal).all(1), ~(minimal & ahead).any(1), best, lost, torch.zeros_like(best))
 
 
-# --- piecewise linear losses: every corner ---------------------------------------------------------------------------
+# --- piecewise linear losses: every corner ---
 
 
 def corners(classes: int, k: int, kinks: Sequence[float] = (1.0,), mean_kinks: bool = False) -> Tensor:
@@ -202,7 +202,7 @@ def _check_corners(contender: Contender, q: Tensor, k: int) -> Outcome:
     return Outcome(*(torch.cat(column) for column in columns))
 
 
-# --- other losses: descents from many starts -------------------------------------------------------------------------
+# --- other losses: descents from many starts ---
 
 
 def descent_ends(
@@ -266,7 +266,7 @@ def gap_ends(contender: Contender, q: Tensor, k: int, starts: int, seed: int = 0
     return Ends(values[ahead].min().item(), values[~ahead].min().item(), points[values.argmin()])
 
 
-# --- losses whose field is no gradient: where it comes to rest -------------------------------------------------------
+# --- losses whose field is no gradient: where it comes to rest ---
 
 
 def _check_field(
@@ -298,7 +298,7 @@ def follow(loss: RowLoss, scores: Tensor, q: Tensor, steps: int, rate: float = 2
     return scores, field.abs().amax(1)
 
 
-# --- the check -------------------------------------------------------------------------------------------------------
+# --- the check ---
 
 
 def check(contender: Contender, q: Tensor, k: int, starts: int = 6, steps: int = 100, seed: int = 0) -> Outcome:

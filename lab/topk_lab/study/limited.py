@@ -7,13 +7,11 @@ which every loss shares, so losses are compared seed by seed.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -25,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import topk
-from topk_lab import figures, records
+from topk_lab import figures
 from topk_lab.figures import RowLoss
 from topk_lab.study import synthetic
 from topk_lab.study.statistics import t_interval
@@ -34,7 +32,6 @@ from topk_lab.study.synthetic import normal, stream
 Weights = tuple[Tensor, ...]
 Found = dict[str, dict[str, list[float]]]
 
-CHAPTER = "03_when_cross_entropy_fails"
 K = 2
 RATES = (0.03, 0.2, 1.0, 5.0)
 """Learning rates of Adam that every loss may choose from."""
@@ -212,13 +209,6 @@ def scan(difficulties: Sequence[float], classes: Sequence[int]) -> list[Setting]
 def name_of(setting: Setting) -> str:
     """A setting as a key of a record."""
     return ", ".join(f"{name} {value}" for name, value in asdict(setting).items())
-
-
-def recorded(settings: Sequence[Setting]) -> tuple[dict[Setting, Found], dict[str, Any]]:
-    """What `compare` found for every setting, from the chapter's record, and the record's row."""
-    row = {str(name): value for name, value in records.load(CHAPTER).iloc[-1].items()}
-    result = json.loads(row["result"])
-    return {setting: result[name_of(setting)] for setting in settings}, row
 
 
 def verdicts(found: Mapping[Setting, Found]) -> pd.DataFrame:

@@ -120,7 +120,7 @@ KINDS: dict[str, tuple[int, Callable[[Shape, np.ndarray, np.random.PCG64], np.nd
 """For each kind how many dimensions it needs, and what makes its points."""
 
 
-# --- random numbers --------------------------------------------------------------------------------------------------
+# --- random numbers ---
 # They follow from a seed and a name alone. Only the raw bits of PCG64 are used: NumPy promises them, unlike its
 # distributions, to stay the same for ever.
 

@@ -175,7 +175,7 @@ def first_line(error: BaseException, length: int = 160) -> str:
     return (lines[0] if lines else "no message")[:length]
 
 
-# --- taking turns ----------------------------------------------------------------------------------------------------
+# --- taking turns ---
 
 
 def in_turns(

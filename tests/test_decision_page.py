@@ -1,0 +1,188 @@
+"""The decision page (book/which-loss.md) says what the records say."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+import pandas as pd
+
+from topk_lab import records, report
+
+LAST_FIRST = "differentiable [.5, 0, 0, 0, .5]"
+
+
+@cache
+def every(chapter: str) -> pd.DataFrame:
+    return report.runs(chapter)
+
+
+def runs(chapter: str, sweep: str | None = None) -> pd.DataFrame:
+    return report.of_sweep(every(chapter), sweep or chapter)
+
+
+def of(frame: pd.DataFrame, metric: str) -> tuple[set[str], set[str]]:
+    above, below = report.apart(frame, metric)
+    return set(above), set(below)
+
+
+def test_the_decision_page_on_cifar100() -> None:
+    frame = runs("14_cifar100")
+    above, below = of(frame, "top5")
+    assert above == {"smooth, k = 1 and 5", "differentiable [.2, .2, .2, .2, .2]"}
+    assert "smooth" not in below, "level"
+    assert {"transition", "noised"} <= below
+    assert {loss for loss in frame["loss"] if loss.endswith("hinge")} <= below
+    above, below = of(frame, "top1")
+    assert not above
+    assert "smooth, k = 1 and 5" not in below, "keeps top-1"
+    hidden = runs("14_cifar100", "14_cifar100.mlp")
+    assert not of(hidden, "top1")[0] | of(hidden, "top5")[0]
+    found = report.differences(frame, "candidates_99")
+    saved = {loss: -interval.mean for loss, interval in found.items()}
+    assert 0.5 < saved["transition"] < 1.5
+    assert saved["transition"] < saved["smooth, k = 1 and 5"] < 3
+    assert report.differences(frame, "candidates_99", confidence=1 - 0.05 / len(found))["transition"].side == 0
+    chosen = frame.groupby("loss")["training.weight_decay"].first()
+    between = set(chosen[(chosen > 0.1) & (chosen < 1)].index)
+    assert between == {"cross-entropy", "truncated entropy"}, "the others could not"
+    knobs = runs("19_sensitivity")
+    k = pd.Series([records.k_of(text) if isinstance(text, str) else 0 for text in knobs["loss.k"]], knobs.index)
+    wide = knobs[(knobs["loss"] == "cross-entropy") | (knobs["loss.width"].astype(float).eq(10) & k.eq(5))]
+    assert report.differences(wide, "top5")["transition"].low > 0
+
+
+def test_the_decision_page_on_long_tails() -> None:
+    cifar = runs("17_long_tails")
+    for frame in (cifar[cifar["data.imbalance"] == 100], runs("17_long_tails", "17_long_tails.imagenet")):
+        mean = frame.groupby("loss")["macro_top5"].mean()
+        margins, weighted = ["LDAM", "imbalanced noised"], [name for name in mean.index if name.startswith("weighted")]
+        assert mean[weighted].min() > mean[margins].max(), "weights more than any margin"
+        assert of(frame, "many_top5")[1] >= {"weighted cross-entropy", "weighted smooth"}, "the frequent classes pay"
+        assert abs(mean["weighted smooth"] - mean["weighted cross-entropy"]) < 0.006
+        first = frame.groupby("loss")["macro_top1"].mean()
+        assert first["weighted smooth"] < first["weighted cross-entropy"]
+        assert mean["LDAM"] > mean["imbalanced noised"] > max(mean["noised"], mean["cross-entropy"])
+        assert mean["cross-entropy on cosines"] - mean["cross-entropy"] > 0.3 * (
+            mean["imbalanced noised"] - mean["cross-entropy"]
+        )
+        assert of(frame, "few_top5")[1] >= {"noised", "smooth"}, "rare classes worse"
+    for imbalance, frame in cifar.groupby("data.imbalance"):
+        above, _ = of(frame, "macro_top5")
+        assert ("imbalanced noised" in above) == (float(str(imbalance)) >= 50)
+        assert "imbalanced noised" not in of(frame, "macro_top1")[0]
+
+
+def leads(chapter: str, setting: str, head: str, loss: str) -> pd.DataFrame:
+    """A loss's mean top-1 and top-5 less those of cross-entropy, in points, by a setting."""
+    frame = runs(chapter)
+    mean = 100 * frame[frame["model.name"] == head].groupby(["loss", setting])[["top1", "top5", "train.top1"]].mean()
+    return mean.loc[loss] - mean.loc["cross-entropy"]
+
+
+def test_the_decision_page_on_label_noise() -> None:
+    smooth = leads("15_label_noise", "data.noise", "mlp", "smooth")
+    assert smooth["top5"].loc[0.0] < 0 < smooth["top5"].loc[0.2]
+    assert smooth["top5"].loc[:0.8].is_monotonic_increasing
+    assert (smooth["top1"].loc[0.6:0.8] > 0).all()
+    assert (smooth["train.top1"] < 0).all(), "memorises less"
+    frame = runs("15_label_noise")
+    for noise in (0.4, 0.6, 0.8, 1.0):
+        assert "smooth" in of(frame[(frame["model.name"] == "mlp") & (frame["data.noise"] == noise)], "top5")[0]
+    mlp = frame[frame["model.name"] == "mlp"]
+    assert min(report.ahead(mlp, "data.noise", "smooth", comparisons=48)) == 0.4
+    linear = frame[frame["model.name"] == "linear"]
+    for noise, part in linear.groupby("data.noise"):
+        above = report.apart(part, "top5", lists=12)[0]
+        assert list(above) == ([LAST_FIRST] if 0 < float(noise) < 1 else [])
+    assert leads("15_label_noise", "data.noise", "linear", LAST_FIRST)["top5"].max() < 1
+    assert linear["train.top1"].max() < frame.loc[frame["model.name"] == "mlp", "train.top1"].max()
+
+
+def test_the_decision_page_on_little_data() -> None:
+    for head, least in (("linear", 0.5), ("mlp", 1.0)):
+        smooth = leads("16_little_data", "data.fraction", head, "smooth")
+        assert smooth["top5"].loc[0.05] > least
+        assert smooth["top5"].loc[1.0] < 0.2
+        assert (smooth["top1"] < 0).all()
+    mixture = leads("16_little_data", "data.fraction", "mlp", LAST_FIRST)
+    assert mixture["top5"].between(0, 1, inclusive="neither").all()
+    frame = runs("16_little_data")
+    mlp = frame[frame["model.name"] == "mlp"]
+    assert list(report.ahead(mlp, "data.fraction", LAST_FIRST, comparisons=40)) == [0.05, 0.1, 0.25]
+
+
+def test_the_decision_page_on_training_from_scratch() -> None:
+    frame = runs("14_cifar100", "14_cifar100.small")
+    assert set(frame["training.epochs"].astype(int)) == {4}
+    assert set(frame.groupby("loss")["seed"].nunique()) == {3}
+    gaps = report.differences(frame, "top5")
+    plain, kept = ["transition", "smooth", "noised", LAST_FIRST], "cross-entropy over all"
+    with_all = ["smooth, k = 1 and 5", f"differentiable [.5, 0, 0, 0, .5], {kept}"]
+    assert set(gaps) == {*plain, *with_all}
+    assert all(gaps[loss].high < 0 for loss in plain)
+    assert 0.5 < -gaps["transition"].mean < 1.5
+    assert all(gaps[loss].mean < -5 for loss in plain[1:])
+    assert all(gaps[loss].mean > -3 for loss in with_all)
+
+
+def test_the_decision_page_on_imagenet_heads() -> None:
+    frame = runs("18_imagenet")
+    other = {"loss.method": "splitter_selection", "loss.distribution": "cauchy", "loss.m": 16.0}
+    usual = np.ones(len(frame), dtype=bool)
+    for column, value in other.items():
+        same = frame[column].astype(float) == value if column == "loss.m" else frame[column] == value
+        usual &= (same | (frame["loss.name"] != "differentiable")).to_numpy()
+    above, below = of(frame[usual], "top5")
+    assert not above
+    mixtures = {loss for loss in frame["loss"] if loss.startswith("differentiable") and loss != "differentiable [1]"}
+    assert not below & {"smooth", "transition"}
+    assert len(mixtures - below) >= 4 == len(mixtures) - 1, "most are level"
+    above, worse = of(frame[usual], "top1")
+    assert not above
+    assert len(worse & ({"smooth", "transition"} | mixtures)) > 4
+    mean = frame[usual].groupby("loss")[["top5", "candidates_99"]].mean()
+    spread = mean.loc[[*sorted(mixtures), "differentiable [1]"], "top5"]
+    assert 0.0028 < spread.max() - spread.min() < 0.0038, "P_K moves top-5 by a third of a point"
+    mixed = frame[(frame["loss"] == "differentiable [.25, 0, 0, 0, .75]") & (frame["loss.m"].astype(float) == 16)]
+    by_operator = mixed[mixed["loss.distribution"] == "cauchy"].groupby("loss.method")["top5"].mean()
+    order = by_operator.sort_values(ascending=False)
+    assert (order.index[0], order.index[-1]) == ("splitter_selection", "bitonic")
+    assert order.iloc[0] - order.iloc[-1] < 0.0067
+    assert {"neuralsort", "softsort"} <= set(order.index[1:-1])
+    assert mean.loc[sorted(mixtures), "candidates_99"].min() > mean.loc["cross-entropy", "candidates_99"]
+
+
+def test_the_decision_page_on_training_for_fewer_guesses() -> None:
+    frame = runs("19_sensitivity")
+    usual = {"loss.tau": 1.0, "loss.width": 1.0, "loss.epsilon": 1.0, "loss.samples": 5.0}
+    plain = np.ones(len(frame), dtype=bool)
+    for column, value in usual.items():
+        plain &= (frame[column].isna() | (frame[column].astype(float) == value)).to_numpy()
+    trained = [records.k_of(text) if isinstance(text, str) else 0 for text in frame["loss.k"]]
+    plain &= [isinstance(k, int) or len(k) == 1 for k in trained]
+    k = pd.Series([float(k if isinstance(k, int) else max(k)) for k in trained], frame.index)
+    best = frame[plain].assign(k=k[plain]).groupby(["loss.name", "k"])["top5"].mean()
+    for name, fewer, gain in (("smooth", 2, 0.0045), ("noised", 3, 0.0027)):
+        assert best[name].idxmax() == fewer, name
+        assert abs(best[name][fewer] - best[name][5] - gain) < 0.0005
+        rival = frame[plain].assign(loss=k[plain].map("{:g}".format))[(frame[plain]["loss.name"] == name)]
+        assert f"{fewer}" in report.apart(rival, "top5", baseline="5")[0]
+    for name in ("differentiable", "hinge"):
+        assert best[name].idxmax() == 5, name
+    spread = {
+        name: best[name].max() - best[name].min() for name in ("smooth", "transition", "noised", "differentiable")
+    }
+    assert max(spread, key=spread.__getitem__) == "transition"
+    width = frame[(frame["loss.name"] == "transition") & (k == 5)].groupby("loss.width")["top5"].mean()
+    assert width.idxmax() > 1.0
+    for name, column in (("smooth", "loss.tau"), ("noised", "loss.epsilon"), ("transition", "loss.width")):
+        own = frame[(frame["loss.name"] == name) & (k == 5)]
+        if name == "noised":
+            own = own[own["loss.samples"].astype(float) == 5]
+        by = own.groupby(own[column].astype(float))["top5"].mean()
+        assert by.max() - by.min() > 0.0075, (name, by)  # of the number of samples: see below
+        assert by[1.0] > by.min() + 0.001, (name, by)
+    samples = frame[(frame["loss.name"] == "noised") & (k == 5) & (frame["loss.epsilon"].astype(float) == 1)]
+    by = samples.groupby("loss.samples")["top5"].mean()
+    assert by.max() - by.min() < 0.0075

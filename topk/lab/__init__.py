@@ -1,1 +1,0 @@
-"""The laboratory: what the book's chapters and experiments share beyond the losses (extra `lab`)."""
