@@ -46,18 +46,29 @@ class Setting:
     method: str = "odd_even"
     m: int = 16
     dtype: str = "float32"
+    features: int = 0  # of a last layer before the loss; 0: the scores are given
 
     def label(self) -> str:
         """A short name for progress bars."""
         kind = "" if self.dtype == "float32" else f" {self.dtype}"
-        return f"{self.family} {self.batch}x{self.classes} k={self.k}{kind}"
+        layer = f"x{self.features}" if self.features else ""
+        return f"{self.family} {self.batch}x{self.classes}{layer} k={self.k}{kind}"
 
     def problem(self, rows: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-        """Normal scores of the setting's spread and uniform targets, the same at every call on a kind of device."""
+        """Normal scores of the setting's spread, or features, and uniform targets, the same at every call."""
         generator = torch.Generator(device).manual_seed(rows * 1_000_003 + self.classes)
-        scores = torch.randn(rows, self.classes, generator=generator, device=device) * self.spread
+        columns = self.features or self.classes
+        scores = torch.randn(rows, columns, generator=generator, device=device) * self.spread
         target = torch.randint(self.classes, (rows,), generator=generator, device=device)
         return scores.to(TYPES[self.dtype]), target
+
+    def weight(self, device: torch.device | str = "cpu") -> Tensor:
+        """A last layer's, for which normal features give normal scores."""
+        generator = torch.Generator(device).manual_seed(self.classes)
+        weight = torch.randn(self.classes, self.features, generator=generator, device=device) / self.features**0.5
+        weight = weight.to(TYPES[self.dtype])
+        weight.requires_grad_()
+        return weight
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,7 @@ class Contender:
     runs_on: Callable[[Setting, torch.device], str | None] = lambda setting, device: None  # a reason why not
     compiled: bool = False
     backward: bool = True
+    layer: bool = False  # whether it takes features, and computes the scores itself
     passes: int = 3  # times the bytes of the scores, the least that this work has to move
 
     def why_not(self, setting: Setting, device: torch.device = torch.device("cpu")) -> str | None:  # noqa: B008
@@ -163,7 +175,8 @@ class _Mean:
 
 
 def _gradient(call: LossCall, scores: Tensor, target: Tensor) -> Tensor:
-    return torch.autograd.grad(call(scores, target), scores)[0]
+    layer = getattr(call, "keywords", {}).get("weight")
+    return torch.autograd.grad(call(scores, target), scores if layer is None else (scores, layer))[0]
 
 
 @functools.lru_cache(maxsize=4)
@@ -218,6 +231,55 @@ def _compiled(build: Callable[[Setting, torch.device], LossCall]) -> Callable[[S
         return cast(LossCall, torch.compile(build(setting, device), dynamic=False))
 
     return built
+
+
+# --- last layers -----------------------------------------------------------------------------------------------------
+
+
+def _criterion(setting: Setting) -> torch.nn.Module:
+    modules = {
+        "smooth": topk.SmoothTopKLoss,
+        "transition": topk.TransitionTopKLoss,
+        "hinge": topk.TopKHingeLoss,
+        "noised": topk.NoisedTopKLoss,
+        "differentiable": topk.DifferentiableTopKLoss,
+    }
+    return torch.nn.CrossEntropyLoss() if setting.family == "cross_entropy" else modules[setting.family](setting.k)
+
+
+def _scores_held(setting: Setting, device: torch.device) -> LossCall:
+    """F.linear, then the loss."""
+    loss = _criterion(setting)
+
+    def call(x: Tensor, y: Tensor, *, weight: Tensor) -> Tensor:
+        return cast(Tensor, loss(F.linear(x, weight), y))
+
+    return functools.partial(call, weight=setting.weight(device))
+
+
+def _scores_in_chunks(setting: Setting, device: torch.device) -> LossCall:
+    loss = _criterion(setting)
+
+    def call(x: Tensor, y: Tensor, *, weight: Tensor) -> Tensor:
+        return topk.linear_loss(loss, x, weight, y)
+
+    return functools.partial(call, weight=setting.weight(device))
+
+
+def _torchs_operator(setting: Setting, device: torch.device) -> LossCall:
+    def call(x: Tensor, y: Tensor, *, weight: Tensor) -> Tensor:
+        return topk.linear_loss(torch.nn.CrossEntropyLoss(), x, weight, y, by_torch=True)
+
+    return functools.partial(call, weight=setting.weight(device))
+
+
+def _no_operator(setting: Setting, device: torch.device) -> str | None:
+    return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no F.linear_cross_entropy"
+
+
+def _layer_truth(setting: Setting, features: Tensor, target: Tensor) -> Tensor:
+    scores = F.linear(features, setting.weight().detach().to(features.dtype))
+    return _TRUTHS.get(setting.family, _cross_entropy_truth)(setting, scores, target)
 
 
 # --- peers -----------------------------------------------------------------------------------------------------------
@@ -357,12 +419,25 @@ def _ours_on_every_backend(family: str) -> tuple[Contender, ...]:
     )
 
 
+def _last_layers(family: str) -> tuple[Contender, ...]:
+    averages = 400 if family == "noised" else 1
+    shared: dict[str, Any] = {"family": family, "truth": _layer_truth, "averages": averages, "layer": True}
+    return (
+        Contender(f"F.linear + {family}", build=_scores_held, **shared),
+        Contender(f"topk linear_loss {family}", build=_scores_in_chunks, **shared),
+    )
+
+
 CONTENDERS = (
     Contender(CROSS_ENTROPY, "any", _cross_entropy, _cross_entropy_truth),
     Contender(f"{CROSS_ENTROPY} compiled", "any", _compiled(_cross_entropy), _cross_entropy_truth, compiled=True),
     Contender("copy", "any", _copy),
     Contender(PLAIN_COPY, "any", _plain_copy, backward=False, passes=2),
     *(contender for family in _TRUTHS for contender in _ours_on_every_backend(family)),
+    *(contender for family in (*_TRUTHS, CROSS_ENTROPY) for contender in _last_layers(family)),
+    Contender(
+        "F.linear_cross_entropy", CROSS_ENTROPY, _torchs_operator, _layer_truth, runs_on=_no_operator, layer=True
+    ),
     Contender(
         "difftopk smooth",
         "smooth",
@@ -403,5 +478,8 @@ def contenders(setting: Setting, device: torch.device | str = "cpu", compiled: b
     return [
         c
         for c in CONTENDERS
-        if c.family in ("any", setting.family) and (compiled or not c.compiled) and c.why_not(setting, device) is None
+        if c.family in ("any", setting.family)
+        and c.layer == (setting.features > 0)
+        and (compiled or not c.compiled)
+        and c.why_not(setting, device) is None
     ]

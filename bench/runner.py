@@ -145,7 +145,10 @@ def read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as stream:
-        return [{column: row.get(column) or "" for column in COLUMNS} for row in csv.DictReader(stream)]
+        older = {"features": "0"}  # of records without that column
+        return [
+            {column: row.get(column) or older.get(column, "") for column in COLUMNS} for row in csv.DictReader(stream)
+        ]
 
 
 def timed(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:

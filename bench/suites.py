@@ -51,6 +51,13 @@ def large() -> list[Setting]:
     return over_classes + over_k
 
 
+def scale() -> list[Setting]:
+    """Many minutes: last layers with 256 features, 1000 to 100,000 classes, and a million for 64 rows."""
+    sizes = ((4096, 1000), (1024, 10_000), (1024, 50_000), (4096, 100_000))
+    layers = [Setting(family, *size, 5, features=256) for size in sizes for family in (*FAMILIES, "cross_entropy")]
+    return [*layers, Setting("smooth", 64, 1_000_000, 5, features=128)]
+
+
 def gpu() -> list[Setting]:
     """Some minutes on a data-centre GPU: what the goals are about first, so that a run cut short has them."""
     thousand = [Setting(family, 65_536, 1000, 5) for family in FAMILIES]
@@ -76,6 +83,7 @@ SUITES = {
     "headline": Suite(headline, seconds=10.0),  # a peer takes 0.1 s a call
     "cpu": Suite(cpu, compiles=lambda s: (s.batch, s.classes) == (256, 1000) and s.dtype == "float32"),
     "large": Suite(large),
+    "scale": Suite(scale),
     "gpu": Suite(
         gpu, "cuda", 0.5, compiles=lambda s: s in [Setting(s.family, rows, 1000, 5) for rows in (256, 65_536)]
     ),

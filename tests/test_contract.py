@@ -423,7 +423,7 @@ GOOD = (torch.randn(4, CLASSES), torch.arange(4))
         ({"scores": torch.tensor(1.0)}, ValueError, "scores must have shape.*scalar"),
         ({"target": 3}, TypeError, "target must be a Tensor.*got int"),
         ({"target": torch.rand(4)}, TypeError, "target must hold class indices.*torch.float32"),
-        ({"target": torch.rand(4, CLASSES)}, TypeError, "target must hold class indices"),
+        ({"target": torch.rand(4, CLASSES)}, ValueError, "target must hold probabilities"),
         ({"target": torch.arange(5)}, ValueError, r"target must have shape \(4,\).*got \(5,\)"),
         ({"target": torch.tensor([0, 1, CLASSES, 2])}, ValueError, "target must hold.*0 to 12.*got 13 at position 2"),
         ({"target": torch.tensor([0, -1, 1, 2])}, ValueError, "target must hold.*got -1 at position 1"),

@@ -2,6 +2,8 @@
 
 from topk import metrics as metrics
 from topk import operators as operators
+from topk.linear import LinearTopKLoss as LinearTopKLoss
+from topk.linear import linear_loss as linear_loss
 from topk.losses.differentiable import DifferentiableTopKLoss as DifferentiableTopKLoss
 from topk.losses.differentiable import differentiable_topk_loss as differentiable_topk_loss
 from topk.losses.hinge import TopKHingeLoss as TopKHingeLoss
@@ -19,7 +21,9 @@ from topk.losses.transition import TransitionTopKLoss as TransitionTopKLoss
 from topk.losses.transition import transition_topk_loss as transition_topk_loss
 from topk.operators import soft_topk as soft_topk
 from topk.operators import subset_loss as subset_loss
+from topk.shards import ClassShard as ClassShard
+from topk.shards import sharded_loss as sharded_loss
 from topk.version import __version__ as __version__
 
-_OTHERS = ("__version__", "class_margins", "metrics", "operators", "soft_topk")
+_OTHERS = ("ClassShard", "__version__", "class_margins", "metrics", "operators", "soft_topk")
 __all__ = [*_OTHERS, *(name for name in dir() if name.lower().endswith("loss"))]

@@ -43,8 +43,8 @@ def check_scores(scores: Tensor, target: Tensor) -> int:
         raise TypeError(f"scores must be float32, float64, float16 or bfloat16, got {scores.dtype}")
     if target.dtype not in _INDEX_TYPES:
         raise TypeError(
-            f"target must hold class indices (an integer type), got {target.dtype}; "
-            "class probabilities are not supported"
+            f"target must hold class indices (an integer type), or probabilities in the shape of scores, "
+            f"got {target.dtype} of shape {tuple(target.shape)}"
         )
     if scores.dim() == 0:
         raise ValueError("scores must have shape (classes,), (rows, classes) or (rows, classes, d1, ...), got a scalar")

@@ -16,7 +16,7 @@ import contextlib
 import importlib
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,6 +25,24 @@ from torch import Tensor
 
 from topk import compiled, kernels
 from topk.arguments import IGNORED, WRONG, check_targets
+
+
+class Tail(NamedTuple):
+    """Sums over classes of exp(m rate (x - shift)), m = 1..powers, which is all that a loss asks of them.
+
+    The shift is the row's largest score, or that of `rank` among the classes other than y.
+    """
+
+    rate: float
+    powers: int = 1
+    rank: int = 0
+
+
+class Head(NamedTuple):
+    """How many of the largest scores a loss looks at one by one, and the tails, one for every k, for all, or none."""
+
+    depth: int
+    tails: list[Tail]
 
 
 @dataclass(frozen=True)
@@ -37,8 +55,14 @@ class Loss:
     forward(scores, target, options, *tensors) -> (loss (rows,), *saved): the same number, made fast.
     backward(grad, scores, target, options, saved, *tensors) -> gradient of sum(grad * loss), a new tensor.
 
-    Without the last two, `definition` is differentiated. `tensors` have one entry (or row of entries) for every row of
-    scores, or for every one of as many equal groups of rows, so that vmap can fold its axis into rows.
+    sparse(...) -> classes and slopes (rows, few), which add up to what `backward` gives for the same arguments; None
+        where most classes have a slope.
+
+    head(options) -> what the loss needs to know of a row where processes share the classes; `definition` is then given
+        the head's scores and, as `tail` (powers, rows), the sums over all others; raises where that is too little.
+
+    Without `forward` and `backward`, `definition` is differentiated. `tensors` have one entry (or row of entries) for
+    every row of scores, or for every one of as many equal groups of rows, so that vmap can fold its axis into rows.
     """
 
     name: str
@@ -46,11 +70,15 @@ class Loss:
     definition: Callable[..., Tensor]
     forward: Callable[..., tuple[Tensor, ...]] | None = None
     backward: Callable[..., Tensor] | None = None
+    sparse: Callable[..., tuple[Tensor, Tensor] | None] | None = None
+    head: Callable[[Any], Head] | None = None
     joint: bool = False
     centred: bool = True  # whether `definition` is given scores less their largest; else it takes differences itself
     saved_by_compiling: Callable[[Any], float] = lambda options: 0.0  # seconds for every score, measured
 
-    def formula(self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor) -> Tensor:
+    def formula(
+        self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor, tails: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The definition, and what is common to all losses: NaN for rows with NaN or +inf, +inf where y is masked.
 
         All of them depend on differences of scores alone, which keep their digits once the largest score is 0. (But not
@@ -64,16 +92,22 @@ class Loss:
         # A masked class keeps its -inf, and gets no gradient.
         scores = torch.where(scores == -torch.inf, -torch.inf, scores * taint[:, None] - origin)
         scores = torch.where((broken | impossible)[:, None], 0.0, scores)
-        return torch.where(impossible, torch.inf, self.summed(scores, target, options, *tensors)) * taint
+        return torch.where(impossible, torch.inf, self.summed(scores, target, options, *tensors, tails=tails)) * taint
 
-    def summed(self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor) -> Tensor:
+    def summed(
+        self, scores: Tensor, target: Tensor, options: Any, *tensors: Tensor, tails: Sequence[Tensor] = ()
+    ) -> Tensor:
         """The definition, or the weighted sum of as many as there are `ks`."""
         fields = options._asdict()
+        if len(tails) == 1:
+            fields["tail"] = tails[0]
         if self.joint or "ks" not in fields:
             return self.definition(scores, target, *tensors, **fields)
         ks, weights = fields.pop("ks"), fields.pop("weights")
         loss = torch.zeros_like(scores[:, 0])
         for place, k in enumerate(ks):
+            if len(tails) > 1:
+                fields["tail"] = tails[place]
             own = [tensor[:, place] if tensor.dim() == 2 else tensor for tensor in tensors]
             loss = loss + weights[place] * self.definition(scores, target, *own, k=k, **fields)
         return loss
@@ -141,7 +175,7 @@ def _without_autocast(scores: Tensor) -> contextlib.AbstractContextManager[None]
     )
 
 
-def _settled(values: Tensor, state: Tensor) -> Tensor:
+def settled(values: Tensor, state: Tensor) -> Tensor:
     """The rows' values with 0 where the row is ignored and NaN where its target is wrong."""
     instead = torch.where(state == WRONG, torch.nan, 0.0).to(values.dtype)
     shape = (-1,) + (1,) * (values.dim() - 1)
@@ -161,7 +195,7 @@ def _traced_loss(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tens
 # --- eager calls -----------------------------------------------------------------------------------------------------
 
 
-def _value(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def row_values(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The loss of every row, the rows' states (raw targets where a kernel runs), and what backward needs."""
     if call.backend == "triton":
         target = target.to(torch.int64)
@@ -178,16 +212,16 @@ def _value(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor, ..
             if pair is not None and done is not None:
                 call.ran.append(pair)
                 loss, *saved = done
-                return loss if all_used else _settled(loss, state), state.clone(), *saved
+                return loss if all_used else settled(loss, state), state.clone(), *saved
         if call.loss.forward is None:
             loss, saved = call.loss.formula(rows, safe, call.options, *tensors), []
         else:
             loss, *saved = call.loss.forward(rows, safe, call.options, *tensors)
     # An output that is an input could not be saved.
-    return loss if all_used else _settled(loss, state), state.clone(), *saved
+    return loss if all_used else settled(loss, state), state.clone(), *saved
 
 
-def _gradient(
+def row_gradients(
     call: Call, grad: Tensor, scores: Tensor, state: Tensor, tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...]
 ) -> Tensor:
     """The gradient of sum(grad * loss), in the type of the scores."""
@@ -206,7 +240,18 @@ def _gradient(
             gradient = pull(grad.to(rows.dtype))[0]
         else:
             gradient = call.loss.backward(grad, rows, safe, call.options, saved, *tensors)
-    return (gradient if all_used else _settled(gradient, state)).to(scores.dtype)
+    return (gradient if all_used else settled(gradient, state)).to(scores.dtype)
+
+
+def few_gradients(
+    call: Call, grad: Tensor, scores: Tensor, state: Tensor, tensors: tuple[Tensor, ...], saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The same as classes and slopes (rows, few), some classes perhaps twice; None where the loss has no such form."""
+    if call.backend == "triton" or call.loss.sparse is None:
+        return None
+    safe = state.clamp(min=0)
+    found = call.loss.sparse(grad, scores.to(compute_dtype(scores)), safe, call.options, saved, *tensors)
+    return None if found is None else (found[0], settled(found[1], state))
 
 
 class RowLoss(torch.autograd.Function):
@@ -214,7 +259,7 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, scores: Tensor, target: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return _value(call, scores, target, tensors)
+        return row_values(call, scores, target, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -247,7 +292,7 @@ class RowLossGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(call: Call, count: int, grad: Tensor, scores: Tensor, state: Tensor, *rest: Tensor) -> Tensor:
-        return _gradient(call, grad, scores, state, rest[:count], rest[count:])
+        return row_gradients(call, grad, scores, state, rest[:count], rest[count:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -280,7 +325,7 @@ class RowLossGradient(torch.autograd.Function):
         if call.ran:  # compiled for another number of rows
             call = call._replace(backend="torch", ran=None)
             state = torch.where(tensors[2] == IGNORED, call.ignore_index, tensors[2])
-            tensors[3 + count :] = _value(call, tensors[1], state, tuple(tensors[3 : 3 + count]))[2:]
+            tensors[3 + count :] = row_values(call, tensors[1], state, tuple(tensors[3 : 3 + count]))[2:]
         result = RowLossGradient.apply(call, count, *tensors)
         return result.unflatten(0, (info.batch_size, -1)), 0
 
@@ -349,7 +394,7 @@ def _kernel_loss(
     scores: Tensor, target: Tensor, tensors: list[Tensor],
 ) -> list[Tensor]:  # fmt: skip
     """The loss of every row and what `kernel_gradient` needs."""
-    loss, _, *saved = _value(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
+    loss, _, *saved = row_values(_call_of(name, others, numbers, ignore_index), scores, target, tuple(tensors))
     return [loss, *saved]
 
 
@@ -368,7 +413,7 @@ def _kernel_gradient(
 ) -> Tensor:  # fmt: skip
     """The gradient of sum(grad * loss)."""
     call = _call_of(name, others, numbers, ignore_index)
-    return _gradient(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
+    return row_gradients(call, grad, scores, target.to(torch.int64), tuple(tensors), tuple(saved))
 
 
 @_kernel_gradient.register_fake

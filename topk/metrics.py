@@ -25,6 +25,7 @@ from torch import Tensor
 from topk import _cpu
 from topk.arguments import check_count, check_ignore_index, check_number, check_scores, check_targets
 from topk.losses.common import as_rows
+from topk.shards import ClassShard, sliced_ranks
 
 __all__ = [
     "TopKMeter",
@@ -43,7 +44,7 @@ _FLOAT32_COUNTS = 2**24  # up to here float32 counts exactly
 # --- ranks -----------------------------------------------------------------------------------------------------------
 
 
-def ranks(scores: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
+def ranks(scores: Tensor, target: Tensor, *, ignore_index: int = -100, shard: ClassShard | None = None) -> Tensor:
     """The rank of every row's target, 1 for the largest score; int64, in the shape of `target`.
 
     Ignored rows get classes + 1, as rows with NaN do; so does, on devices other than the CPU, a row whose target is
@@ -53,7 +54,11 @@ def ranks(scores: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
         target: class indices.
         ignore_index: rows with this target have no rank.
+        shard: which classes the scores (rows, classes of the slice) are, where processes share them.
     """
+    if shard is not None:
+        rank, valid = sliced_ranks(scores.detach(), target, shard, check_ignore_index(ignore_index))
+        return rank.masked_fill(~valid, shard.total + 1)
     classes = check_scores(scores, target)
     rows, flat = as_rows(scores.detach(), target)
     rank, valid = _rank_rows(rows, flat, check_ignore_index(ignore_index))
@@ -93,12 +98,21 @@ def _tied_before(rows: Tensor, own: Tensor, target: Tensor) -> Tensor:
 
 
 def topk_accuracy(
-    scores: Tensor, target: Tensor, ks: int | Iterable[int] = (1, 5), *, ignore_index: int = -100
+    scores: Tensor,
+    target: Tensor,
+    ks: int | Iterable[int] = (1, 5),
+    *,
+    ignore_index: int = -100,
+    shard: ClassShard | None = None,
 ) -> dict[int, Tensor]:
     """The share of rows whose target is among the k largest scores, for every k of `ks`: {k: scalar tensor}.
 
-    All from one pass over the scores, in float64 on their device, without waiting for it. No rows give NaN.
+    All from one pass over the scores, in float64 on their device, without waiting for it. No rows give NaN. `shard`: as
+    for `ranks`.
     """
+    if shard is not None:
+        rank, rows = ranks(scores, target, ignore_index=ignore_index, shard=shard), (target != ignore_index).sum()
+        return {k: _share((rank <= k).sum(), rows) for k in _check_ks(ks, shard.total)}
     return _measured(scores, target, ks, ignore_index, by_class=False).accuracy()
 
 

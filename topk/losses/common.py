@@ -17,9 +17,25 @@ from topk.arguments import (
     check_k,
     check_number,
 )
-from topk.autograd import Call, Loss, compute_dtype, is_traced, row_loss
+from topk.autograd import Call, Head, Loss, compute_dtype, is_traced, row_loss
 
 # --- from a call to rows and back ------------------------------------------------------------------------------------
+
+
+class PendingScores(Tensor):
+    """Stands in for scores that no tensor holds: their shape, type and device, for a loss's checks, and no numbers."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what it gives is plain
+    source: Callable[..., Tensor]
+
+    @classmethod
+    def of(
+        cls, like: Tensor, rows: int, classes: int, dtype: torch.dtype, source: Callable[..., Tensor]
+    ) -> PendingScores:
+        """`source(call, target, tensors, share, reduction)` gives the rows' losses, or the sum of share times them."""
+        scores = torch.zeros((), dtype=dtype, device=like.device).expand(rows, classes).as_subclass(cls)
+        scores.source = source
+        return scores
 
 
 def reduced_loss(
@@ -35,6 +51,10 @@ def reduced_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", tail["backend"], backend.BACKENDS)
     ignore_index = check_ignore_index(tail["ignore_index"])
+    if not torch.compiler.is_compiling() and type(scores).__name__ == "DTensor":
+        from topk import shards  # which imports this file
+
+        scores = shards.of_dtensor(scores)
     rows, flat = as_rows(scores, target)
     if weight is not None:
         weight = check_class_tensor("weight", weight, scores, rows.shape[1])
@@ -45,16 +65,25 @@ def reduced_loss(
             options, tensors = _counting(options, tensors, rows.shape[1])
         if not options.ks:
             loss, chosen = NOTHING, "torch"
-    call = Call(loss, options, ignore_index, chosen, by_itself=tail["backend"] is None)
-    value = row_loss(call, rows, flat, *tensors)
-    used = flat != ignore_index
-    if weight is not None:
-        share = torch.where(used, weight.to(value.dtype)[torch.where(used, flat, 0)], 0.0)
-        value = torch.where(used, value * share, 0.0)
+    call, used = Call(loss, options, ignore_index, chosen, by_itself=tail["backend"] is None), flat != ignore_index
+    share = None if weight is None else _share(weight.to(compute_dtype(scores)), flat, used)
+    if isinstance(rows, PendingScores):
+        # What is compiled takes all scores at once.
+        call = call._replace(backend="torch" if chosen == "compiled" else chosen, by_itself=False)
+        value = rows.source(call, flat, tensors, share, reduction)
+    else:
+        value = row_loss(call, rows, flat, *tensors)
+        value = value if share is None else torch.where(used, value * share, 0.0)
     if reduction == "none":
         return value.reshape(target.shape)
     total = value.sum()
-    return total if reduction == "sum" else total / (used.sum() if weight is None else share.sum())
+    return total if reduction == "sum" else total / (used.sum() if share is None else share.sum())
+
+
+def _share(weight: Tensor, target: Tensor, used: Tensor) -> Tensor:
+    """The weight of every row's class (rows,), 0 where it has none."""
+    valid = used & (target >= 0) & (target < weight.shape[0])
+    return torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
 
 
 def as_rows(scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,7 +110,7 @@ def _nothing(scores: Tensor, target: Tensor, *_: Tensor, **options: Any) -> Tens
     return torch.where(torch.ones_like(scores, dtype=torch.bool), 0.0, scores).sum(1)
 
 
-NOTHING = Loss("nothing", tuple, _nothing, joint=True)
+NOTHING = Loss("nothing", tuple, _nothing, head=lambda options: Head(1, []), joint=True)
 """The loss of a call in which no k counts."""
 
 
@@ -90,7 +119,8 @@ def row_margins(margins: float | Tensor, scores: Tensor, target: Tensor) -> Tens
     rows, flat = as_rows(scores, target)
     dtype = compute_dtype(scores)
     if not isinstance(margins, Tensor):
-        return scores.new_full(flat.shape, check_number("margins", margins, least=0.0), dtype=dtype)
+        number = check_number("margins", margins, least=0.0)
+        return torch.full(flat.shape, number, dtype=dtype, device=scores.device)
     margins = check_class_tensor("margins", margins, scores, rows.shape[1]).detach().to(dtype)
     used = (flat >= 0) & (flat < rows.shape[1])
     return torch.where(used, margins[torch.where(used, flat, 0)], 0.0)
@@ -213,6 +243,15 @@ def log_sum_exp(scores: Tensor, keep: Tensor) -> Tensor:
     kept = scores.masked_fill(~keep, -torch.inf)
     some = kept.amax(1) > -torch.inf
     return torch.where(some, torch.where(some[:, None], kept, 0.0).logsumexp(1), -torch.inf)
+
+
+def with_tail(log_sum: Tensor, tail: Tensor | None, shift: Tensor | float = 0.0) -> Tensor:
+    """log(exp(log_sum) + S exp(shift)), S the sum (1, rows) over classes that are not listed, if there are any."""
+    if tail is None:
+        return log_sum
+    some = tail[0] > 0.0
+    beyond = torch.where(some, torch.where(some, tail[0], 1.0).log() + shift, 0.0)
+    return torch.where(some, torch.logaddexp(log_sum, beyond), log_sum)
 
 
 # --- the Module ------------------------------------------------------------------------------------------------------

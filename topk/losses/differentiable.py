@@ -30,9 +30,10 @@ from torch import Tensor
 
 from topk._cpu import ordered_topk, row_chunks
 from topk.arguments import KArgument, check_choice, check_count, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss
 from topk.losses.common import LossModule, largest_classes, not_finite_above, reduced_loss, row_dtype, target_scores
 from topk.losses.networks import network
+from topk.losses.soft import takes_probabilities
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")
@@ -388,8 +389,7 @@ def backward(
     saved: tuple[Tensor, ...],
 ) -> Tensor:
     """grad * d loss / d scores: the saved slopes, scattered; computed here when forward was not asked for them."""
-    index, slopes = saved if options.slopes else forward(scores, target, options._replace(slopes=True))[1:]
-    slopes = slopes * grad[:, None]
+    index, slopes = _scaled_slopes(grad, scores, target, options, saved)
     if options.kept == scores.shape[1]:
         return slopes
     zero = slopes[:, :1] * 0.0  # NaN where the row is bad
@@ -398,6 +398,22 @@ def backward(
     softmax = (scores - _log_sum(scores)[:, None]).exp_()
     first = split_weights(options, scores.shape[1]).first
     return softmax.mul_(grad[:, None] * first + zero).scatter_add_(1, index, slopes)
+
+
+def sparse(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The kept classes and grad times their slopes; None where all are kept, or a softmax is over all."""
+    if options.kept == scores.shape[1] or over_all(options, scores.shape[1]):
+        return None
+    return _scaled_slopes(grad, scores, target, options, saved)
+
+
+def _scaled_slopes(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    index, slopes = saved if options.slopes else forward(scores, target, options._replace(slopes=True))[1:]
+    return index, slopes * grad[:, None]
 
 
 _BUDGET = 2**20  # numbers worked on at a time, or _BUDGET_SHARE for each of the batch's kept scores if that is more
@@ -599,9 +615,17 @@ def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, 
         pool.index_copy_(0, places, torch.add(start, change, alpha=sign))
 
 
-LOSS = Loss("differentiable", Options, definition, forward, backward, joint=True)
+def head(options: Options) -> Head:
+    """The kept scores."""
+    if options.top1 == "cross_entropy" and options.cross_entropy_over == "all":
+        raise ValueError("cross_entropy_over must be 'kept' where the classes are sharded, got 'all'")
+    return Head(options.kept, [])
 
 
+LOSS = Loss("differentiable", Options, definition, forward, backward, sparse, head, joint=True)
+
+
+@takes_probabilities
 def differentiable_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -635,7 +659,7 @@ def differentiable_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; none above min(m, classes).
         method: a comparator network ("odd_even", "bitonic", "splitter_selection"), "neuralsort", "softsort" or
             "sinkhorn". The q_r of neuralsort and softsort do not sum to 1, so their loss can be negative.

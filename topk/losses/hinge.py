@@ -19,7 +19,8 @@ sums run over what exists.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import ordered_topk, scaled_exponentials, sum_exponentials
 from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -38,8 +39,10 @@ from topk.losses.common import (
     reduced_loss,
     row_dtype,
     target_scores,
+    with_tail,
     without_target,
 )
+from topk.losses.soft import takes_probabilities
 
 VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
 
@@ -59,6 +62,7 @@ def definition(
     k: int,
     variant: str = "calibrated",
     margin: float = 1.0,
+    tail: Tensor | None = None,  # (1, rows), for entropy: the sum of exp(x - w_k) over classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,)."""
     own = target_scores(scores, target)
@@ -74,12 +78,15 @@ def definition(
         return (margin + lead).relu().mean(1)
     if variant == "alpha":
         z = margin + lead
-        mean = (z[:, :-1].sum(1) + z[:, -1].relu()) / k  # z_y = 0 takes the last place if it is due
+        last, lower = z[:, -1], without_target(top, top, target)[0][:, -1] < target
+        last = torch.where((last > 0) | ((last == 0) & lower), last, 0.0)  # z_y = 0 takes the last place if it is due
+        mean = (z[:, :-1].sum(1) + last) / k
         return torch.where(z[:, -1] == -torch.inf, 0.0, mean).relu()
     best_wrong = without_target(top, top, target)[0][:, : k - 1]
     left_out = torch.cat((best_wrong, target[:, None]), 1)
     beyond = torch.ones_like(scores, dtype=torch.bool).scatter(1, left_out, False)
-    return softplus(log_sum_exp(scores, beyond) - own, threshold=50.0)
+    others = with_tail(log_sum_exp(scores, beyond), tail, (lead[:, -1] + own).detach())
+    return softplus(others - own, threshold=50.0)
 
 
 def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
@@ -184,9 +191,50 @@ def backward(
     return result.scatter_add_(1, index, best).scatter_add_(1, target[:, None], at_target)  # y may be in `index`
 
 
-LOSS = Loss("hinge", Options, definition, forward, backward)
+def sparse(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor] | None:
+    """The classes with a slope, and grad times it (rows, depth + 1); None for entropy, where all have one."""
+    index, slopes, _ = saved
+    if options.variant == "entropy":
+        return None
+    return torch.cat((index, target[:, None]), 1), grad[:, None] * slopes
 
 
+def head(options: Options) -> Head:
+    """Nothing but the largest scores; of entropy also the sum of exponentials relative to the k-th wrong one."""
+    return Head(options.ks[-1] + 1, [Tail(1.0, rank=k) for k in options.ks if options.variant == "entropy"])
+
+
+LOSS = Loss("hinge", Options, definition, forward, backward, sparse, head)
+
+
+def expected(
+    scores: Tensor,  # (rows, classes)
+    q: Tensor,  # (rows, classes), probabilities
+    *,
+    k: KArgument = 5,
+    variant: str = "calibrated",
+    margin: float = 1.0,
+    **_: Any,
+) -> Tensor | None:
+    """sum over y of q_y times the loss (rows,), for all y at once; None for the variants with sums."""
+    if variant not in ("calibrated", "kth", "smooth_limit"):
+        return None
+    loss, own = torch.zeros_like(scores[:, 0]), torch.where(q != 0.0, scores, 0.0)
+    for each, share in zip(*check_k(k, scores.shape[1]), strict=True):
+        if each < scores.shape[1] and share > 0.0:
+            best = largest_classes(scores, each + 1)
+            kth, following = scores.gather(1, best[:, -2:]).split(1, 1)
+            others = following.expand_as(scores)
+            if variant != "calibrated":  # the k-th largest score of the classes that are not y
+                others = kth.expand_as(scores).scatter(1, best[:, :-1], following.expand(-1, each))
+            rate = each if variant == "smooth_limit" else 1
+            loss = loss + share * (q * (margin + (others - own) / rate).relu()).sum(1)
+    return loss
+
+
+@functools.partial(takes_probabilities, expected=expected)
 def topk_hinge_loss(
     scores: Tensor,
     target: Tensor,
@@ -217,7 +265,7 @@ def topk_hinge_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
         variant: one of the names above.
         margin: by how much the right class must lead, >= 0. It plays no part in "entropy".

@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import scaled_exponentials, sum_exponentials
 from topk.arguments import check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -33,13 +33,15 @@ from topk.losses.common import (
     row_dtype,
     row_margins,
     target_scores,
+    with_tail,
 )
+from topk.losses.soft import takes_probabilities
 
 
-def log_odds_against(scores: Tensor, target: Tensor) -> Tensor:
+def log_odds_against(scores: Tensor, target: Tensor, tail: Tensor | None = None) -> Tensor:
     """log((1 - p_y) / p_y) = log sum_{j != y} exp(x_j) - x_y (rows,); the least number where no other class is left."""
     wrong = torch.ones_like(scores, dtype=torch.bool).scatter(1, target[:, None], False)
-    gap = log_sum_exp(scores, wrong) - target_scores(scores, target)
+    gap = with_tail(log_sum_exp(scores, wrong), tail) - target_scores(scores, target)
     return gap.clamp(min=torch.finfo(gap.dtype).min)
 
 
@@ -48,14 +50,15 @@ def ldam_definition(
     target: Tensor,  # (rows,)
     margins: Tensor,  # (rows,), of every row's class
     scale: float = 30.0,
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(scale x) over classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,): cross-entropy of scale (x - margin e_y)."""
-    return softplus(log_odds_against(scale * scores, target) + scale * margins, threshold=50.0)
+    return softplus(log_odds_against(scale * scores, target, tail) + scale * margins, threshold=50.0)
 
 
-def focal_definition(scores: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_definition(scores: Tensor, target: Tensor, gamma: float = 2.0, tail: Tensor | None = None) -> Tensor:
     """The loss of every row (rows,): (1 - p_y)^gamma times cross-entropy."""
-    gap = log_odds_against(scores, target)
+    gap = log_odds_against(scores, target, tail)
     entropy = softplus(gap, threshold=50.0)
     return (gamma * (gap - entropy)).exp() * entropy
 
@@ -79,7 +82,14 @@ def ldam_backward(
     return _spread(grad, scores, target, saved[0], options.scale)
 
 
-LDAM = Loss("ldam", LDAMOptions, ldam_definition, ldam_forward, ldam_backward)
+LDAM = Loss(
+    "ldam",
+    LDAMOptions,
+    ldam_definition,
+    ldam_forward,
+    ldam_backward,
+    head=lambda options: Head(1, [Tail(options.scale)]),
+)
 
 
 class FocalOptions(NamedTuple):
@@ -104,7 +114,9 @@ def focal_backward(
     return _spread(grad, scores, target, saved[0], 1.0)
 
 
-FOCAL = Loss("focal", FocalOptions, focal_definition, focal_forward, focal_backward)
+FOCAL = Loss(
+    "focal", FocalOptions, focal_definition, focal_forward, focal_backward, head=lambda _: Head(1, [Tail(1.0)])
+)
 
 
 def _gap(scores: Tensor, target: Tensor, margins: Tensor | float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -132,6 +144,7 @@ def _spread(grad: Tensor, scores: Tensor, target: Tensor, table: Tensor, scale: 
     return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
 
 
+@takes_probabilities
 def ldam_loss(
     scores: Tensor,
     target: Tensor,
@@ -149,7 +162,7 @@ def ldam_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type; cosines in the paper.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         margins: a number for every class, or one >= 0 for all.
         scale: what the scores are multiplied by, > 0.
         weight: a number for every class, or None.
@@ -164,6 +177,7 @@ def ldam_loss(
     return reduced_loss(LDAM, options, scores, target, margin, **tail)
 
 
+@takes_probabilities
 def focal_loss(
     scores: Tensor,
     target: Tensor,
@@ -180,7 +194,7 @@ def focal_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         gamma: how fast examples that are right already stop counting, >= 0.
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from topk._cpu import ordered_topk
 from topk.arguments import KArgument, check_count, check_generator, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss
 from topk.losses import polynomials
 from topk.losses.common import (
     LossModule,
@@ -39,6 +39,7 @@ from topk.losses.common import (
 )
 from topk.losses.noised_quadrature import STEPS, expected_order, expected_order_gradient, grid
 from topk.losses.noised_sampling import draw
+from topk.losses.soft import takes_probabilities
 
 
 class Options(NamedTuple):
@@ -151,24 +152,48 @@ def backward(
 ) -> Tensor:
     """grad * d loss / d scores: -slope on y, and slope spread over the classes that may be (k+1)-th."""
     slopes, kept = saved
-    push = (grad.to(slopes.dtype)[:, None] * slopes).masked_fill(slopes == 0, 0.0)
     result = torch.zeros_like(scores, memory_format=torch.contiguous_format)
     broken = slopes[:, 0].isnan()
     if not broken.is_cpu or bool(broken.any()):
         result.masked_fill_(broken[:, None], torch.nan)
+    few = sparse(grad, scores, target, options, saved)
+    if few is not None:
+        return result.scatter_add_(1, *few)
+    push, pull = _push_and_pull(grad, scores, target, slopes)
+    for place, k in enumerate(options.ks):
+        expected_order_gradient(result, push[:, place], scores, kept[:, place], k, options.epsilon)
+    return result.scatter_add_(1, target[:, None], -pull.to(scores.dtype))
+
+
+def sparse(
+    grad: Tensor, scores: Tensor, target: Tensor, options: Options, saved: tuple[Tensor, ...], *_: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """The classes that were (k+1)-th in some draw, and y, with grad times their slopes; None for the quadrature."""
+    slopes, kept = saved
     if kept.is_floating_point():
-        for place, k in enumerate(options.ks):
-            expected_order_gradient(result, push[:, place], scores, kept[:, place], k, options.epsilon)
-    else:
-        spread = (push / kept.shape[1])[:, None, :].expand(kept.shape).flatten(1)
-        result.scatter_add_(1, kept.flatten(1), spread.to(scores.dtype))
-    pull = push.sum(1).masked_fill(target_scores(scores, target) == -torch.inf, 0.0)
-    return result.scatter_add_(1, target[:, None], -pull.to(scores.dtype)[:, None])
+        return None
+    push, pull = _push_and_pull(grad, scores, target, slopes)
+    spread = (push / kept.shape[1])[:, None, :].expand(kept.shape).flatten(1)
+    return torch.cat((kept.flatten(1), target[:, None]), 1), torch.cat((spread, -pull), 1).to(scores.dtype)
 
 
-LOSS = Loss("noised", Options, definition, forward, backward)
+def _push_and_pull(grad: Tensor, scores: Tensor, target: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """What the (k+1)-th score of every k is pushed down by (rows, ks), and y up by (rows, 1)."""
+    push = (grad.to(slopes.dtype)[:, None] * slopes).masked_fill(slopes == 0, 0.0)
+    return push, push.sum(1, keepdim=True).masked_fill(target_scores(scores, target)[:, None] == -torch.inf, 0.0)
 
 
+def head(options: Options) -> Head:
+    """Without noise the largest scores."""
+    if options.epsilon > 0.0:
+        raise ValueError(f"epsilon must be 0 where the classes are sharded, got {options.epsilon}")
+    return Head(options.ks[-1] + 1, [])
+
+
+LOSS = Loss("noised", Options, definition, forward, backward, sparse, head)
+
+
+@takes_probabilities
 def noised_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -195,7 +220,7 @@ def noised_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1; all of them share the noise,
             unless some level x_[k+1] is thousands of epsilon from another.
         epsilon: how much noise, in units of the scores, >= 0.

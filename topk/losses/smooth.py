@@ -38,7 +38,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import SMALLEST, buffers, chunks, exponentials, exponents, lowest
 from topk.arguments import KArgument, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses import polynomials
 from topk.losses.common import (
     LossModule,
@@ -51,6 +51,7 @@ from topk.losses.common import (
     row_dtype,
     target_scores,
 )
+from topk.losses.soft import takes_probabilities
 
 POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
@@ -79,11 +80,12 @@ def definition(
     k: int,
     tau: float = 1.0,
     margin: float = 1.0,
+    tail: Tensor | None = None,  # (k, rows): power sums of classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,)."""
     rate = 1.0 / (k * tau)
     head, own = largest_wrong_and_own(scores, target, k)
-    rho = log_ratio(scores, target, head, own, rate)  # log e_k - log e_{k-1}
+    rho = log_ratio(scores, target, head, own, rate, tail)  # log e_k - log e_{k-1}
     gap = margin / tau + rho - rate * own.to(rho.dtype)
     return (tau * softplus(gap, threshold=30.0)).to(scores.dtype)
 
@@ -94,6 +96,7 @@ def log_ratio(
     head: Tensor,  # (rows, k), the largest scores of classes other than y, descending
     own: Tensor,  # (rows,), x_y
     rate: float,
+    tail: Tensor | None = None,  # (k, rows)
 ) -> Tensor:
     """log e_k - log e_{k-1} of exp(rate x) over the classes other than y (rows,); -inf where fewer than k exist.
 
@@ -103,8 +106,9 @@ def log_ratio(
     absent, about = kth.squeeze(1) == -torch.inf, finite_or_zero(kth)  # any `about` gives the same ratio
     if k <= POWER_SUM_LIMIT:
         listed = torch.cat((head, own[:, None]), 1)
-        tail = _sums_of_powers(scores, about, rate, k) - _sums_of_powers(listed, about, rate, k)
-        sums = materialised(tail).to(row_dtype(scores))
+        others = _sums_of_powers(scores, about, rate, k) - _sums_of_powers(listed, about, rate, k)
+        sums = materialised(others).to(row_dtype(scores))
+        sums = sums if tail is None else sums + tail.T
         head_odds = rate * (head.to(row_dtype(scores)) - about)
         lower, upper = _multiplied_in(head_odds, _from_power_sums(sums))
         tilt = torch.zeros_like(lower)
@@ -440,14 +444,24 @@ def _add_one_k(
             result[rows] += field
 
 
+def head(options: Options) -> Head:
+    """The power sums of every k are relative to its k-th largest wrong score."""
+    if options.ks[-1] > POWER_SUM_LIMIT:
+        raise ValueError(f"k must be at most {POWER_SUM_LIMIT} where the classes are sharded, got {options.ks[-1]}")
+    return Head(options.ks[-1] + 1, [Tail(1.0 / (k * options.tau), k, k) for k in options.ks])
+
+
 def saved_by_compiling(options: Options) -> float:
     """Seconds for every score."""
     return 7e-9 if options.ks[-1] <= POWER_SUM_LIMIT else 0.0
 
 
-LOSS = Loss("smooth", Options, definition, forward, backward, centred=False, saved_by_compiling=saved_by_compiling)
+LOSS = Loss(
+    "smooth", Options, definition, forward, backward, head=head, centred=False, saved_by_compiling=saved_by_compiling
+)
 
 
+@takes_probabilities
 def smooth_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -470,7 +484,7 @@ def smooth_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
         tau: temperature, > 0. The gradient shrinks like 1/k, so tune the learning rate with it.
         margin: by how much the right class must lead, >= 0.

@@ -19,6 +19,7 @@ selection. Rows with something that is not finite are rare: their loss gives the
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect_right
 from collections.abc import Callable
@@ -29,8 +30,17 @@ from torch import Tensor
 
 from topk._cpu import CHUNK, buffers, chunks, ordered_and_next
 from topk.arguments import KArgument, check_choice, check_ignore_index, check_k, check_number, check_scores
-from topk.autograd import Loss, compute_dtype
-from topk.losses.common import LossModule, as_rows, largest_classes, reduced_loss, target_scores
+from topk.autograd import Head, Loss, Tail, compute_dtype
+from topk.losses.common import (
+    LossModule,
+    PendingScores,
+    as_rows,
+    largest_classes,
+    reduced_loss,
+    target_scores,
+    with_tail,
+)
+from topk.losses.soft import takes_probabilities
 from topk.metrics import ranks
 
 Transition = str | float | Tensor | Callable[[Tensor], Tensor]
@@ -53,13 +63,14 @@ def definition(
     k: int,
     width: float = 1.0,
     label_smoothing: float = 0.0,
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(x) over classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,); a and the choice of T are constants to every derivative."""
     best = largest_classes(scores, k + 1)
     if a is None:
         margin = target_scores(scores, target) - target_scores(scores, best[:, k])
         a = smoothstep(margin.detach() / width)
-    log_p = scores.log_softmax(1)
+    log_p = scores.log_softmax(1) if tail is None else scores - with_tail(scores.logsumexp(1), tail)[:, None]
     missed = -target_scores(log_p, target)
     entropy = missed
     if label_smoothing > 0.0:
@@ -202,9 +213,48 @@ def backward(
     return result if scores.is_cpu and not bool(dead.any()) else result.masked_fill_(dead[:, None] > 0.0, 0.0)
 
 
-LOSS = Loss("transition", Options, definition, forward, backward)
+def head(options: Options) -> Head:
+    """One sum of exponentials."""
+    if options.label_smoothing > 0.0:
+        raise ValueError(f"label_smoothing must be 0 where the classes are sharded, got {options.label_smoothing}")
+    return Head(options.ks[-1] + 1, [Tail(1.0)])
 
 
+LOSS = Loss("transition", Options, definition, forward, backward, head=head)
+
+
+def expected(
+    scores: Tensor,  # (rows, classes)
+    q: Tensor,  # (rows, classes), probabilities
+    *,
+    k: KArgument = 5,
+    transition: Transition = "margin",
+    width: float = 1.0,
+    label_smoothing: float = 0.0,
+    **_: Any,
+) -> Tensor | None:
+    """sum over y of q_y times the loss (rows,), for all y at once."""
+    if not isinstance(transition, str | float | int) or transition == "accuracy":
+        return None
+    loss, log_p = torch.zeros_like(scores[:, 0]), scores.log_softmax(1)
+    missed = torch.where(q != 0.0, -log_p, 0.0)
+    possible = scores > -torch.inf
+    mean = torch.where(possible, log_p, 0.0).sum(1, keepdim=True) / possible.sum(1, keepdim=True)
+    for each, share in zip(*check_k(k, scores.shape[1]), strict=True):
+        if each == scores.shape[1] or share == 0.0:
+            continue
+        best = largest_classes(scores, each + 1)
+        top, following = best[:, :-1], scores.gather(1, best[:, -1:])
+        lead = (scores - following).nan_to_num(nan=0.0).detach()
+        a = smoothstep(lead / width) if transition == "margin" else torch.full_like(scores, float(transition))
+        group = -log_p.gather(1, top).logsumexp(1, keepdim=True)
+        grouped = missed.scatter(1, top, group.expand(top.shape))
+        entropy = (1.0 - label_smoothing) * missed - label_smoothing * mean
+        loss = loss + share * (q * ((1.0 - a) * entropy + a * grouped)).sum(1)
+    return loss
+
+
+@functools.partial(takes_probabilities, expected=expected)
 def transition_topk_loss(
     scores: Tensor,
     target: Tensor,
@@ -229,7 +279,7 @@ def transition_topk_loss(
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
-        target: class indices.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
         transition: how a is found.
             "margin": per example s^2 (3 - 2 s) with s = clip((x_y - x_[k+1]) / width, 0, 1);
@@ -278,13 +328,16 @@ def _given_weights(
         return (transition.detach().to(scores.device, dtype).expand(shape),)
     if callable(transition):
         return (_called_weights(transition, scores, target, options, ignore_index),)
-    return (scores.new_full(shape, check_number("transition", transition, least=0.0, most=1.0), dtype=dtype),)
+    a = check_number("transition", transition, least=0.0, most=1.0)
+    return (torch.full(shape, a, dtype=dtype, device=scores.device),)
 
 
 def _called_weights(
     transition: Callable[[Tensor], Tensor], scores: Tensor, target: Tensor, options: Options, ignore_index: int
 ) -> Tensor:
     """What `transition` makes of the margins, (rows, ks); 0 for a k that does not count, or a row without a class."""
+    if isinstance(scores, PendingScores):
+        raise ValueError("transition must not be a function where the scores are made, or held, in pieces")
     rows, flat = as_rows(scores.detach(), target)
     rows, classes = rows.to(compute_dtype(scores)), rows.shape[1]
     used = (flat >= 0) & (flat < classes) & (flat != ignore_index)

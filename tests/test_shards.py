@@ -1,0 +1,225 @@
+"""Classes spread over two, three and four processes give what one process gives.
+
+Four processes are started once; each checks what it gets and counts what it sends.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import topk
+
+CLASSES, ROWS, FEATURES = 29, 12, 5
+CUTS = {2: (0, 20, 29), 3: (0, 5, 5, 29), 4: (0, 1, 11, 12, 29)}  # uneven, and one of three is empty
+VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
+
+Check = Callable[[topk.ClassShard, int], None]  # of this process's slice, which ends before that class
+
+
+def criteria() -> dict[str, nn.Module]:
+    margins = torch.linspace(0.1, 2.0, CLASSES)
+    return {
+        "smooth": topk.SmoothTopKLoss(3),
+        "smooth, many k": topk.SmoothTopKLoss({1: 0.5, 8: 0.5}, tau=0.3),
+        "transition": topk.TransitionTopKLoss({1: 0.5, 3: 0.5}),
+        "transition, fixed": topk.TransitionTopKLoss(3, transition=0.5),
+        "noised, without noise": topk.NoisedTopKLoss(3, epsilon=0.0, margins=margins),
+        "focal": topk.FocalLoss(),
+        "ldam": topk.LDAMLoss(margins=margins, scale=3.0),
+        "differentiable": topk.DifferentiableTopKLoss(3, m=6),
+        "differentiable, all": topk.DifferentiableTopKLoss(3, m=40),
+        "no k counts": topk.SmoothTopKLoss(CLASSES),
+        **{f"hinge, {name}": topk.TopKHingeLoss({1: 0.5, 3: 0.5}, variant=name) for name in VARIANTS},
+    }
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores with ties across the cuts, masked classes and rows that are broken, targets, and upstream gradients."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 2.0 * torch.randn(ROWS, CLASSES, dtype=torch.float64, generator=generator)
+    scores[3:6] = scores[3:6].round()
+    scores[6, 4:9], scores[7, 1:20] = -torch.inf, -torch.inf  # row 7's target is class 20
+    scores[7, 21:] = -torch.inf
+    scores[8, 21], scores[9, 2] = torch.nan, torch.inf
+    target = torch.arange(ROWS) * 7 % CLASSES
+    target[2] = -100
+    scores[2, 3] = torch.nan  # an ignored row may hold anything
+    scores[10, target[10]] = -torch.inf
+    return scores.to(dtype), target, torch.randn(ROWS, dtype=torch.float64, generator=generator).to(dtype)
+
+
+def same(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+@contextmanager
+def counted(operations: tuple[str, ...] = ("all_gather", "all_reduce")) -> Iterator[list[tuple[str, int]]]:
+    """What was sent: the operation and the bytes of this process's part."""
+    sent: list[tuple[str, int]] = []
+    kept = {name: getattr(dist, name) for name in operations}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            message = arguments[1] if name == "all_gather" else arguments[0]
+            sent.append((name, message.numel() * message.element_size()))
+            return kept[name](*arguments, **keywords)
+
+        return call
+
+    for name in operations:
+        setattr(dist, name, counting(name))
+    try:
+        yield sent
+    finally:
+        for name in operations:
+            setattr(dist, name, kept[name])
+
+
+def losses_equal(shard: topk.ClassShard, stop: int) -> None:
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        scores, target, upstream = problem(dtype)
+        for loss in criteria().values():
+            loss.reduction = "none"
+            whole, local = (x.clone().requires_grad_() for x in (scores, scores[:, shard.start : stop]))
+            expected, found = loss(whole, target), topk.sharded_loss(loss, local, target, shard)
+            same(found.detach(), expected.detach(), tolerance)
+            (gradient,) = torch.autograd.grad(expected, whole, upstream)
+            gradient[10] = 0.0  # the loss of an impossible target is +inf; its slices get no gradient
+            same(torch.autograd.grad(found, local, upstream)[0], gradient[:, shard.start : stop], tolerance)
+    loss = topk.TransitionTopKLoss(3, weight=torch.linspace(0.5, 2.0, CLASSES))
+    usual = [0, 1, 2, 3, 4, 5, 6, 11]
+    for reduction in ("mean", "sum"):
+        loss.reduction = reduction
+        local = scores[usual, shard.start : stop]
+        same(topk.sharded_loss(loss, local, target[usual], shard), loss(scores[usual], target[usual]), 2e-6)
+
+
+def messages_are_few(shard: topk.ClassShard, stop: int) -> None:
+    scores, target, _ = problem(torch.float32)
+    local = scores[:, shard.start : stop].requires_grad_()
+    loss, k = criteria(), 3
+    for name, reductions in (("hinge, kth", 0), ("smooth", k), ("transition, fixed", 1)):
+        with counted() as sent:
+            topk.sharded_loss(loss[name], local, target, shard).backward()
+        head = ("all_gather", 4 * ROWS * (2 * (k + 1) + 1))  # k + 1 scores and classes, and the target's score
+        assert sent == [head, ("all_reduce", 4 * ROWS * reductions)][: 1 + (reductions > 0)]
+    weight, features = torch.randn(stop - shard.start, FEATURES, requires_grad=True), torch.randn(ROWS, FEATURES)
+    with counted() as sent:
+        topk.linear_loss(loss["smooth"], features.requires_grad_(), weight, target, chunk=4, shard=shard).backward()
+    assert [name for name, _ in sent] == ["all_gather", "all_reduce"] * 3 + ["all_reduce"]
+    assert sent[-1][1] == 4 * ROWS * FEATURES  # the features' gradient, once
+
+
+def last_layers_equal(shard: topk.ClassShard, stop: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = ((ROWS, FEATURES), (CLASSES, FEATURES), (CLASSES,))
+    whole = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
+    target, upstream = problem(torch.float64)[1:]
+    mine = slice(shard.start, stop)
+    for name in ("smooth", "transition", "hinge, beta", "differentiable", "ldam"):
+        for reduction in ("mean", "none"):
+            loss = criteria()[name]
+            loss.reduction = reduction
+            local = [whole[0].detach().requires_grad_(), *(x.detach()[mine].requires_grad_() for x in whole[1:])]
+            expected = loss(F.linear(*whole), target)
+            found = topk.linear_loss(loss, *local[:2], target, bias=local[2], chunk=5, shard=shard)
+            same(found.detach(), expected.detach(), 1e-12)
+            weights = upstream if reduction == "none" else upstream[0]
+            wanted = torch.autograd.grad(expected, whole, weights)
+            for place, gradient in enumerate(torch.autograd.grad(found, local, weights)):
+                same(gradient, wanted[place] if place == 0 else wanted[place][mine], 1e-12)
+    cosines = topk.linear_loss(criteria()["ldam"], *local[:2], target, cosine_scale=4.0, shard=shard)
+    same(cosines, topk.linear_loss(criteria()["ldam"], *whole[:2], target, cosine_scale=4.0), 1e-12)
+
+
+def metrics_equal(shard: topk.ClassShard, stop: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        scores, target, _ = problem(dtype)
+        local = scores[:, shard.start : stop]
+        assert torch.equal(topk.metrics.ranks(local, target, shard=shard), topk.metrics.ranks(scores, target))
+        found = topk.metrics.topk_accuracy(local, target, (1, 3, CLASSES), shard=shard)
+        assert found == topk.metrics.topk_accuracy(scores, target, (1, 3, CLASSES))
+
+
+def dtensors_are_taken(shard: topk.ClassShard, stop: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    scores, target, _ = problem(torch.float64)
+    usual = [0, 1, 3, 4, 5, 6, 11]
+    scores, target = scores[usual], target[usual]
+    for name in ("smooth", "ldam", "hinge, kth"):
+        whole, cut = scores.clone().requires_grad_(), distribute_tensor(scores, mesh, [Shard(1)]).requires_grad_()
+        loss = criteria()[name]
+        expected, found = loss(whole, target), loss(cut, target)
+        same(found.detach(), expected.detach(), 1e-12)
+        found.backward()
+        expected.backward()
+        same(cut.grad.full_tensor(), whole.grad, 1e-12)
+    with pytest.raises(ValueError, match="DTensor must be"):
+        loss(distribute_tensor(scores, mesh, [Replicate()]), target)
+
+
+def what_cannot_be_is_refused(shard: topk.ClassShard, stop: int) -> None:
+    scores, target, _ = problem(torch.float64)
+    local = scores[:, shard.start : stop]
+    refused = {
+        "k must be at most 8": topk.SmoothTopKLoss(9),
+        "epsilon must be 0": topk.NoisedTopKLoss(3),
+        "label_smoothing must be 0": topk.TransitionTopKLoss(3, label_smoothing=0.1),
+        "cross_entropy_over must be 'kept'": topk.DifferentiableTopKLoss(
+            1, m=6, top1="cross_entropy", cross_entropy_over="all"
+        ),
+    }
+    for message, loss in refused.items():
+        with pytest.raises(ValueError, match=message):
+            topk.sharded_loss(loss, local, target, shard)
+    with pytest.raises(ValueError, match="scores must end by class 29"):
+        topk.sharded_loss(criteria()["smooth"], scores, target, topk.ClassShard(3, CLASSES))
+    with pytest.raises(ValueError, match="target must hold class indices from 0 to 28"):
+        topk.sharded_loss(criteria()["smooth"], local, target + CLASSES, shard)
+    with pytest.raises(ValueError, match="start must be at most total"):
+        topk.ClassShard(30, 29)
+
+
+CHECKS: tuple[Check, ...] = (
+    losses_equal,
+    messages_are_few,
+    last_layers_equal,
+    metrics_equal,
+    dtensors_are_taken,
+    what_cannot_be_is_refused,
+)
+
+
+def _process(rank: int, port: int) -> None:
+    """All checks in the groups of the first two, three and four processes."""
+    torch.set_num_threads(1)
+    most = max(CUTS)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=most)
+    for world, cuts in CUTS.items():
+        group = dist.new_group([*range(world)])
+        for check in CHECKS:
+            if rank < world and (check is not dtensors_are_taken or world == most):
+                try:
+                    check(topk.ClassShard(cuts[rank], CLASSES, group), cuts[rank + 1])
+                except Exception as error:
+                    raise AssertionError(f"{check.__name__} fails in process {rank} of {world}") from error
+    dist.destroy_process_group()
+
+
+def test_processes_together_equal_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(_process, (port,), max(CUTS), start_method="spawn")
