@@ -13,6 +13,7 @@ from contract import CASES
 from torch import Tensor, nn
 
 import topk
+from topk import compiled
 from topk_lab.study.timing import peak_temporaries
 
 ROWS, FEATURES, CLASSES = 23, 6, 13
@@ -124,6 +125,26 @@ def test_second_derivatives(name: str, reduction: str) -> None:
         along = sum((slope * direction.detach()).sum() for slope, direction in zip(slopes, directions, strict=True))
         found.append(torch.autograd.grad(along, inputs))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("backend", [None, "compiled"])
+def test_chunks_are_never_compiled(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither by themselves, nor where it is asked for, nor for second derivatives."""
+
+    def refuses(*_: Any) -> None:
+        raise AssertionError("a chunk was to be compiled")
+
+    monkeypatch.setattr(compiled, "pair_for", refuses)
+    monkeypatch.setattr(compiled, "why_not", lambda device: None)
+    monkeypatch.setattr(compiled, "COMPILE_SECONDS", 0.0)
+    inputs, target = layer(torch.bfloat16), targets()
+    found = []
+    for chosen in ("torch", backend):
+        value = fused(criterion(CRITERIA["smooth"], backend=chosen), *inputs[:2], target, inputs[2])
+        slopes = torch.autograd.grad(value, inputs, retain_graph=True)
+        bent = torch.autograd.grad(value, inputs[0], create_graph=True)[0].float().square().sum()
+        found.append((value, *slopes, *torch.autograd.grad(bent, inputs)))
+    torch.testing.assert_close(*found, rtol=0.0, atol=0.0)
 
 
 def test_gradients_accumulate_and_backward_may_be_repeated() -> None:
