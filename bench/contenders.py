@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,10 +66,8 @@ class Setting:
     def weight(self, device: torch.device | str = "cpu") -> Tensor:
         """A last layer's, for which normal features give normal scores."""
         generator = torch.Generator(device).manual_seed(self.classes)
-        weight = torch.randn(self.classes, self.features, generator=generator, device=device) / self.features**0.5
-        weight = weight.to(TYPES[self.dtype])
-        weight.requires_grad_()
-        return weight
+        weight = torch.randn(self.classes, self.features, generator=generator, device=device)
+        return weight.div_(math.sqrt(self.features)).to(TYPES[self.dtype]).requires_grad_()
 
 
 @dataclass(frozen=True)
