@@ -205,9 +205,10 @@ torch.library.register_autograd("topk::materialised", lambda ctx, grad: _materia
 def materialised(numbers: Tensor) -> Tensor:
     """The same few numbers a row, which a compiler is to write down, and not to work out again for every class.
 
-    The same holds for their gradient in backward.
+    The same holds for their gradient in backward. Forward mode would lose the tangent in an operation of our own.
     """
-    return _materialised(numbers) if is_traced(numbers) else numbers
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return _materialised(numbers) if is_traced(numbers) and not forward_mode else numbers
 
 
 def target_scores(scores: Tensor, target: Tensor) -> Tensor:
