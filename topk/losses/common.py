@@ -189,26 +189,14 @@ def largest_wrong_and_own(scores: Tensor, target: Tensor, count: int) -> tuple[T
 # --- numbers of a row ------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("topk::materialised", mutates_args=())
-def _materialised(numbers: Tensor) -> Tensor:
-    return numbers.clone()
-
-
-@_materialised.register_fake
-def _(numbers: Tensor) -> Tensor:
-    return torch.empty_like(numbers)
-
-
-torch.library.register_autograd("topk::materialised", lambda ctx, grad: _materialised(grad))
-
-
 def materialised(numbers: Tensor) -> Tensor:
-    """The same few numbers a row, which a compiler is to write down, and not to work out again for every class.
+    """The same few numbers a row, in float64, which a compiler for the CPU writes down, and so their gradient.
 
-    The same holds for their gradient in backward. Forward mode would lose the tangent in an operation of our own.
+    Else it would work them out again for every class. It fuses nothing into a product of matrices.
     """
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return _materialised(numbers) if is_traced(numbers) and not forward_mode else numbers
+    if not (is_traced(numbers) and numbers.device.type == "cpu"):
+        return numbers
+    return numbers @ torch.eye(numbers.shape[1], dtype=numbers.dtype, device=numbers.device)
 
 
 def target_scores(scores: Tensor, target: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def log_ratio(
     if k <= POWER_SUM_LIMIT:
         listed = torch.cat((head, own[:, None]), 1)
         others = _sums_of_powers(scores, about, rate, k) - _sums_of_powers(listed, about, rate, k)
-        sums = materialised(others).to(row_dtype(scores))
+        sums = materialised(others.to(row_dtype(scores)))
         sums = sums if tail is None else sums + tail.T
         head_odds = rate * (head.to(row_dtype(scores)) - about)
         lower, upper = _multiplied_in(head_odds, _from_power_sums(sums))
