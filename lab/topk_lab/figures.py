@@ -581,7 +581,7 @@ def over_two_wrong_scores(losses: Mapping[str, RowLoss], alt: str, reach: float 
         axis.set(title=name, xlabel="$x_1 - x_y$", aspect="equal")
         axis.grid(False)
         figure.colorbar(picture, ax=axis, shrink=0.7)
-        data[f"{name}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
+        data[f"{_plain(name)}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
     axes[0].set_ylabel("$x_2 - x_y$")
     show(figure, alt, data)
 
