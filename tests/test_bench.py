@@ -520,8 +520,8 @@ def test_the_summary_tells_both_clocks(tmp_path: Path) -> None:
 def test_figures_draw_the_table(records: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[str, Any]] = []
     monkeypatch.setattr(figures, "show", lambda figure, alt, data: drawn.append((alt, data)))
-    benchmarks.time_and_memory(records, "smooth", "classes", "words")
-    benchmarks.ratio_to_cross_entropy(records, "classes", "words")
+    benchmarks.time_and_memory(records, "smooth", "classes")
+    benchmarks.ratio_to_cross_entropy(records, "classes")
     benchmarks.ratio_to_peers(records, "words")
     benchmarks.bandwidth(records, "words")
     (_, times), (_, ratios), (_, peers), (_, bandwidths) = drawn
@@ -529,7 +529,8 @@ def test_figures_draw_the_table(records: Any, monkeypatch: pytest.MonkeyPatch) -
     assert ratios["smooth"] == pytest.approx([0.8, 0.8, 0.8])
     assert peers["smooth"] == pytest.approx([10, 10, 10, 0.5, 0.5])
     assert len(bandwidths[""]) == 5
-    assert all(alt == "words" for alt, _ in drawn)
+    assert [alt for alt, _ in drawn[2:]] == ["words", "words"]
+    assert all("smooth" in alt or "cross-entropy" in alt for alt, _ in drawn[:2])
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -334,7 +334,10 @@ def test_compiles_in_one_piece(losses: list[Case]) -> None:
     scores = scores.expand(len(losses), -1, -1)
     each = _of_each(losses, lambda x: x)
     compiled = torch.compile(each, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(value_and_gradient(compiled, scores, target), value_and_gradient(each, scores, target))
+    found, expected = (value_and_gradient(loss, scores, target) for loss in (compiled, each))
+    for place, loss in enumerate(losses):  # a compiled iteration takes all its steps, an eager one stops before
+        near = {"rtol": loss.precision, "atol": loss.precision}
+        torch.testing.assert_close([part[place] for part in found], [part[place] for part in expected], **near)
 
 
 @pytest.mark.parametrize("recording", [True, False])
