@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import re
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import nbformat
+import psutil
 import pytest
 
 pytest.importorskip("jupytext")
@@ -118,3 +124,30 @@ def test_numbers_in_a_table_stay_on_one_line() -> None:
     assert page._cell("3 of 4 runs") == "3 of 4 runs"
     assert page._cell("learning rate 0.1") == "learning rate 0.1"
     assert page._cell(0.12345) == "0.123"
+
+
+def test_a_chapter_that_was_killed_goes_on_and_does_nothing_twice(tmp_path: Path) -> None:
+    """`papermill CHAPTER OUT -p profile smoke -p records run`, killed between two of its runs, and again to its end."""
+    chapter, scratch = "16_little_data", tmp_path / "runs" / "16_little_data"
+    notebook = layout.ROOT / "notebooks" / f"{chapter}.ipynb"
+    call = [sys.executable, "-m", "papermill", str(notebook), "out.ipynb", "-k", "python3"]
+    call += ["-p", "profile", "smoke", "-p", "records", "run"]
+    paths = os.pathsep.join(map(str, (layout.ROOT, layout.ROOT / "lab")))
+    environment = os.environ | {"PYTHONPATH": paths, "TOPK_RUNS": str(scratch.parent), "OMP_NUM_THREADS": "1"}
+    where: dict[str, Any] = {"cwd": tmp_path, "env": environment, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(call, **where) as first:
+        while len(list(scratch.glob("*.json"))) < 3:
+            assert first.poll() is None
+            time.sleep(0.05)
+        for process in [first, *psutil.Process(first.pid).children(recursive=True)]:  # the kernel and its workers
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    before = {path: path.stat().st_mtime_ns for path in scratch.glob("*.json")}
+    subprocess.run(call, **where, timeout=400, check=True)
+    asked = 2 * 10 + 5 * 10 * 2  # candidates x contenders, then shares of the images x contenders x seeds
+    assert 3 <= len(before) < asked == len(list(scratch.glob("*.json")))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not list(scratch.glob("work/*"))
+    page = (tmp_path / "out.ipynb").read_text()
+    assert f"All records of this chapter: {asked} records" in page
+    assert "Does not hold in this smaller run" in page

@@ -17,7 +17,7 @@ import pandas as pd
 from topk_lab import figures, sweep, train
 from topk_lab import records as tables
 from topk_lab.figures import Band, Panel
-from topk_lab.page import say, table
+from topk_lab.page import say, table, tell_failed_assertions
 from topk_lab.study.statistics import Interval, paired, t_interval
 
 BASELINE = "cross-entropy"
@@ -42,7 +42,10 @@ def runs(chapter: str, profile: str = "full", records: str = "committed", **opti
     """A chapter's runs, committed or run now (`sweep.records_of`), with a column `loss` that says the loss in words.
 
     Every table lists the losses in the order they have here: cross-entropy and its kin, the papers' losses, hinges.
+    Of a smaller run the page tells what fails of the full records' assertions (`page.tell_failed_assertions`).
     """
+    if records == "run" and profile != "full":
+        tell_failed_assertions()
     frame = sweep.records_of(chapter, profile=profile, records=records, **options)
     frame.insert(0, "loss", [loss_name(dict(row)) for _, row in frame.iterrows()])
     return frame.sort_values("loss", key=lambda names: names.map(_place), kind="stable", ignore_index=True)
