@@ -328,12 +328,13 @@ def _of_each(losses: list[Case], change: Any) -> Any:
 
 
 @every_table
-def test_compiles_in_one_piece(losses: list[Case]) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiles_in_one_piece(losses: list[Case], backend: str) -> None:
     torch._dynamo.reset()
     scores, target = batch()
     scores = scores.expand(len(losses), -1, -1)
     each = _of_each(losses, lambda x: x)
-    compiled = torch.compile(each, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(each, fullgraph=True, backend=backend)
     found, expected = (value_and_gradient(loss, scores, target) for loss in (compiled, each))
     for place, loss in enumerate(losses):  # a compiled iteration takes all its steps, an eager one stops before
         near = {"rtol": loss.precision, "atol": loss.precision}

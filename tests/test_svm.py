@@ -204,10 +204,11 @@ def test_half_types_are_computed_in_float32(name: str) -> None:
 
 
 @every_loss
-def test_compiles_whole(name: str) -> None:
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_compiles_whole(name: str, backend: str) -> None:
     scores, target = a_batch()
     loss = make(name, 7)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)
     same_values_and_gradients(compiled(scores, target), loss(scores, target), scores)
     if name in SMOOTH:
         for loss.tau in (0.5, 0.2):  # compiles again for each

@@ -422,10 +422,24 @@ def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[s
     return found
 
 
+def _asked(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> set[str]:
+    """The keys of all runs that the sweeps ask for, as far as the tuning runs in `rows` say which."""
+    found = set[str]()
+    for name, sweep in sweeps.items():
+        tuning = tuning_runs(name, sweep)
+        found |= set(tuning) | (set(final_runs(name, sweep, rows)) if set(tuning) <= set(rows) else set())
+    return found
+
+
 def gather(chapter: str, sweeps: Mapping[str, Sweep]) -> tuple[Path, int]:
-    """Folds the scratch folder's rows into the chapter's table; returns the table and how many rows were new."""
-    before, files = tables.rows_of(tables.load(chapter)), sorted(scratch(chapter).glob("*.json"))
-    rows = {row["key"]: row for row in [*before, *map(tables.restore, files)]}
+    """Folds the scratch folder's rows into the chapter's table; returns the table and how many rows were new.
+
+    Of runs of sweeps those that these sweeps ask for: what ran in a smaller size is no result, and stays in the folder.
+    """
+    before, asked = tables.rows_of(tables.load(chapter)), _asked(sweeps, known(chapter))
+    waiting = {path: tables.restore(path) for path in sorted(scratch(chapter).glob("*.json"))}
+    files = {path: row for path, row in waiting.items() if row["key"] in asked or "contender" not in row}
+    rows = {row["key"]: row for row in [*before, *files.values()]}
     about = {item["sweep"]: item for item in [*tables.sweeps(chapter), *pending(sweeps, known(chapter))]}
     path = tables.write(chapter, list(rows.values()), list(about.values()))
     for file in files:
