@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,10 @@ print(len(frame))
 """
 
 
-@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/test_notebooks.py kills a whole chapter, with two jobs
+@pytest.mark.parametrize("jobs", [1, 2])
 def test_a_killed_sweep_goes_on_and_does_nothing_twice(tmp_path: Path, jobs: int) -> None:
-    """SIGKILL after two runs; then again, from a notebook's front door, until all are there."""
+    """SIGKILL after two runs; then again until all are there."""
     scratch = tmp_path / "runs" / "77_x"
     environment = {
         **os.environ,
@@ -175,6 +177,41 @@ def test_a_killed_sweep_goes_on_and_does_nothing_twice(tmp_path: Path, jobs: int
     assert not list(scratch.glob("work/*"))
 
 
+@pytest.fixture
+def ray_of_two_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A cluster on this machine, a core a node; its workers find the lab, and save where this test looks."""
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="ray is not installed: make test-cluster")
+    import ray
+
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (LAB, LAB.parent))), "TOPK_CACHE": str(tmp_path / "cache")}
+    for name, value in paths.items():
+        monkeypatch.setenv(name, value)
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, runtime_env={"env_vars": paths})
+    yield ray
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_ray_runs_a_sweep_on_every_node_and_goes_on_from_what_is_there(
+    ray_of_two_nodes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same sweep with another engine: the same rows, but for when and how long; what has a record runs nowhere."""
+    asked = {"77_x.mini": {**MINI, "seeds": [0, 1]}}
+    ran = sweep.records_of("77_x", asked, records="run", engine="ray", jobs=2)
+    assert len(ran) == 2 * (2 * 2 + 2)
+    assert len(list(sweep.scratch("77_x").glob("*.json"))) == len(ran)
+    alive = [node for node in ray_of_two_nodes.nodes() if node["Alive"]]
+    assert len(alive) == 2
+    again = sweep.records_of("77_x", asked, records="run", engine="ray", jobs=2)
+    assert set(again["date"]) == set(ran["date"])
+    monkeypatch.setenv("TOPK_RUNS", str(sweep.scratch("77_x").parent / "local"))
+    local = sweep.records_of("77_x", asked, records="run", jobs=1)
+    columns = ["key", "sweep", "contender", "top1", "top5", "nll"]
+    assert local[columns].to_dict("records") == ran[columns].to_dict("records")
+
+
 def test_the_front_door_runs_gathers_and_reads_the_same_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,6 +224,7 @@ def test_the_front_door_runs_gathers_and_reads_the_same_table(
     for contender, rate in ran[ran["sweep"] == "77_x.mini"].set_index("contender")["training.learning_rate"].items():
         of_it = ran[(ran["contender"] == contender) & (ran["candidate"] == tuned[contender].idxmax())]
         assert set(of_it["training.learning_rate"]) == {rate}
+    assert sweep.gather("77_x", {"77_x.mini": mini(data={"name": "sample"})})[1] == 0  # of another size: no result
     path, new = sweep.gather("77_x", {"77_x.mini": mini().at("smoke")})
     assert new == 10
     assert not list(sweep.scratch("77_x").glob("*.json"))
@@ -249,7 +287,7 @@ def test_a_chapter_can_be_its_own_experiment() -> None:
 def recorded() -> list[records.Row]:
     asked = {**MINI, "tuning": None, "seeds": [0, 1, 2, 3], "contenders": MINI["contenders"][:1]}
     sweep.records_of("77_x", {"77_x": asked}, records="run", jobs=1)
-    sweep.gather("77_x", {})
+    sweep.gather("77_x", {"77_x": sweep.Sweep.model_validate(asked)})
     return records.rows_of(records.load("77_x"))
 
 
