@@ -56,7 +56,8 @@ def paired(
     """{loss: the interval of scale times its difference to the baseline}, over the seeds that both have.
 
     Runs with one seed share first weights and batches, so the difference scatters less than either. A loss that has a
-    seed twice is two groups of runs, and refused.
+    seed twice is two groups of runs, and refused. A metric that no run has, such as the accuracy of classes with many
+    images where there are none, is NaN.
     """
     found = {}
     by_loss = {str(loss): _by_seed(group, metric) for loss, group in frame.groupby("loss", sort=False)}
@@ -73,4 +74,4 @@ def _by_seed(group: pd.DataFrame, metric: str) -> pd.Series[float]:
     if len(twice):
         differ = [str(name) for name in group if "." in str(name) and group[name].map(str).nunique() > 1]
         raise ValueError(f"seed {twice.iloc[0]} occurs twice; the runs differ in {', '.join(differ) or 'nothing'}")
-    return group.set_index("seed")[metric].astype(float)
+    return group.set_index("seed").reindex(columns=[metric])[metric].astype(float)
