@@ -16,8 +16,8 @@ from torch import Tensor
 
 
 def wrong_scores(scores: Tensor, target: int) -> Tensor:
-    """All scores but the target's, in class order."""
-    return torch.cat((scores[:target], scores[target + 1 :]))
+    """All scores but the target's, in class order; of one row (classes,) or of several (rows, classes)."""
+    return torch.cat((scores[..., :target], scores[..., target + 1 :]), -1)
 
 
 # --- smooth top-k SVM (chapters 6 and 10) ----------------------------------------------------------------------------
@@ -35,13 +35,13 @@ def smooth_topk_loss(scores: Tensor, target: int, k: int, tau: float = 1.0, marg
 
 
 def smooth_topk_loss_log_space(scores: Tensor, target: int, k: int, tau: float = 1.0, margin: float = 1.0) -> Tensor:
-    """The same for many classes: log e_0..log e_k of all wrong classes, one class after another, in log space."""
+    """The same for many classes: log e_0..log e_k of all wrong classes, one class after another, in log space.
+
+    Of one row, or of several with the same target.
+    """
     u = wrong_scores(scores.double(), target) / (k * tau)
-    log_e = torch.full((k + 1,), -torch.inf, dtype=torch.float64, device=scores.device)
-    log_e[0] = 0.0
-    for value in u:
-        log_e = torch.cat((log_e[:1], torch.logaddexp(log_e[1:], log_e[:-1] + value)))
-    gap = margin / tau + log_e[k] - log_e[k - 1] - scores[target].double() / (k * tau)
+    log_e = _log_polynomials(u, k)[-1]
+    gap = margin / tau + log_e[..., k] - log_e[..., k - 1] - scores[..., target].double() / (k * tau)
     return tau * torch.logaddexp(gap, torch.zeros_like(gap))
 
 
@@ -50,26 +50,31 @@ def smooth_topk_gradient_log_space(
 ) -> Tensor:
     """Its gradient from prefixes and suffixes in log space: d log e_k / d u_i = e^{u_i} e_{k-1}(without i) / e_k."""
     u = wrong_scores(scores.double(), target) / (k * tau)
-
-    def append(log_e: Tensor, value: Tensor) -> Tensor:
-        return torch.cat((log_e[:1], torch.logaddexp(log_e[1:], log_e[:-1] + value)))
-
-    start = torch.full((k + 1,), -torch.inf, dtype=torch.float64, device=scores.device)
-    start[0] = 0.0
-    prefixes = list(itertools.accumulate(u, append, initial=start))
-    suffixes = list(itertools.accumulate(u.flip(0), append, initial=start))[::-1]
-    before, after = torch.stack(prefixes[:-1]), torch.stack(suffixes[1:])
+    prefixes, suffixes = _log_polynomials(u, k), _log_polynomials(u.flip(-1), k)[::-1]
+    before, after = torch.stack(prefixes[:-1], -2), torch.stack(suffixes[1:], -2)  # (..., wrong classes, k + 1)
     log_e = prefixes[-1]
     inclusion = []
     for degree in (k, k - 1):
         if degree == 0:
             inclusion.append(torch.zeros_like(u))
             continue
-        without = torch.logsumexp(before[:, :degree] + after[:, :degree].flip(1), 1)
-        inclusion.append((u + without - log_e[degree]).exp())
-    slope = torch.sigmoid(margin / tau + log_e[k] - log_e[k - 1] - scores[target].double() / (k * tau))
+        without = torch.logsumexp(before[..., :degree] + after[..., :degree].flip(-1), -1)
+        inclusion.append((u + without - log_e[..., degree, None]).exp())
+    own = scores[..., target].double() / (k * tau)
+    slope = torch.sigmoid(margin / tau + log_e[..., k] - log_e[..., k - 1] - own)[..., None]
     gradient = slope / k * (inclusion[0] - inclusion[1])
-    return torch.cat((gradient[:target], -slope[None] / k, gradient[target:]))
+    return torch.cat((gradient[..., :target], -slope / k, gradient[..., target:]), -1)
+
+
+def _log_polynomials(u: Tensor, k: int) -> list[Tensor]:
+    """log e_0..log e_k (..., k + 1) of no class, of the first, of the first two, ..., of all."""
+
+    def append(log_e: Tensor, value: Tensor) -> Tensor:
+        return torch.cat((log_e[..., :1], torch.logaddexp(log_e[..., 1:], log_e[..., :-1] + value[..., None])), -1)
+
+    start = torch.full((*u.shape[:-1], k + 1), -torch.inf, dtype=torch.float64, device=u.device)
+    start[..., 0] = 0.0
+    return list(itertools.accumulate(u.unbind(-1), append, initial=start))
 
 
 # --- noised hinge (chapter 7) ----------------------------------------------------------------------------------------

@@ -100,14 +100,14 @@ def test_a_streamed_row_is_read_once_and_once_more_for_every_large_k(
     options: dict[str, Any], reads: int, short_tiles: None
 ) -> None:
     """Whatever the order of the scores; besides, a row's target and the target's score, and of k <= 6 what was kept."""
-    scores = _rows_to_sift(160)
-    target = torch.randint(160, (6,))
+    scores = _rows_to_sift(96)  # six tiles
+    target = torch.randint(96, (6,))
     compare(smooth_topk_loss, scores, target, **options)
     with kernel_traffic() as moved:
         smooth_topk_loss(scores, target, backend="triton", **options)
     ks = options["k"] if isinstance(options["k"], dict) else [options["k"]]
     again = 8 + 4 * (1 + max(ks) + sum(ks)) if max(ks) <= 6 else 0
-    assert moved.loaded == 6 * (reads * 160 * 4 + 8 + 4 + again)
+    assert moved.loaded == 6 * (reads * 96 * 4 + 8 + 4 + again)
 
 
 def test_a_k_too_large_to_sift_for(short_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
