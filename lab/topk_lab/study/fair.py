@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import false_discovery_control
 
 from topk_lab import report
-from topk_lab.records import ranks_of, rows_of
+from topk_lab.records import chapters, ranks_of, rows_of
 from topk_lab.study.statistics import Interval, t_interval
 
 Array = np.ndarray[Any, Any]
@@ -26,14 +26,24 @@ DRAWS = 2000
 # --- the runs ---
 
 
-def runs() -> dict[str, pd.DataFrame]:
+def runs(records: str = "committed", profile: str = "full") -> dict[str, pd.DataFrame]:
     """{sweep: its runs}, the tuning's under its name with ".tuning", with a column `loss` that says the contender.
 
     Cross-entropy may choose label smoothing, and stays cross-entropy.
     """
-    frame = report.runs("fair")
+    frame = report.runs("fair", profile, records)
     frame["loss"] = [_contender(row) for row in rows_of(frame)]
     return {str(name): report.of_sweep(frame, str(name)) for name in frame["sweep"].unique()}
+
+
+def elsewhere() -> dict[str, pd.DataFrame]:
+    """{sweep: its runs} of the sentences whose runs belong to other chapters, as far as there are any."""
+    found = {}
+    for chapter, sweep in sorted({(s.chapter, s.sweep) for s in SENTENCES if s.chapter != "fair"}):
+        frame = report.of_sweep(report.runs(chapter), sweep) if chapter in chapters() else pd.DataFrame()
+        if len(frame):
+            found[sweep] = frame
+    return found
 
 
 def _contender(row: Mapping[str, Any]) -> str:
