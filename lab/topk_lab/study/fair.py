@@ -22,6 +22,17 @@ Array = np.ndarray[Any, Any]
 
 DRAWS = 2000
 
+CONDITIONS = {
+    "fair.linear": "linear head, all images",
+    "fair.mlp": "512 hidden units, all images",
+    "fair.few_linear": "linear head, 25 images per class",
+    "fair.few_mlp": "512 hidden units, 25 images per class",
+    "fair.noise_mlp": "512 hidden units, 80 % wrong labels, noisy selection",
+    "fair.noise_mlp_clean": "512 hidden units, 80 % wrong labels, clean selection",
+    "fair.tails": "long tail of imbalance 100",
+}
+"""{sweep: what it is about}, in the order of the tables."""
+
 
 # --- the runs ---
 
@@ -34,6 +45,11 @@ def runs(records: str = "committed", profile: str = "full") -> dict[str, pd.Data
     frame = report.runs("fair", profile, records)
     frame["loss"] = [_contender(row) for row in rows_of(frame)]
     return {str(name): report.of_sweep(frame, str(name)) for name in frame["sweep"].unique()}
+
+
+def final_runs(every: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The runs that count, condition after condition, of those that have any."""
+    return {name: every[name] for name in CONDITIONS if name in every}
 
 
 def elsewhere() -> dict[str, pd.DataFrame]:
