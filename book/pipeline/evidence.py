@@ -1,0 +1,61 @@
+"""What the fair comparison found (chapter 26), as tables for the decision page and for the written-down sentences."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from topk_lab import report
+from topk_lab.study import fair
+
+_CHAPTER = "../notebooks/26_fair.ipynb#every-loss-in-every-condition"
+_SIGNS = {"ahead": "**ahead**", "behind": "behind", "level": "level"}
+
+
+@cache
+def verdict_table() -> str:
+    """A row per condition and loss, top-5 and top-1 side by side."""
+    final = fair.final_runs(fair.runs())
+    first = {(row["sweep"], row["loss"]): row for row in fair.verdicts(final, "top1")}
+    lines = ["| condition | loss | top-5 | top-1 |", "|---|---|---|---|"]
+    before = ""
+    for row in fair.verdicts(final, "top5"):
+        condition = fair.CONDITIONS[row["sweep"]]
+        cells = " | ".join(_cell(found) for found in (row, first[row["sweep"], row["loss"]]))
+        lines.append(f"| {condition if condition != before else ''} | {row['loss']} | {cells} |")
+        before = condition
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict[str, Any]) -> str:
+    """Verdict, difference in points, both intervals, linked to where they come from."""
+    seeds, both = row["over seeds"], row["over seeds and images"]
+    return (
+        f"[{_SIGNS[row['verdict']]}]({_CHAPTER}) {row['difference']:+.2f} "
+        f"<small>seeds {seeds.low:+.2f} to {seeds.high:+.2f}, with images {both.low:+.2f} to {both.high:+.2f}</small>"
+    )
+
+
+@cache
+def answer_table() -> str:
+    """A row per sentence: its answer, the difference and its interval, the p-value."""
+    lines = ["| | answer | difference | interval | p | seeds |", "|---|---|---|---|---|---|"]
+    for row in fair.answers({**fair.final_runs(fair.runs()), **fair.elsewhere()}):
+        found = row.get("difference")
+        numbers = (
+            f"{found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f} | {row['p']:.4f} | {row['seeds']}"
+            if found
+            else " | | | "
+        )
+        lines.append(f"| {row['sentence']} | {row['answer']} | {numbers} |")
+    return "\n".join(lines) + "\n"
+
+
+@cache
+def counted() -> str:
+    """How many runs the answers stand on."""
+    runs = fair.runs()
+    final = fair.final_runs(runs)
+    tuning = sum(len(frame) for name, frame in runs.items() if name.endswith(".tuning"))
+    conditions = report.listed([fair.CONDITIONS[name] for name in final])
+    return f"{sum(map(len, final.values()))} final runs and {tuning} tuning runs so far, under: {conditions}.\n"

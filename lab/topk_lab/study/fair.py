@@ -1,0 +1,282 @@
+"""The fair comparison (chapter 26): every loss tuned alike in every condition, differences over seeds and test images,
+and the sentences that were written down before the runs (book/preregistration.md), answered together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from topk_lab import report
+from topk_lab.records import chapters, ranks_of, rows_of
+from topk_lab.study.statistics import Interval, t_interval
+
+Array = np.ndarray[Any, Any]
+
+DRAWS = 2000
+
+CONDITIONS = {
+    "fair.linear": "linear head, all images",
+    "fair.mlp": "512 hidden units, all images",
+    "fair.few_linear": "linear head, 25 images per class",
+    "fair.few_mlp": "512 hidden units, 25 images per class",
+    "fair.noise_mlp": "512 hidden units, 80 % wrong labels, noisy selection",
+    "fair.noise_mlp_clean": "512 hidden units, 80 % wrong labels, clean selection",
+    "fair.tails": "long tail of imbalance 100",
+}
+"""{sweep: what it is about}, in the order of the tables."""
+
+
+# --- the runs ---
+
+
+def runs(records: str = "committed", profile: str = "full") -> dict[str, pd.DataFrame]:
+    """{sweep: its runs}, the tuning's under its name with ".tuning", with a column `loss` that says the contender.
+
+    Cross-entropy may choose label smoothing, and stays cross-entropy.
+    """
+    frame = report.runs("fair", profile, records)
+    frame["loss"] = [_contender(row) for row in rows_of(frame)]
+    return {str(name): report.of_sweep(frame, str(name)) for name in frame["sweep"].unique()}
+
+
+def final_runs(every: Mapping[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The runs that count, condition after condition, of those that have any."""
+    return {name: every[name] for name in CONDITIONS if name in every}
+
+
+def elsewhere() -> dict[str, pd.DataFrame]:
+    """{sweep: its runs} of the sentences whose runs belong to other chapters, as far as there are any."""
+    found = {}
+    for chapter, sweep in sorted({(s.chapter, s.sweep) for s in SENTENCES if s.chapter != "fair"}):
+        frame = report.of_sweep(report.runs(chapter), sweep) if chapter in chapters() else pd.DataFrame()
+        if len(frame):
+            found[sweep] = frame
+    return found
+
+
+def _contender(row: Mapping[str, Any]) -> str:
+    own = str(row["contender"])
+    automatic = own.startswith(str(row["loss.name"]))
+    return report.loss_name({**row, "loss.label_smoothing": 0}) if automatic else own
+
+
+# --- seeds and test images together ---
+
+
+@lru_cache(maxsize=2)
+def _weights(images: int) -> Array:
+    """How often each test image occurs in each draw (images, draws)."""
+    generator = np.random.default_rng(0)
+    counts = [np.bincount(generator.integers(images, size=images), minlength=images) for _ in range(DRAWS)]
+    found: Array = np.array(counts, dtype=np.float32).T
+    return found
+
+
+def draws(first: Array, second: Array, metric: str) -> Array:
+    """The difference first - second of a metric in 2,000 samples of seeds and of test images, both with replacement.
+
+    Args:
+        first: ranks, counted from 0, of every test image in every run (seeds, images).
+        second: the same of the other loss, with the same seeds in the same order.
+        metric: "top5" and the like, in points, or "candidates_99": how many guesses 99 % accuracy needs.
+    """
+    seeds, images = first.shape
+    chosen = np.random.default_rng(1).integers(seeds, size=(seeds, DRAWS))  # the same seeds of both losses
+    weights = _weights(images)
+
+    def of(ranks: Array) -> Array:
+        """The metric of every run in every draw, averaged over the draw's seeds."""
+        found: Array = np.take_along_axis(_metric(ranks, weights, metric), chosen, 0).mean(0)
+        return found
+
+    return of(first) - of(second)
+
+
+def interval(values: Array, confidence: float = 0.95) -> Interval:
+    """The mean of the draws and their central part."""
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values.mean()), float(low), float(high), len(values))
+
+
+def compared(frame: pd.DataFrame, metric: str, baseline: str = "cross-entropy") -> dict[str, Interval]:
+    """{loss: the interval of its difference to the baseline}, over the seeds that both have."""
+    by_loss = dict(iter(frame.groupby("loss", sort=False)))
+    return {
+        str(loss): interval(draws(*_common(group, by_loss[baseline]), metric))
+        for loss, group in by_loss.items()
+        if loss != baseline and set(group["seed"]) & set(by_loss[baseline]["seed"])
+    }
+
+
+def verdicts(frames: Mapping[str, pd.DataFrame], metric: str, level: float = 0.05) -> list[dict[str, Any]]:
+    """A row for every sweep and loss: ahead of cross-entropy, level or behind, by Benjamini and Hochberg over all rows.
+
+    `over seeds` is the paired t interval, `over seeds and images` the interval of the draws.
+    """
+    rows, p_values = list[dict[str, Any]](), list[float]()
+    for name, frame in frames.items():
+        base = frame[frame["loss"] == report.BASELINE]
+        for loss, group in frame[frame["loss"] != report.BASELINE].groupby("loss", sort=False):
+            first, second = _common(group, base)
+            drawn = draws(first, second, metric)
+            mean, p = _difference(first, second, metric), 2 * min((drawn <= 0).mean(), (drawn >= 0).mean())
+            rows.append({"sweep": name, "loss": str(loss), "difference": float(mean.mean()), "over seeds":
+                         t_interval(mean), "over seeds and images": interval(drawn)})  # fmt: skip
+            p_values.append(float(min(max(p, 1 / DRAWS), 1.0)))
+    sure = false_discovery_control(p_values) < level if rows else []
+    words = {1: "ahead", -1: "behind"}
+    for row, apart in zip(rows, sure, strict=True):
+        row["verdict"] = words.get(int(apart) * int(np.sign(row["difference"])), "level")
+    return rows
+
+
+def _difference(first: Array, second: Array, metric: str) -> Array:
+    """Seed by seed, on the test set as it is."""
+    runs = [_metric(ranks, np.ones((ranks.shape[1], 1), dtype=np.float32), metric)[:, 0] for ranks in (first, second)]
+    found: Array = runs[0] - runs[1]
+    return found
+
+
+def _metric(ranks: Array, weights: Array, metric: str) -> Array:
+    """Of every run (seeds, images) on every weighted set of test images (images, sets): (seeds, sets)."""
+    kind, number = metric.rsplit("_", 1) if "_" in metric else ("top", metric.removeprefix("top"))
+    images = weights[:, 0].sum()
+    if kind == "top":
+        found: Array = 100 * ((ranks < int(number)).astype(np.float32) @ weights) / images
+        return found
+    needed, runs = images * int(number) / 100, np.ones((len(ranks), weights.shape[1]))
+    for k in range(1, 256):
+        short = ((ranks < k).astype(np.float32) @ weights) < needed  # k guesses are too few: one more
+        if not short.any():
+            break
+        runs += short
+    return runs
+
+
+def _common(first: pd.DataFrame, second: pd.DataFrame) -> tuple[Array, Array]:
+    seeds = sorted(set(first["seed"]) & set(second["seed"]))
+    ready = (frame.drop_duplicates("seed").set_index("seed").loc[seeds] for frame in (first, second))
+    one, other = map(ranks_of, ready)
+    return one, other
+
+
+# --- better, or easier to tune ---
+
+
+def expected_best(tried: pd.DataFrame, metric: str) -> dict[str, list[float]]:
+    """{loss: the test metric to expect of 1, 2, ... random candidates, the best on validation images being taken}.
+
+    Candidate by candidate, means over the tuning seeds; among n of N candidates without replacement the one that is
+    j-th best of all is taken with probability C(N - j, n - 1) / C(N, n).
+    """
+    found: dict[str, list[float]] = {}
+    for loss, group in tried.groupby("loss", sort=False):
+        mean = group.groupby("candidate")[[f"validation.{metric}", metric]].mean().dropna()
+        reached = 100 * mean.sort_values(f"validation.{metric}", ascending=False)[metric].to_numpy()
+        number = len(reached)
+        found[str(loss)] = [
+            float(sum(math.comb(number - j, n - 1) * value for j, value in enumerate(reached, 1)))
+            / math.comb(number, n)
+            for n in range(1, number + 1)
+        ]
+    return found
+
+
+def near_an_edge(final: pd.DataFrame, searched: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, bool]:
+    """{loss and setting: whether the chosen value lies in the outer tenth of its range, a twentieth at each end}."""
+    found = {}
+    for loss, group in final.groupby("loss", sort=False):
+        for name, axis in searched.items():
+            if name in group and pd.notna(group[name].iloc[0]):
+                scale = math.log if "log" in axis else float
+                low, high, value = (scale(float(x)) for x in (*next(iter(axis.values())), group[name].iloc[0]))
+                found[f"{loss}: {name.split('.')[-1]}"] = not 0.05 <= (value - low) / (high - low) <= 0.95
+    return found
+
+
+# --- the sentences ---
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """`first` has more than `least` points of `metric` over `second`, in the runs of a sweep."""
+
+    name: str
+    chapter: str
+    sweep: str
+    first: str
+    second: str
+    metric: str
+    least: float = 0.0
+
+
+SENTENCES = (
+    Sentence("S1", "fair", "fair.linear", "smooth, k = 1 and 5", "cross-entropy", "top5"),
+    Sentence("S2", "fair", "fair.linear", "smooth, k = 1 and 5", "cross-entropy", "top1", -0.3),
+    Sentence("S3", "fair", "fair.mlp", "smooth, k = 1 and 5", "cross-entropy", "top5"),
+    Sentence("S4", "fair", "fair.few_linear", "smooth", "cross-entropy", "top5"),
+    Sentence("S5", "fair", "fair.few_mlp", "smooth", "cross-entropy", "top5"),
+    Sentence("S6", "fair", "fair.noise_mlp_clean", "smooth", "cross-entropy", "top5"),
+    Sentence("S7", "fair", "fair.noise_mlp", "smooth", "cross-entropy", "top5"),
+    Sentence("S8", "fair", "fair.tails", "cross-entropy adjusted after training", "weighted cross-entropy", "top5"),
+    Sentence("S9", "fair", "fair.linear", "transition", "cross-entropy", "top5", -0.3),
+    Sentence("S10", "fair", "fair.linear", "cross-entropy", "transition", "candidates_99"),
+    Sentence("S11", "25_keyboard", "25_keyboard", "smooth, k = 3", "cross-entropy", "top3"),
+    Sentence("S12", "14_cifar100", "14_cifar100.pixels", "smooth, k = 1 and 5", "cross-entropy", "top5"),
+)
+"""Test sets of CIFAR-100 are balanced, so the macro top-5 accuracy of S8 is the top-5 accuracy."""
+
+
+def answers(frames: Mapping[str, pd.DataFrame], sentences: Iterable[Sentence] = SENTENCES) -> list[dict[str, Any]]:
+    """A row for every sentence: the difference, its interval, the p-value, and held, failed or open by Holm at 5 %.
+
+    Args:
+        frames: {sweep: its final runs, with `loss`}; a sentence whose sweep is missing here stays open.
+        sentences: read together.
+    """
+    found, against = {}, {}
+    asked = list(sentences)
+    for sentence in asked:
+        runs = frames.get(sentence.sweep)
+        parts = [] if runs is None else [runs[runs["loss"] == loss] for loss in (sentence.first, sentence.second)]
+        if parts and all(len(part) for part in parts):
+            found[sentence.name] = sampled = draws(*_common(*parts), sentence.metric) - sentence.least
+            against[sentence.name] = (float((sampled <= 0).mean()), float((sampled >= 0).mean()))
+    held = holm({name: p for name, (p, _) in against.items()}, len(asked))
+    failed = holm({name: p for name, (_, p) in against.items()}, len(asked))
+    rows = []
+    for sentence in asked:
+        name = sentence.name
+        row: dict[str, Any] = {"sentence": name, "answer": "open: runs are missing"}
+        if name in found:
+            answer = "held" if name in held else "failed" if name in failed else "open"
+            row |= {"answer": answer, "difference": interval(found[name] + sentence.least), "needed": sentence.least,
+                    "p": against[name][0], "seeds": len(_seeds(frames[sentence.sweep], sentence))}  # fmt: skip
+        rows.append(row)
+    return rows
+
+
+def _seeds(runs: pd.DataFrame, sentence: Sentence) -> set[int]:
+    first, second = (set(runs.loc[runs["loss"] == loss, "seed"]) for loss in (sentence.first, sentence.second))
+    return first & second
+
+
+def holm(p_values: Mapping[str, float], comparisons: int, level: float = 0.05) -> set[str]:
+    """The names that Holm's procedure accepts: the i-th smallest p-value must lie below level / (comparisons + 1 - i).
+
+    A p-value that is no draw of 2,000 counts as one half of a draw.
+    """
+    accepted = set[str]()
+    for place, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        if max(p, 0.5 / DRAWS) > level / (comparisons - place):
+            break
+        accepted.add(name)
+    return accepted
