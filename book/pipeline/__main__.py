@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 
-from book.pipeline import checks, execute, imprint, picture, site, times
+from book.pipeline import checks, execute, front, imprint, picture, site, times
 from book.pipeline.chapters import commit, refresh, with_outputs
 from book.pipeline.layout import HTML, PDF, PROFILES, RELEASE, ROOT, BookError, twins, version
 
@@ -67,8 +67,9 @@ def check() -> None:
 
 def address() -> None:
     """Writes address, release and times wherever they are generated; the committed notebooks keep their outputs."""
-    if picture.write():
-        print(f"drew {picture.PATH.relative_to(ROOT)}")
+    for drawn in (picture, front):
+        if drawn.write():
+            print(f"drew {drawn.PATH.relative_to(ROOT)}")
     for path in imprint.write():
         print(f"wrote {path.relative_to(ROOT)}")
     for twin in twins():

@@ -91,7 +91,7 @@ def _attribute(tag: Tag, name: str) -> str:
 def _article(name: str, soup: BeautifulSoup, names: set[str]) -> str:
     article = soup.select_one("article.bd-article") or soup.body
     assert article is not None
-    for tag in article.select("a.headerlink, .topk-knobs + script[src]"):
+    for tag in article.select("a.headerlink, script[src]"):
         tag.decompose()
     for tag in article.find_all(True):
         if tag.get("id"):

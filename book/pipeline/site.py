@@ -19,7 +19,7 @@ import nbformat
 import yaml
 from nbformat import NotebookNode
 
-from book.pipeline import imprint, pages, pictures
+from book.pipeline import front, imprint, pages, pictures
 from book.pipeline.chapters import plain, with_outputs
 from book.pipeline.execute import surroundings
 from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, address, chapter_number, config, twins, version
@@ -126,6 +126,7 @@ def _filled(path: Path) -> bytes:
     if path.suffix != ".md":
         return content
     parts = {"ADDRESS": address, "VERSION": version, "BOOK_ENTRY": imprint.book_entry, "PAPERS": imprint.paper_entries}
+    parts["FRONT"] = front.element
     for name, part in parts.items():
         if f"@{name}@".encode() in content:
             content = content.replace(f"@{name}@".encode(), part().encode())
