@@ -57,10 +57,10 @@ def test_the_figure_computes_what_the_module_computes(page: Any) -> None:
 
 def test_what_the_page_says_of_the_start() -> None:
     steps = {k: {name: step for name, (_, step) in front.steps(front.SCORES, front.RIGHT, k).items()} for k in (1, 3)}
-    wolf, malamute = front.CLASSES.index("wolf"), front.CLASSES.index("malamute")
-    assert max(steps[3]["cross-entropy"][wolf], steps[3]["cross-entropy"][malamute]) < -0.25
+    wolf, akita = front.CLASSES.index("wolf"), front.CLASSES.index("akita")
+    assert max(steps[3]["cross-entropy"][wolf], steps[3]["cross-entropy"][akita]) < -0.25
     others = [step for name, step in steps[3].items() if name != "cross-entropy"]
-    assert all(abs(step[j]) < 0.05 for step in others for j in (wolf, malamute))
+    assert all(abs(step[j]) < 0.05 for step in others for j in (wolf, akita))
     assert all(0.65 < step[front.RIGHT] < 0.95 for step in steps[1].values())
 
 
@@ -68,7 +68,7 @@ def test_scores_follow_keys_and_pointer(page: Any) -> None:
     figure, husky = page.locator(".topk-front"), page.get_by_role("slider", name="score of husky")
     verdict = figure.get_by_role("status")
     assert figure.locator("img").count() == 0
-    assert verdict.inner_text() == "The three guesses: wolf, malamute, husky. The right class is number 3: a hit."
+    assert verdict.inner_text() == "The three guesses: wolf, akita, husky. The right class is number 3: a hit."
     husky.focus()
     for _ in range(2):
         page.keyboard.press("PageDown")

@@ -263,17 +263,21 @@ def test_release_refuses_another_tag(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     with pytest.raises(layout.BookError, match="the tag must be v"):
         commands.release("v999.0")
-    pages, printed, target = tmp_path / "html", tmp_path / "book.pdf", tmp_path / "release"
+    pages, book, sheet, target = (tmp_path / name for name in ("html", "book.pdf", "sheet.pdf", "release"))
     pages.mkdir()
     (pages / "index.html").write_text("a page")
-    printed.write_bytes(b"%PDF")
-    for name, value in (("HTML", pages), ("PDF", printed), ("RELEASE", target), ("ROOT", ROOT)):
+    for path in (book, sheet):
+        path.write_bytes(b"%PDF")
+    for name, value in (("HTML", pages), ("PDF", book), ("SHEET", sheet), ("RELEASE", target), ("ROOT", ROOT)):
         monkeypatch.setattr(commands, name, value)
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     (tmp_path / "book").mkdir()
     (tmp_path / "book" / "changelog.md").write_text(f"# Changelog\n\n## {layout.version()}\n")
     commands.release(f"v{layout.version()}")
-    assert {path.suffix for path in target.iterdir()} == {".zip", ".pdf"}
+    number = layout.version()
+    assert {path.name for path in target.iterdir()} == {
+        f"topk-book-{number}-html.zip", f"book-{number}.pdf", f"sheet-{number}.pdf"
+    }  # fmt: skip
     (tmp_path / "book" / "changelog.md").write_text("# Changelog\n\n## 0.0.1\n")
     with pytest.raises(layout.BookError, match=r"begins with 0\.0\.1"):
         commands.release(f"v{layout.version()}")

@@ -35,7 +35,7 @@
     const reset = element("button", { type: "button" }, controls, "Start again");
     reset.addEventListener("click", () => { scores = start.scores; draw(); });
 
-    const row = element("div", { class: "row scores" }, box);
+    const row = element("div", { class: "band scores" }, box);
     element("div", { class: "name" }, row, "Scores: drag them").append(element("small", {}, null, "or use the arrow keys"));
     const columns = classes.map((name, j) => makeColumn(row, name, j));
     const verdict = element("p", { class: "verdict", role: "status" }, box);
@@ -48,7 +48,7 @@
       const handle = element("div", { class: "handle", role: "slider", tabindex: 0, "aria-label": `score of ${name}`,
         "aria-orientation": "vertical", "aria-valuemin": LOW, "aria-valuemax": HIGH }, track);
       const label = element("div", { class: "class" }, column, name);
-      if (j === right) element("b", {}, label, "the right one");
+      if (j === right) element("b", {}, label, "right");
       const set = (score) => { scores = scores.map((v, i) => (i === j ? shortened(score) : v)); draw(); };
       const follow = (event) => {
         const { top, height } = track.getBoundingClientRect();
@@ -73,7 +73,7 @@
     }
 
     function makeRow(name, loss) {
-      const line = element("div", { class: "row loss", role: "img" }, box);
+      const line = element("div", { class: "band loss", role: "img" }, box);
       const label = element("div", { class: "name" }, line, name);
       label.style.borderColor = `var(--topk-${name})`;
       const value = element("span", { class: "value" }, label);

@@ -18,13 +18,13 @@ from book.pipeline import pictures
 from book.pipeline.layout import ROOT
 
 PATH = ROOT / "book" / "_static" / "front.png"
-CLASSES = ("wolf", "malamute", "husky", "fox", "cat", "chair")
+CLASSES = ("wolf", "akita", "husky", "fox", "cat", "chair")
 SCORES = (1.9, 1.5, 1.2, -0.3, -1.5, -3.0)
 RIGHT, K = 2, 3
 WORDS = (
-    "The scores of six classes for a photograph of a husky: wolf 1.9, malamute 1.5, husky 1.2, fox -0.3, cat -1.5, "
+    "The scores of six classes for a photograph of a husky: wolf 1.9, akita 1.5, husky 1.2, fox -0.3, cat -1.5, "
     "chair -3. Below, for each of five losses, how a step moves every score. With three guesses the husky is already "
-    "among them. Cross-entropy pushes wolf and malamute down all the same; the other losses hardly touch them."
+    "among them. Cross-entropy pushes wolf and akita down all the same; the other losses hardly touch them."
 )
 
 
