@@ -21,7 +21,7 @@ pytest.importorskip("jupytext")
 from book.pipeline import chapters, imprint, layout, links, picture, times
 
 ROOT = layout.ROOT
-GENERATED = {"CITATION.cff", "codemeta.json", "pyproject.toml", "lab/pyproject.toml", "README.md"}
+GENERATED = {"CITATION.cff", "codemeta.json", ".zenodo.json", "pyproject.toml", "lab/pyproject.toml", "README.md"}
 BY_HAND = "_config.yml"
 OTHER = "https://github.com/someone-else/another-book"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -81,6 +81,8 @@ def test_another_address_reaches_every_place(tmp_path: Path) -> None:
         "README.md",
         "CITATION.cff",
         "codemeta.json",
+        ".zenodo.json",
+        "paper.md",
         "topk",
         "lab",
         "book",
@@ -175,6 +177,44 @@ def test_cite_page_is_filled() -> None:
     assert not re.search(r"@[A-Z_]+@", text)
     assert imprint.book_entry() in text
     assert all(f"{{{key}," in text for key in imprint.PAPERS)
+    assert imprint.chapter_entries() in text
+
+
+def test_every_chapter_has_an_entry() -> None:
+    from pybtex.database import parse_string
+
+    entries = parse_string(imprint.chapter_entries(), "bibtex").entries
+    assert {entry.fields["chapter"] for entry in entries.values()} == {
+        str(int(twin.name[:2])) for twin in layout.twins()
+    }
+    smooth = entries["topkbook-smooth"]
+    assert smooth.fields["title"] == "Smooth top-k SVM"
+    assert smooth.fields["url"] == f"{imprint.pages_address()}notebooks/06_smooth.html"
+
+
+def test_zenodo_is_complete() -> None:
+    content = json.loads((ROOT / ".zenodo.json").read_text())
+    assert {"title", "upload_type", "description", "creators", "license", "version"} <= set(content)
+    assert content["upload_type"] == "software"
+    assert len(content["related_identifiers"]) == 2 + len(imprint.PAPERS)
+
+
+def test_paper_has_the_form_the_journal_asks_for() -> None:
+    """https://openjournals.readthedocs.io/en/jose/submitting.html: the header, and what a learning module reports."""
+    _, header, text = (ROOT / "paper.md").read_text().split("---\n", 2)
+    fields = yaml.safe_load(header)
+    assert {"title", "tags", "authors", "affiliations", "date", "bibliography"} <= set(fields)
+    assert fields["authors"][0]["name"] == layout.config()["author"]
+    assert {author["affiliation"] for author in fields["authors"]} <= {
+        place["index"] for place in fields["affiliations"]
+    }
+    headings = re.findall(r"^# (.+)$", text, re.MULTILINE)
+    assert headings == [
+        "Summary", "Statement of need", "Learning objectives and audience", "Content", "Instructional design",
+        "Experience of use", "Story of the project", "References",
+    ]  # fmt: skip
+    assert len(text.split()) <= 1000
+    assert (ROOT / fields["bibliography"]).read_text() == imprint.paper_bibliography()
 
 
 def test_both_licences_are_named_everywhere() -> None:

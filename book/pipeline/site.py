@@ -127,7 +127,7 @@ def _filled(path: Path) -> bytes:
     if path.suffix != ".md":
         return content
     parts = {"ADDRESS": address, "VERSION": version, "BOOK_ENTRY": imprint.book_entry, "PAPERS": imprint.paper_entries}
-    parts["FRONT"] = front.element
+    parts |= {"FRONT": front.element, "CHAPTERS": imprint.chapter_entries}
     parts |= {f"COST_{family.upper()}": functools.partial(picture.cost, family) for family in picture.FAMILIES}
     for name, part in parts.items():
         if f"@{name}@".encode() in content:
@@ -138,6 +138,8 @@ def _filled(path: Path) -> bytes:
 def _staged_config() -> dict[str, object]:
     staged = config()
     staged["html"]["baseurl"] = imprint.pages_address()
+    versions = f'<p>Version {version()}; <a href="{address()}/releases">all versions</a>, with pages and PDF.</p>'
+    staged["html"]["extra_footer"] += versions
     return staged
 
 
