@@ -87,7 +87,7 @@ test-book: site  ## the built pages in a real browser, and a notebook on a stand
 	$(BIN)/python -m book.pipeline.browser --shots _build/shots $(if $(CHROMIUM),--chromium $(CHROMIUM))
 	$(BIN)/python -m pytest -m slow tests/test_colab.py
 
-pdf: site  ## the whole book as one PDF, printed by the browser: _build/topk-book.pdf
+pdf: site  ## the book and the cheat sheet as PDF, printed by the browser: _build/topk-*.pdf
 	$(BIN)/python -m book.pipeline.printing $(if $(CHROMIUM),--chromium $(CHROMIUM))
 
 speed: site  ## how fast the heaviest page appears on a slow phone, and how much it shifts

@@ -21,7 +21,7 @@ pytest.importorskip("jupytext")
 from book.pipeline import chapters, imprint, layout, links, picture, times
 
 ROOT = layout.ROOT
-GENERATED = {"CITATION.cff", "codemeta.json", "pyproject.toml", "lab/pyproject.toml", "README.md"}
+GENERATED = {"CITATION.cff", "codemeta.json", ".zenodo.json", "pyproject.toml", "lab/pyproject.toml", "README.md"}
 BY_HAND = "_config.yml"
 OTHER = "https://github.com/someone-else/another-book"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
@@ -81,6 +81,8 @@ def test_another_address_reaches_every_place(tmp_path: Path) -> None:
         "README.md",
         "CITATION.cff",
         "codemeta.json",
+        ".zenodo.json",
+        "paper.md",
         "topk",
         "lab",
         "book",
@@ -175,6 +177,44 @@ def test_cite_page_is_filled() -> None:
     assert not re.search(r"@[A-Z_]+@", text)
     assert imprint.book_entry() in text
     assert all(f"{{{key}," in text for key in imprint.PAPERS)
+    assert imprint.chapter_entries() in text
+
+
+def test_every_chapter_has_an_entry() -> None:
+    from pybtex.database import parse_string
+
+    entries = parse_string(imprint.chapter_entries(), "bibtex").entries
+    assert {entry.fields["chapter"] for entry in entries.values()} == {
+        str(int(twin.name[:2])) for twin in layout.twins()
+    }
+    smooth = entries["topkbook-smooth"]
+    assert smooth.fields["title"] == "Smooth top-k SVM"
+    assert smooth.fields["url"] == f"{imprint.pages_address()}notebooks/06_smooth.html"
+
+
+def test_zenodo_is_complete() -> None:
+    content = json.loads((ROOT / ".zenodo.json").read_text())
+    assert {"title", "upload_type", "description", "creators", "license", "version"} <= set(content)
+    assert content["upload_type"] == "software"
+    assert len(content["related_identifiers"]) == 2 + len(imprint.PAPERS)
+
+
+def test_paper_has_the_form_the_journal_asks_for() -> None:
+    """https://openjournals.readthedocs.io/en/jose/submitting.html: the header, and what a learning module reports."""
+    _, header, text = (ROOT / "paper.md").read_text().split("---\n", 2)
+    fields = yaml.safe_load(header)
+    assert {"title", "tags", "authors", "affiliations", "date", "bibliography"} <= set(fields)
+    assert fields["authors"][0]["name"] == layout.config()["author"]
+    assert {author["affiliation"] for author in fields["authors"]} <= {
+        place["index"] for place in fields["affiliations"]
+    }
+    headings = re.findall(r"^# (.+)$", text, re.MULTILINE)
+    assert headings == [
+        "Summary", "Statement of need", "Learning objectives and audience", "Content", "Instructional design",
+        "Experience of use", "Story of the project", "References",
+    ]  # fmt: skip
+    assert len(text.split()) <= 1000
+    assert (ROOT / fields["bibliography"]).read_text() == imprint.paper_bibliography()
 
 
 def test_both_licences_are_named_everywhere() -> None:
@@ -263,17 +303,21 @@ def test_release_refuses_another_tag(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
     with pytest.raises(layout.BookError, match="the tag must be v"):
         commands.release("v999.0")
-    pages, printed, target = tmp_path / "html", tmp_path / "book.pdf", tmp_path / "release"
+    pages, book, sheet, target = (tmp_path / name for name in ("html", "book.pdf", "sheet.pdf", "release"))
     pages.mkdir()
     (pages / "index.html").write_text("a page")
-    printed.write_bytes(b"%PDF")
-    for name, value in (("HTML", pages), ("PDF", printed), ("RELEASE", target), ("ROOT", ROOT)):
+    for path in (book, sheet):
+        path.write_bytes(b"%PDF")
+    for name, value in (("HTML", pages), ("PDF", book), ("SHEET", sheet), ("RELEASE", target), ("ROOT", ROOT)):
         monkeypatch.setattr(commands, name, value)
     monkeypatch.setattr(commands, "ROOT", tmp_path)
     (tmp_path / "book").mkdir()
     (tmp_path / "book" / "changelog.md").write_text(f"# Changelog\n\n## {layout.version()}\n")
     commands.release(f"v{layout.version()}")
-    assert {path.suffix for path in target.iterdir()} == {".zip", ".pdf"}
+    number = layout.version()
+    assert {path.name for path in target.iterdir()} == {
+        f"topk-book-{number}-html.zip", f"book-{number}.pdf", f"sheet-{number}.pdf"
+    }  # fmt: skip
     (tmp_path / "book" / "changelog.md").write_text("# Changelog\n\n## 0.0.1\n")
     with pytest.raises(layout.BookError, match=r"begins with 0\.0\.1"):
         commands.release(f"v{layout.version()}")

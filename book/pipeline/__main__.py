@@ -16,9 +16,9 @@ from pathlib import Path
 
 import nbformat
 
-from book.pipeline import checks, execute, imprint, picture, site, times
+from book.pipeline import checks, execute, front, imprint, picture, site, times
 from book.pipeline.chapters import commit, refresh, with_outputs
-from book.pipeline.layout import HTML, PDF, PROFILES, RELEASE, ROOT, BookError, twins, version
+from book.pipeline.layout import HTML, PDF, PROFILES, RELEASE, ROOT, SHEET, BookError, twins, version
 
 
 def build(profile: str, jobs: int) -> None:
@@ -67,8 +67,9 @@ def check() -> None:
 
 def address() -> None:
     """Writes address, release and times wherever they are generated; the committed notebooks keep their outputs."""
-    if picture.write():
-        print(f"drew {picture.PATH.relative_to(ROOT)}")
+    for drawn in (picture, front):
+        if drawn.write():
+            print(f"drew {drawn.PATH.relative_to(ROOT)}")
     for path in imprint.write():
         print(f"wrote {path.relative_to(ROOT)}")
     for twin in twins():
@@ -80,7 +81,7 @@ def address() -> None:
 
 
 def release(tag: str) -> None:
-    """Packs the built pages and the PDF for the release `tag`; refuses what does not belong together."""
+    """Packs the built pages and the two PDFs for the release `tag`; refuses what does not belong together."""
     expected = f"v{version()}"
     if tag != expected:
         raise BookError(f"the tag must be {expected} (topk/version.py), got {tag!r}")
@@ -92,7 +93,8 @@ def release(tag: str) -> None:
     shutil.rmtree(RELEASE, ignore_errors=True)
     RELEASE.mkdir(parents=True)
     shutil.make_archive(str(RELEASE / f"topk-book-{version()}-html"), "zip", HTML)
-    shutil.copy(PDF, RELEASE / f"topk-book-{version()}.pdf")
+    for path in (PDF, SHEET):
+        shutil.copy(path, RELEASE / f"{path.stem}-{version()}.pdf")
     for path in sorted(RELEASE.iterdir()):
         print(f"{path.relative_to(ROOT)}: {path.stat().st_size / 1e6:.1f} MB")
 

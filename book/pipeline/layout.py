@@ -17,6 +17,7 @@ STAGE = BUILD / "stage"
 EXECUTED = BUILD / "executed"
 SCRATCH = BUILD / "scratch"
 PDF = BUILD / "topk-book.pdf"
+SHEET = BUILD / "topk-cheatsheet.pdf"
 RELEASE = BUILD / "release"
 
 PROFILES = ("smoke", "laptop", "full")

@@ -1,10 +1,10 @@
-"""The whole book as one PDF, printed by the browser from the built pages.
+"""The whole book as one PDF, and the cheat sheet as one sheet of paper, printed by the browser from the built pages.
 
-    python -m book.pipeline.printing [--chromium PATH] [--to FILE]
+    python -m book.pipeline.printing [--chromium PATH] [--to FOLDER]
 
 The pages' articles are put one after the other, in the order of the contents, into one document, so that references
-between chapters become links inside the PDF and headings its outline. Solutions are printed unfolded; folded code and
-data stay in the notebooks. Interactive figures show what they start with, without their sliders.
+between chapters become links inside the PDF and headings its outline. Solutions and the answers of quizzes are printed
+unfolded; folded code and data stay in the notebooks. Interactive figures show what they start with, no sliders.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import html
 import posixpath
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,12 @@ from bs4 import BeautifulSoup, Tag
 
 from book.pipeline.browser import find_chromium, opened, served
 from book.pipeline.imprint import pages_address
-from book.pipeline.layout import HTML, PDF, ROOT, BookError, config, version
+from book.pipeline.layout import HTML, PDF, ROOT, SHEET, BookError, config, version
 
 _STYLE = Path(__file__).with_name("printing.css").read_text()
 _NAME = "print.html"
 _MARGIN = {"top": "18mm", "bottom": "20mm", "left": "17mm", "right": "17mm"}
+_SHEET = "book/cheatsheet.html"
 _FOOTER = (
     '<div style="width:100%;font:8px sans-serif;color:#555;padding:0 17mm;display:flex;justify-content:space-between">'
     '<span>{title}</span><span class="pageNumber"></span></div>'
@@ -48,10 +50,19 @@ def document(site: Path, parts: dict[str, list[str]]) -> str:
         raise BookError(f"not built yet: {', '.join(missing)}")
     soups = {name: BeautifulSoup((site / name).read_text(), "html.parser") for name in names}
     articles = [_article(name, soup, set(names)) for name, soup in soups.items()]
-    body = "\n".join((_front(parts, soups), *articles))
+    return _page("\n".join((_front(parts, soups), *articles)), _head(names[0], soups[names[0]]))
+
+
+def sheet(site: Path, name: str = _SHEET) -> str:
+    """The article of one page, in the columns of a sheet of paper."""
+    soup = BeautifulSoup((site / name).read_text(), "html.parser")
+    return _page(f'<div class="sheet">{_article(name, soup, {name})}</div>', _head(name, soup))
+
+
+def _page(body: str, head: str) -> str:
     return (
         f'<!doctype html><html lang="en" data-theme="light" data-mode="light"><head><meta charset="utf-8">'
-        f"<title>{html.escape(str(config()['title']))}</title>{_head(names[0], soups[names[0]])}"
+        f"<title>{html.escape(str(config()['title']))}</title>{head}"
         f"<style>{_STYLE}</style></head><body>{body}</body></html>"
     )
 
@@ -91,7 +102,7 @@ def _attribute(tag: Tag, name: str) -> str:
 def _article(name: str, soup: BeautifulSoup, names: set[str]) -> str:
     article = soup.select_one("article.bd-article") or soup.body
     assert article is not None
-    for tag in article.select("a.headerlink, .topk-knobs + script[src]"):
+    for tag in article.select("a.headerlink, script[src]"):
         tag.decompose()
     for tag in article.find_all(True):
         if tag.get("id"):
@@ -101,7 +112,7 @@ def _article(name: str, soup: BeautifulSoup, names: set[str]) -> str:
             tag.attrs.pop("loading", None)
         if tag.name == "a" and tag.get("href"):
             tag["href"] = _target(name, _attribute(tag, "href"), names)
-        if tag.name == "details" and "sd-dropdown" in _attribute(tag, "class").split():
+        if tag.name == "details" and ("sd-dropdown" in _attribute(tag, "class") or tag.find_parent(class_="topk-quiz")):
             tag["open"] = ""
     return f'<article class="bd-article bd-content" id="{_anchor(name)}">{article.decode_contents()}</article>'
 
@@ -139,8 +150,22 @@ def _title(soup: BeautifulSoup) -> str:
 
 
 def write(site: Path, parts: dict[str, list[str]], browser: Any, target: Path) -> None:
-    """Prints the pages to `target`. Raises BookError if a formula or a picture would be missing."""
-    text = document(site, parts)
+    """Prints the book to `target`. Raises BookError if a formula or a picture would be missing."""
+    footer = _FOOTER.format(title=html.escape(str(config()["title"])))
+    paper = {"margin": _MARGIN, "display_header_footer": True, "outline": True}
+    _print(
+        site, document(site, parts), browser, target, header_template="<span></span>", footer_template=footer, **paper
+    )
+
+
+def write_sheet(site: Path, browser: Any, target: Path, name: str = _SHEET) -> None:
+    """Prints the cheat sheet to `target`. Raises BookError if it takes more than one page."""
+    _print(site, sheet(site, name), browser, target, margin=dict.fromkeys(_MARGIN, "8mm"), landscape=True)
+    if (count := len(re.findall(rb"/Type\s*/Page\b", target.read_bytes()))) != 1:
+        raise BookError(f"{name} takes {count} pages of paper, it has to fit on one")
+
+
+def _print(site: Path, text: str, browser: Any, target: Path, **paper: Any) -> None:
     with served(site) as root:
         page = browser.new_page()
         page.route(f"**/{_NAME}", lambda route: route.fulfill(body=text, content_type="text/html"))
@@ -150,17 +175,8 @@ def write(site: Path, parts: dict[str, list[str]], browser: Any, target: Path) -
         if complaints:
             raise BookError("\n".join(complaints))
         target.parent.mkdir(parents=True, exist_ok=True)
-        page.pdf(
-            path=target,
-            format="A4",
-            margin=_MARGIN,
-            display_header_footer=True,
-            header_template="<span></span>",
-            footer_template=_FOOTER.format(title=html.escape(str(config()["title"]))),
-            print_background=True,
-            outline=True,
-            tagged=True,
-        )
+        page.pdf(path=target, format="A4", print_background=True, tagged=True, **paper)
+        page.close()
 
 
 def _typeset(page: Any) -> list[str]:
@@ -191,22 +207,25 @@ _MISSING = """[
 
 
 def main() -> int:
-    """Prints the book; 1 if something would be missing in it."""
+    """Prints both; 1 if something would be missing or did not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chromium", help="path of the browser; default: the one on this machine")
-    parser.add_argument("--to", type=Path, default=PDF, help="default: %(default)s")
+    parser.add_argument("--to", type=Path, default=PDF.parent, help="folder, default: %(default)s")
     arguments = parser.parse_args()
     chromium = arguments.chromium or find_chromium()
     if chromium is None:
         print("no browser found to print with: install chromium, or pass CHROMIUM=PATH", file=sys.stderr)
         return 1
+    book, one_page = (arguments.to / path.name for path in (PDF, SHEET))
     try:
         with opened(chromium) as browser:
-            write(HTML, contents(), browser, arguments.to)
+            write_sheet(HTML, browser, one_page)
+            write(HTML, contents(), browser, book)
     except BookError as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{arguments.to.resolve().as_uri()}: {arguments.to.stat().st_size / 1e6:.1f} MB")
+    for path in (one_page, book):
+        print(f"{path.resolve().as_uri()}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

@@ -6,6 +6,7 @@ only this machine knows.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import os
@@ -19,7 +20,7 @@ import nbformat
 import yaml
 from nbformat import NotebookNode
 
-from book.pipeline import imprint, pages, pictures
+from book.pipeline import front, imprint, pages, picture, pictures
 from book.pipeline.chapters import plain, with_outputs
 from book.pipeline.execute import surroundings
 from book.pipeline.layout import BUILD, HTML, ROOT, STAGE, BookError, address, chapter_number, config, twins, version
@@ -121,11 +122,13 @@ def _stage(outputs: dict[str, NotebookNode]) -> str:
 
 
 def _filled(path: Path) -> bytes:
-    """A page, with the address, the release and the BibTeX entries where it asks for them."""
+    """A page, with address, release, BibTeX, measured costs and the front page's figure where it asks for them."""
     content = path.read_bytes()
     if path.suffix != ".md":
         return content
     parts = {"ADDRESS": address, "VERSION": version, "BOOK_ENTRY": imprint.book_entry, "PAPERS": imprint.paper_entries}
+    parts |= {"FRONT": front.element, "CHAPTERS": imprint.chapter_entries}
+    parts |= {f"COST_{family.upper()}": functools.partial(picture.cost, family) for family in picture.FAMILIES}
     for name, part in parts.items():
         if f"@{name}@".encode() in content:
             content = content.replace(f"@{name}@".encode(), part().encode())
@@ -135,6 +138,8 @@ def _filled(path: Path) -> bytes:
 def _staged_config() -> dict[str, object]:
     staged = config()
     staged["html"]["baseurl"] = imprint.pages_address()
+    versions = f'<p>Version {version()}; <a href="{address()}/releases">all versions</a>, with pages and PDF.</p>'
+    staged["html"]["extra_footer"] += versions
     return staged
 
 
