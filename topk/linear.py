@@ -244,17 +244,23 @@ def _passed(
     with torch.autocast(features.device.type, enabled=False):
         for ordinal, part in enumerate(_parts(plan, target)):
             own = _of_part(tensors, part, target.shape[0], ordinal)
-            # Half types are rounded, as the scores of an unfused layer are, and widened once.
-            scores = F.linear(features[part], weight, bias)
-            scores = scores.to(compute_dtype(scores)) if plan.call.backend == "torch" else scores
             grad = None if factors is None else factors[part]
+            scores = _scores(plan, features[part], weight, bias)
             values[part], slopes = _loss_and_slopes(plan, grad, scores, target[part], own)
+            del scores  # or the next chunk is made beside this one
             if gradients is not None:
                 add = _add_few if isinstance(slopes, tuple) else _add_all
                 add(gradients, part, features[part], weight, slopes)
+            del slopes
     if plan.shard is not None and gradients is not None and gradients[0] is not None:
         plan.shard.added(gradients[0])
     return values, gradients
+
+
+def _scores(plan: _Plan, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Half types are rounded, as the scores of an unfused layer are, and widened once."""
+    scores = F.linear(features, weight, bias)
+    return scores.to(compute_dtype(scores)) if plan.call.backend == "torch" else scores
 
 
 def _loss_and_slopes(
