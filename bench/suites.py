@@ -55,7 +55,7 @@ def scale() -> list[Setting]:
     """Many minutes: last layers of 1000 to a million classes, and 4096 rows of 100,000."""
     goals = [Setting("smooth", 64, 1_000_000, 5, features=128), Setting("smooth", 4096, 100_000, 5, features=256)]
     over_classes = [
-        Setting(family, 256, n, 5, features=128)
+        Setting(family, 256, n, 5, features=32)
         for n in (1000, 10_000, 100_000, 1_000_000)
         for family in ("smooth", "cross_entropy", "hinge")
     ]
