@@ -235,7 +235,8 @@ def _compiled(build: Callable[[Setting, torch.device], LossCall]) -> Callable[[S
 # --- last layers -----------------------------------------------------------------------------------------------------
 
 
-def _criterion(setting: Setting) -> torch.nn.Module:
+def criterion(setting: Setting) -> torch.nn.Module:
+    """The loss that follows the last layer."""
     modules = {
         "smooth": topk.SmoothTopKLoss,
         "transition": topk.TransitionTopKLoss,
@@ -248,7 +249,7 @@ def _criterion(setting: Setting) -> torch.nn.Module:
 
 def _scores_held(setting: Setting, device: torch.device) -> LossCall:
     """F.linear, then the loss."""
-    loss = _criterion(setting)
+    loss = criterion(setting)
 
     def call(x: Tensor, y: Tensor, *, weight: Tensor) -> Tensor:
         return cast(Tensor, loss(F.linear(x, weight), y))
@@ -257,12 +258,31 @@ def _scores_held(setting: Setting, device: torch.device) -> LossCall:
 
 
 def _scores_in_chunks(setting: Setting, device: torch.device) -> LossCall:
-    loss = _criterion(setting)
+    loss = criterion(setting)
 
     def call(x: Tensor, y: Tensor, *, weight: Tensor) -> Tensor:
         return topk.linear_loss(loss, x, weight, y)
 
     return functools.partial(call, weight=setting.weight(device))
+
+
+def _two_processes(setting: Setting, device: torch.device) -> LossCall:
+    """Each with half the classes."""
+    from bench import partner
+
+    other = partner.partner()
+
+    def call(x: Tensor, y: Tensor, *, weight: Tensor) -> Tensor:
+        with other.at_work(setting, x.shape[0]):
+            return partner.loss_of_half(setting, x, y, weight)
+
+    return functools.partial(call, weight=partner.half(setting, 0))
+
+
+def _not_on_two(setting: Setting, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return "the two processes share a CPU"
+    return "noise is not drawn for sharded classes" if setting.family == "noised" else None
 
 
 def _torchs_operator(setting: Setting, device: torch.device) -> LossCall:
@@ -404,7 +424,7 @@ def _cross_entropy_truth(setting: Setting, scores: Tensor, target: Tensor) -> Te
 
 # --- the registry ----------------------------------------------------------------------------------------------------
 
-CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
+CROSS_ENTROPY, PLAIN_COPY, TWO_PROCESSES = "cross_entropy", "plain copy", "topk two processes"
 _FLOAT32 = ("float32",)
 
 
@@ -424,6 +444,9 @@ def _last_layers(family: str) -> tuple[Contender, ...]:
     return (
         Contender(f"F.linear + {family}", build=_scores_held, **shared),
         Contender(f"topk linear_loss {family}", build=_scores_in_chunks, **shared),
+        Contender(
+            f"{TWO_PROCESSES} {family}", build=_two_processes, runs_on=_not_on_two, largest=2_000_000_000, **shared
+        ),
     )
 
 

@@ -23,6 +23,7 @@ import topk
 from bench.contenders import CROSS_ENTROPY, Contender, Setting, contenders
 from bench.suites import Suite
 from topk_lab.study.timing import (
+    ROUNDS,
     Clock,
     CpuClock,
     NoReplayError,
@@ -36,6 +37,7 @@ from topk_lab.study.timing import (
 
 RESULTS = Path(__file__).parent / "results"
 CELL = ("suite", *Setting.__dataclass_fields__)
+_LAYER_ROUNDS = (3, 40)  # a call may take ten seconds
 _TIMES = ("p20_ms", "p50_ms", "p80_ms", "min_ms", "times_cross_entropy", "gbps")
 COLUMNS = (
     *CELL,
@@ -202,9 +204,11 @@ def measure(setting: Setting, clock: Clock, seconds: float = 3.0, compiled: bool
         except Exception as error:  # a peer's limits, or the device's memory
             notes[contender.name] = f"{type(error).__name__}: {first_line(error)}"
             _tidy(clock)
-    size = scores.numel() * scores.element_size()
-    eager = in_turns(clock, works, seconds)
-    warm = in_turns(CpuClock(warm=True), works, seconds) if clock.device.type == "cpu" else {}
+    size = setting.batch * setting.classes * scores.element_size()
+    rounds = _LAYER_ROUNDS if setting.features else ROUNDS
+    eager = in_turns(clock, works, seconds, rounds)
+    in_caches = clock.device.type == "cpu" and not setting.features
+    warm = in_turns(CpuClock(warm=True), works, seconds) if in_caches else {}
     peaks = {name: clock.peak(work) for name, work in works.items()}
     replays, why_not = _captured(clock, works)
     graphs = in_turns(clock, replays, seconds)

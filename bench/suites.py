@@ -52,10 +52,15 @@ def large() -> list[Setting]:
 
 
 def scale() -> list[Setting]:
-    """Many minutes: last layers with 256 features, 1000 to 100,000 classes, and a million for 64 rows."""
-    sizes = ((4096, 1000), (1024, 10_000), (1024, 50_000), (4096, 100_000))
-    layers = [Setting(family, *size, 5, features=256) for size in sizes for family in (*FAMILIES, "cross_entropy")]
-    return [*layers, Setting("smooth", 64, 1_000_000, 5, features=128)]
+    """Many minutes: last layers of 1000 to a million classes, and 4096 rows of 100,000."""
+    goals = [Setting("smooth", 64, 1_000_000, 5, features=128), Setting("smooth", 4096, 100_000, 5, features=32)]
+    over_classes = [
+        Setting(family, 256, n, 5, features=32)
+        for n in (1000, 10_000, 100_000, 1_000_000)
+        for family in ("smooth", "cross_entropy", "hinge")
+    ]
+    few = [Setting(family, 4096, 100_000, 5, features=32) for family in ("hinge", "noised", "differentiable")]
+    return [*over_classes[:-3], *goals, *over_classes[-3:], *few]
 
 
 def gpu() -> list[Setting]:

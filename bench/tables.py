@@ -17,11 +17,11 @@ _TEXT = (
     "processor", "driver", "torch", "triton", "topk", "python", "commit", "date",
 )  # fmt: skip
 _NUMBERS = (
-    "batch", "classes", "k", "spread", "epsilon", "samples", "m", "p20_ms", "p50_ms", "p80_ms", "warm_p20_ms",
-    "warm_p50_ms", "warm_p80_ms", "graph_p20_ms", "graph_p50_ms", "graph_p80_ms", "peak_bytes", "score_bytes",
-    "rounds", "load", "threads",
+    "batch", "classes", "k", "spread", "epsilon", "samples", "m", "features", "p20_ms", "p50_ms", "p80_ms",
+    "warm_p20_ms", "warm_p50_ms", "warm_p80_ms", "graph_p20_ms", "graph_p50_ms", "graph_p80_ms", "peak_bytes",
+    "score_bytes", "rounds", "load", "threads",
 )  # fmt: skip
-_WHOLE = ["batch", "classes", "k", "samples", "m"]
+_WHOLE = ["batch", "classes", "k", "samples", "m", "features"]
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -37,6 +37,7 @@ def with_ratios(frame: pd.DataFrame) -> pd.DataFrame:
     frame = frame.reindex(columns=pd.Index([*_TEXT, *_NUMBERS]))
     for name in _NUMBERS:
         frame[name] = pd.to_numeric(frame[name], errors="coerce")
+    frame["features"] = frame["features"].fillna(0)  # older records have no such column
     frame[_WHOLE] = frame[_WHOLE].astype("int64")
     frame["score_copies"] = frame["peak_bytes"] / frame["score_bytes"]
     moved = frame["score_bytes"] * np.where(frame["contender"] == PLAIN_COPY, 2, 3)

@@ -24,7 +24,7 @@ import topk
 from bench import __main__ as command
 from bench import contenders as bench_contenders
 from bench import gpu, runner, suites, summary, tables
-from bench.contenders import CONTENDERS, CROSS_ENTROPY, PLAIN_COPY, Setting, contenders
+from bench.contenders import CONTENDERS, CROSS_ENTROPY, PLAIN_COPY, TWO_PROCESSES, Setting, contenders
 from bench.suites import Suite
 from topk.autograd import Loss
 from topk_lab import figures
@@ -112,6 +112,8 @@ def test_last_layers_pass_their_gates(family: str) -> None:
         contender.gate(setting)
         features, target = setting.problem(16)
         assert contender.work(setting, features.requires_grad_(), target)().shape == (16, 8)
+    two = f"{TWO_PROCESSES} {family}" in {c.name for c in present}
+    assert two == (family != "noised")
 
 
 def test_long_rows_are_gated_in_full() -> None:

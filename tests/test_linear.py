@@ -223,6 +223,23 @@ def test_class_weights_ignored_rows_and_more_axes() -> None:
     torch.testing.assert_close(single, value[0, 0])
 
 
+@every_criterion
+def test_probabilities_as_targets(loss: nn.Module) -> None:
+    inputs, upstream = layer(), torch.randn(ROWS, dtype=torch.float64)
+    one, other = (F.one_hot(torch.randint(CLASSES, (ROWS,)), CLASSES).double() for _ in range(2))
+    q = 0.3 * one + 0.7 * other
+    for reduction in ("mean", "none"):
+        case = criterion(loss, reduction=reduction)
+        if isinstance(case, topk.DifferentiableTopKLoss):
+            case.tolerance = 1e-14
+        expected, found = (
+            with_gradients(make(case, *inputs[:2], q, inputs[2]), inputs, upstream) for make in (unfused, fused)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    images = topk.linear_loss(case, inputs[0][:22].view(2, 11, FEATURES), inputs[1], q[:22].view(2, 11, CLASSES))
+    assert images.shape == (2, 11)
+
+
 def test_cosines() -> None:
     (features, weight, _), target = layer(), targets()
     loss = topk.LDAMLoss(margins=0.2, scale=1.0)

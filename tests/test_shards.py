@@ -137,6 +137,12 @@ def last_layers_equal(shard: topk.ClassShard, stop: int) -> None:
             wanted = torch.autograd.grad(expected, whole, weights)
             for place, gradient in enumerate(torch.autograd.grad(found, local, weights)):
                 same(gradient, wanted[place] if place == 0 else wanted[place][mine], 1e-12)
+    q = 0.3 * F.one_hot(target.clamp(min=0), CLASSES).double() + 0.7 * F.one_hot((target + 9) % CLASSES, CLASSES)
+    smooth = criteria()["smooth"]
+    expected, found = smooth(F.linear(*whole), q), topk.linear_loss(smooth, *local[:2], q, bias=local[2], shard=shard)
+    wanted = torch.autograd.grad(expected, whole)
+    for place, gradient in enumerate(torch.autograd.grad(found, local)):
+        same(gradient, wanted[place] if place == 0 else wanted[place][mine], 1e-12)
     cosines = topk.linear_loss(criteria()["ldam"], *local[:2], target, cosine_scale=4.0, shard=shard)
     same(cosines, topk.linear_loss(criteria()["ldam"], *whole[:2], target, cosine_scale=4.0), 1e-12)
 

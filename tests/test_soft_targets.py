@@ -60,7 +60,7 @@ def test_cross_entropy_is_torchs(kind: str, smoothing: float) -> None:
     torch.testing.assert_close(single, F.cross_entropy(scores[0], q[0]))
 
 
-@pytest.mark.parametrize("name", ["transition", "hinge, calibrated", "hinge, kth", "hinge, smooth_limit"])
+@pytest.mark.parametrize("name", ["smooth", "transition", "hinge, calibrated", "hinge, kth", "hinge, smooth_limit"])
 def test_all_classes_with_ties_and_masked_ones(name: str) -> None:
     """These take any number of classes; elsewhere more than the stated number is refused."""
     loss, classes = CASES[name], MOST_CLASSES + 9
@@ -77,7 +77,26 @@ def test_all_classes_with_ties_and_masked_ones(name: str) -> None:
     torch.testing.assert_close(one, other)
     assert one.isfinite().all()
     with pytest.raises(ValueError, match="at most 64 classes a row a probability above 0 for this loss, got 71"):
-        topk.smooth_topk_loss(scores, q)
+        topk.smooth_topk_loss(scores, q, 9)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+def test_smooth_with_every_class_left_out(k: int, scale: float) -> None:
+    """Against enumeration; leaders far ahead, ties, and fewer than k wrong classes that are possible."""
+    scores = scale * torch.randn(4, 11, dtype=torch.float64)
+    scores[1, :k] += 30.0 * scale
+    scores[2] = scores[2].sign()
+    scores[3, k:] = -torch.inf
+    q = probabilities("all", 4, 11)
+    q[3] = F.one_hot(torch.tensor(0), 11) * 0.4
+    q[3, :k] += 0.6 / k
+    found = topk.smooth_topk_loss(scores, q, k, reduction="none")
+    every = torch.stack([topk.smooth_topk_loss(scores, torch.full((4,), y), k, reduction="none") for y in range(11)], 1)
+    brute = torch.where(q > 0, q * every, 0.0).sum(1)
+    assert ((found - brute).abs() <= 1e-12 * brute.abs().clamp(min=1.0)).all()
+    single = topk.smooth_topk_loss(scores[:3].float(), q[:3].float(), k, reduction="none")
+    assert ((single - brute[:3]).abs() <= 1e-5 * brute[:3].abs().clamp(min=1.0)).all()
 
 
 def test_what_is_no_distribution_is_refused() -> None:

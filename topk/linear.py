@@ -66,7 +66,8 @@ def linear_loss(
             ``reduction`` count as always.
         features: (..., features), any floating-point type.
         weight: (classes, features).
-        target: (...), class indices.
+        target: (...), class indices, or (..., classes), probabilities with few classes a row above 0: the expected
+            loss, for which a row's scores are made again for each of them.
         bias: (classes,), or None.
         cosine_scale: None, or a number > 0: the scores are so many times the cosines between features and weight.
         chunk: how many rows are worked on at a time; None: as many as make 2^24 scores, and at least 64.
@@ -75,7 +76,7 @@ def linear_loss(
         by_torch: runs ``F.linear_cross_entropy`` where torch has it; for ``torch.nn.CrossEntropyLoss`` alone.
     """
     criterion = _criterion(loss)
-    _check_inputs(features, weight, bias, target)
+    _check_inputs(features, weight, bias, target, None if shard is None else shard.total)
     rows_at_once = None if chunk is None else check_count("chunk", chunk)
     if cosine_scale is not None:
         if bias is not None:
@@ -83,15 +84,16 @@ def linear_loss(
         features = check_number("cosine_scale", cosine_scale, above=0.0) * F.normalize(features, dim=-1)
         weight = F.normalize(weight, dim=-1)
     flat = features.reshape(-1, features.shape[-1])
+    target = target.reshape(flat.shape[0], *target.shape[features.dim() - 1 :])
     if shard is not None:
         shard.check("weight", weight.shape[0])
     if by_torch:
-        value = _by_torch(loss, flat, weight, target.reshape(-1), bias)
+        value = _by_torch(loss, flat, weight, target, bias)
     elif shard is None and (torch._C._are_functorch_transforms_active() or is_traced(flat) or is_traced(weight)):
-        value = criterion(F.linear(flat, weight, bias), target.reshape(-1))
+        value = criterion(F.linear(flat, weight, bias), target)
     else:
-        value = criterion(_scores_to_come(flat, weight, bias, rows_at_once, shard), target.reshape(-1))
-    return value.reshape(target.shape) if value.dim() > 0 else value
+        value = criterion(_scores_to_come(flat, weight, bias, rows_at_once, shard), target)
+    return value.reshape(features.shape[:-1]) if value.dim() > 0 else value
 
 
 def _criterion(loss: nn.Module) -> nn.Module:
@@ -113,7 +115,7 @@ def _criterion(loss: nn.Module) -> nn.Module:
     return loss
 
 
-def _check_inputs(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
+def _check_inputs(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, classes: int | None) -> None:
     for name, tensor in (("features", features), ("weight", weight), ("target", target)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -122,8 +124,11 @@ def _check_inputs(features: Tensor, weight: Tensor, bias: Tensor | None, target:
     if features.dim() < 1 or features.shape[-1] != weight.shape[1]:
         expected = f"(..., {weight.shape[1]})"
         raise ValueError(f"features must have shape {expected} as weight has, got {tuple(features.shape)}")
-    if target.shape != features.shape[:-1]:
-        raise ValueError(f"target must have shape {tuple(features.shape[:-1])}, got {tuple(target.shape)}")
+    shape = features.shape[:-1]
+    if target.is_floating_point():
+        shape = torch.Size((*shape, classes or weight.shape[0]))
+    if target.shape != shape:
+        raise ValueError(f"target must have shape {tuple(shape)}, got {tuple(target.shape)}")
     if bias is not None and tuple(bias.shape) != weight.shape[:1]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), one number a class, got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), *(() if bias is None else (("bias", bias),))):
@@ -156,7 +161,10 @@ def _scores_to_come(
         value: Tensor = LinearLoss.apply(plan, features, weight, bias, target, share, *tensors)
         return value
 
-    scores = PendingScores.of(features, rows, classes, dtype, source)
+    def chosen(rows: Tensor) -> PendingScores:
+        return _scores_to_come(features[rows], weight, bias, chunk, shard)
+
+    scores = PendingScores.of(features, rows, classes, dtype, source, chosen)
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (features, weight, bias))
     scores.requires_grad_(wanted and torch.is_grad_enabled())
     return scores
@@ -244,17 +252,23 @@ def _passed(
     with torch.autocast(features.device.type, enabled=False):
         for ordinal, part in enumerate(_parts(plan, target)):
             own = _of_part(tensors, part, target.shape[0], ordinal)
-            # Half types are rounded, as the scores of an unfused layer are, and widened once.
-            scores = F.linear(features[part], weight, bias)
-            scores = scores.to(compute_dtype(scores)) if plan.call.backend == "torch" else scores
             grad = None if factors is None else factors[part]
+            scores = _scores(plan, features[part], weight, bias)
             values[part], slopes = _loss_and_slopes(plan, grad, scores, target[part], own)
+            del scores  # or the next chunk is made beside this one
             if gradients is not None:
                 add = _add_few if isinstance(slopes, tuple) else _add_all
                 add(gradients, part, features[part], weight, slopes)
+            del slopes
     if plan.shard is not None and gradients is not None and gradients[0] is not None:
         plan.shard.added(gradients[0])
     return values, gradients
+
+
+def _scores(plan: _Plan, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Half types are rounded, as the scores of an unfused layer are, and widened once."""
+    scores = F.linear(features, weight, bias)
+    return scores.to(compute_dtype(scores)) if plan.call.backend == "torch" else scores
 
 
 def _loss_and_slopes(

@@ -80,7 +80,7 @@ def sharded_loss(loss: nn.Module, scores: Tensor, target: Tensor, shard: ClassSh
         loss: a loss module of this package. Hinges and transition, LDAM, focal and differentiable (but for a softmax
             over all scores or smoothed labels), smooth with k <= 8, noised without noise.
         scores: (rows, classes of the slice).
-        target: (rows,), class indices among all classes.
+        target: (rows,), class indices among all classes, or (rows, all classes), probabilities with few above 0.
         shard: which classes these are.
     """
     if scores.dim() != 2:
@@ -107,7 +107,10 @@ def _pending(scores: Tensor, shard: ClassShard) -> PendingScores:
         value: Tensor = SlicedRowLoss.apply(call, shard, scores, target, *tensors)
         return value if share is None else torch.where(share == 0.0, 0.0, value * share)
 
-    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source)
+    def chosen(rows: Tensor) -> PendingScores:
+        return _pending(scores[rows], shard)
+
+    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source, chosen)
 
 
 class SlicedRowLoss(torch.autograd.Function):

@@ -27,14 +27,24 @@ class PendingScores(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what it gives is plain
     source: Callable[..., Tensor]
+    chosen: Callable[[Tensor], PendingScores]
 
     @classmethod
     def of(
-        cls, like: Tensor, rows: int, classes: int, dtype: torch.dtype, source: Callable[..., Tensor]
+        cls,
+        like: Tensor,
+        rows: int,
+        classes: int,
+        dtype: torch.dtype,
+        source: Callable[..., Tensor],
+        chosen: Callable[[Tensor], PendingScores],
     ) -> PendingScores:
-        """`source(call, target, tensors, share, reduction)` gives the rows' losses, or the sum of share times them."""
+        """`source(call, target, tensors, share, reduction)` gives the rows' losses, or the sum of share times them.
+
+        `chosen(rows)` stands in for these rows of the scores.
+        """
         scores = torch.zeros((), dtype=dtype, device=like.device).expand(rows, classes).as_subclass(cls)
-        scores.source = source
+        scores.source, scores.chosen = source, chosen
         return scores
 
 

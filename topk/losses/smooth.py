@@ -29,8 +29,9 @@ a large head, where all are probabilities, each class is divided out from the ot
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from topk.losses import polynomials
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
+    largest_classes,
     largest_wrong,
     largest_wrong_and_own,
     materialised,
@@ -110,7 +112,7 @@ def log_ratio(
         sums = materialised(others.to(row_dtype(scores)))
         sums = sums if tail is None else sums + tail.T
         head_odds = rate * (head.to(row_dtype(scores)) - about)
-        lower, upper = _multiplied_in(head_odds, _from_power_sums(sums))
+        lower, upper = _multiplied_in(head_odds, _from_power_sums(sums))[-2:]
         tilt = torch.zeros_like(lower)
     else:
         log_odds = ((scores - about) * rate).scatter(1, target[:, None], -torch.inf)
@@ -148,13 +150,73 @@ def _from_power_sums(sums: Tensor) -> list[Tensor]:
     return e
 
 
-def _multiplied_in(head: Tensor, tail: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The last two coefficients of tail times the product of (1 + w z) / (1 + w) over the head's w = exp(log odds)."""
+def _multiplied_in(head: Tensor, tail: list[Tensor]) -> list[Tensor]:
+    """The coefficients of tail times the product of (1 + w z) / (1 + w) over the head's w = exp(log odds)."""
     product = tail
     for column in head.unbind(1):
         success, failure = column.sigmoid(), (-column).sigmoid()
         product = [product[0] * failure] + [now * failure + before * success for before, now in pairwise(product)]
-    return product[-2], product[-1]
+    return product
+
+
+# --- targets that are probabilities ----------------------------------------------------------------------------------
+
+
+def expected(
+    scores: Tensor,  # (rows, classes)
+    q: Tensor,  # (rows, classes), probabilities
+    *,
+    k: KArgument = 5,
+    tau: float = 1.0,
+    margin: float = 1.0,
+    **_: Any,
+) -> Tensor | None:
+    """sum over y of q_y times the loss (rows,), in O(k) a class; None where some k is too large for power sums."""
+    pairs = [pair for pair in zip(*check_k(k, scores.shape[1]), strict=True) if pair[0] < scores.shape[1]]
+    if any(each > POWER_SUM_LIMIT for each, _ in pairs):
+        return None
+    loss, own = torch.zeros_like(scores[:, 0]), torch.where(q != 0.0, scores, 0.0)
+    for each, share in pairs:
+        rate = 1.0 / (each * tau)
+        gap = margin / tau + every_log_ratio(scores, each, rate) - rate * own
+        loss = loss + share * tau * (q * softplus(gap, threshold=30.0)).sum(1)
+    return loss
+
+
+def every_log_ratio(scores: Tensor, k: int, rate: float) -> Tensor:
+    """`log_ratio` for every class as the target (rows, classes), k <= POWER_SUM_LIMIT.
+
+    From the coefficients of all classes one that is not among the k largest is divided out, which is safe as its w is
+    at most 1. For each of the k largest the others and the (k+1)-th are multiplied into the rest.
+    """
+    best = largest_classes(scores, k + 1)
+    head = scores.gather(1, best)
+    about, lower_about = (finite_or_zero(head[:, place : place + 1].detach()) for place in (k - 1, k))
+    log_odds = rate * (head.to(row_dtype(scores)) - about)
+    product = torch.stack(_multiplied_in(log_odds[:, :k], _tail_coefficients(scores, head[:, :k], about, rate, k)))
+    product = (product / product[k]).to(scores.dtype)  # those of a long row would overflow in float32
+    odds = (scores - about) * rate
+    odds = torch.where(odds > 0.0, 0.0, odds).exp()  # unlike clamp, with a slope where it is 0
+    lower, upper = odds, product[0][:, None].expand_as(odds)
+    for coefficient in product[1:]:
+        lower, upper = upper, coefficient[:, None] - odds * upper
+    absent = head[:, k - 1 : k] == -torch.inf
+    ratio = _log_quotient(upper, lower, absent) + rate * about
+    log_odds, rest = log_odds + rate * (about - lower_about), _tail_coefficients(scores, head, lower_about, rate, k)
+    pairs = [_multiplied_in(torch.cat((log_odds[:, :i], log_odds[:, i + 1 :]), 1), rest)[-2:] for i in range(k)]
+    lower, upper = (torch.stack(part, 1) for part in zip(*pairs, strict=True))
+    among = _log_quotient(upper, lower, head[:, k:] == -torch.inf) + rate * lower_about
+    return ratio.scatter(1, best[:, :k], among.to(ratio.dtype))
+
+
+def _tail_coefficients(scores: Tensor, head: Tensor, about: Tensor, rate: float, k: int) -> list[Tensor]:
+    """Of the product of (1 + w z) over the classes that are not in the head."""
+    sums = _sums_of_powers(scores, about, rate, k) - _sums_of_powers(head, about, rate, k)
+    return _from_power_sums(sums.to(row_dtype(scores)))
+
+
+def _log_quotient(upper: Tensor, lower: Tensor, absent: Tensor) -> Tensor:
+    return torch.where(absent, -torch.inf, torch.where(absent, 1.0, upper / torch.where(absent, 1.0, lower)).log())
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------
@@ -461,7 +523,7 @@ LOSS = Loss(
 )
 
 
-@takes_probabilities
+@partial(takes_probabilities, expected=expected)
 def smooth_topk_loss(
     scores: Tensor,
     target: Tensor,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from topk.arguments import REDUCTIONS, check_choice, check_class_tensor
 from topk.autograd import compute_dtype
-from topk.losses.common import as_rows
+from topk.losses.common import PendingScores, as_rows
 
 MOST_CLASSES = 64
 """So many classes of a row may have a probability above 0 where the loss of each is computed by itself."""
@@ -88,7 +88,7 @@ def _expected_loss(
     """The rows' losses (rows,)."""
     row, classes = (q != 0.0).nonzero(as_tuple=True)
     most = int(torch.bincount(row, minlength=1).max())
-    if expected is not None and most > 2:
+    if expected is not None and most > 2 and not isinstance(scores, PendingScores):
         wide = scores.to(compute_dtype(scores))
         value = expected(wide, q, **keywords)
         if value is not None:
@@ -98,5 +98,6 @@ def _expected_loss(
             f"target must give at most {MOST_CLASSES} classes a row a probability above 0 for this loss, got {most}"
         )
     keywords = {**keywords, "ignore_index": -100, "reduction": "none"}
-    each = function(scores[row], classes, **keywords)
+    chosen = scores.chosen(row) if isinstance(scores, PendingScores) else scores[row]
+    each = function(chosen, classes, **keywords)
     return q.new_zeros(len(scores)).index_add(0, row, each.to(q.dtype) * q[row, classes])

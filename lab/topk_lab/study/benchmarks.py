@@ -17,7 +17,7 @@ from topk_lab.figures import Band, Panel
 from topk_lab.page import say, table
 
 CHAPTER, EXPECTED = "13_benchmarks", "13_benchmarks_expected"
-PROBLEM = ["family", "batch", "classes", "k", "spread", "epsilon", "samples", "method", "m", "dtype"]
+PROBLEM = ["family", "batch", "classes", "k", "spread", "epsilon", "samples", "method", "m", "dtype", "features"]
 FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
 CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
 _AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"}
@@ -27,9 +27,15 @@ _AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"
 
 
 def load() -> pd.DataFrame:
-    """All records of the benchmark, a row a problem and contender."""
+    """All records of losses of given scores, a row a problem and contender."""
     frame: pd.DataFrame = records.load(CHAPTER)
-    return frame
+    return frame[frame["features"] == 0].reset_index(drop=True)
+
+
+def last_layers() -> pd.DataFrame:
+    """All records of last layers with their losses (chapter "A million classes")."""
+    frame: pd.DataFrame = records.load(CHAPTER)
+    return frame[frame["features"] > 0].reset_index(drop=True)
 
 
 def measured(frame: pd.DataFrame, device: str) -> pd.DataFrame:
