@@ -61,7 +61,7 @@ def read(twin: Path) -> NotebookNode:
 def refresh(twin: Path) -> bool:
     """Writes what is generated in a twin, the set-up cell and how long it runs; says whether something changed."""
     notebook = read(twin)
-    notebook.cells[0].source = _with_time(notebook.cells[0].source, times.sentence(twin.stem))
+    _place_time(notebook, times.sentence(twin.stem))
     notebook.cells[1].source = setup_source()
     text = jupytext.writes(notebook, fmt="md:myst", config=load_jupytext_config(str(twin)))
     changed = bool(text != twin.read_text())
@@ -70,11 +70,13 @@ def refresh(twin: Path) -> bool:
     return changed
 
 
-def _with_time(opening: str, sentence: str) -> str:
+def _place_time(notebook: NotebookNode, sentence: str) -> None:
     """The sentence as a paragraph of its own, after the one that says how long reading takes, or after the title."""
-    paragraphs = [text for text in opening.split("\n\n") if not text.startswith("**Runs in**")]
+    texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    place = next((cell for cell in texts if "**Time**" in cell.source), texts[0])
+    paragraphs = [text for text in place.source.split("\n\n") if not text.startswith("**Runs in**")]
     at = next((number for number, text in enumerate(paragraphs) if "**Time**" in text), 0)
-    return "\n\n".join((*paragraphs[: at + 1], sentence, *paragraphs[at + 1 :]))
+    place.source = "\n\n".join((*paragraphs[: at + 1], sentence, *paragraphs[at + 1 :]))
 
 
 def code_cells(notebook: NotebookNode) -> list[NotebookNode]:

@@ -56,7 +56,7 @@ def _processor() -> str:
 def sentence(stem: str) -> str:
     """What a notebook says about itself."""
     parts = [_on_a(kind, stem) for kind in KINDS]
-    return f"**Runs in** {'; '.join(parts)}. `smoke` is what the cell `profile` below is set to."
+    return f"**Runs in** {'; '.join(parts)}. `smoke` is what the cell `profile` is set to."
 
 
 def _on_a(kind: str, stem: str) -> str:

@@ -443,7 +443,9 @@ def heat(
     width, down = min(across, len(panels)), -(-len(panels) // across)
     size = size or (1.6 + width * (0.8 + 0.42 * len(columns)), down * (0.9 + 0.26 * len(rows)))
     figure, axes = _grid(len(panels), across, size, sharex=True, sharey=True)
-    limits = {"cmap": DIVERGING, "vmin": -reach, "vmax": reach} if reach else {"cmap": SEQUENTIAL}
+    everything = np.concatenate([np.ravel(np.array(values, dtype=np.float64)) for values in panels.values()])
+    low, high = (-reach, reach) if reach else (np.nanmin(everything), np.nanmax(everything))
+    limits = {"cmap": DIVERGING if reach else SEQUENTIAL, "vmin": low, "vmax": high}
     numbers: dict[str, list[Any]] = {"": list(rows)}
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         cells = np.array(values, dtype=np.float64)

@@ -1,0 +1,99 @@
+"""Diagrams of structures, each one call like those of `figures`: a comparator network, and a tree.
+
+comparators(layers, values, chances, alt="...")     # a network, one score's way through it as the width of a wire
+tree([["a", "b"], ["ab"]], alt="...")               # leaves below, each two of them under their product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+
+from topk_lab import figures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Layers = Sequence[Sequence[tuple[int, int]]]
+
+
+def comparators(
+    layers: Layers,
+    values: Sequence[Sequence[float]],
+    chances: Sequence[Sequence[float]],
+    alt: str,
+    title: str = "",
+) -> None:
+    """A network of comparators (low, high), drawn from left to right with the highest wire on top.
+
+    Before the first layer and after each, a wire carries a value, written at both ends, and the chance that the score
+    in question is on it, which is the width of its orange line and is written at the right.
+    """
+    wires, x = len(values[0]), 0.0
+    figure, axis = plt.subplots(figsize=(7.8, 0.6 + min(0.42 * wires, 4.0)))
+    since, now = [0.0] * wires, list(chances[0])
+    for layer, after in zip(layers, chances[1:], strict=True):
+        x += 0.3
+        for column in _columns(layer):
+            x += 0.5
+            for low, high in column:
+                axis.plot([x, x], [low, high], color=figures.BLUE, marker="o", markersize=4, linewidth=1.5,
+                          linestyle="solid", zorder=3)  # fmt: skip
+                for wire in (low, high):
+                    _wire(axis, wire, since[wire], x, now[wire])
+                    since[wire], now[wire] = x, after[wire]
+    end = x + 0.8
+    for wire in range(wires):
+        _wire(axis, wire, since[wire], end, now[wire])
+    for wire in range(wires):
+        axis.text(-0.015 * end, wire, f"{values[0][wire]:.2g}", ha="right", va="center")
+        axis.text(1.015 * end, wire, f"rank {wires - wire}:  {chances[-1][wire]:.2f}", ha="left", va="center")
+    axis.set(title=title, xlim=(-0.1 * end, 1.2 * end), ylim=(-0.6, wires - 0.4))
+    axis.axis("off")
+    last = range(wires - 1, -1, -1)
+    figures.show(figure, alt, {
+        "rank": [wires - wire for wire in last], "enters": [values[0][wire] for wire in last],
+        "leaves": [values[-1][wire] for wire in last], "chance at the end": [chances[-1][wire] for wire in last],
+    })  # fmt: skip
+
+
+def _wire(axis: Axes, wire: int, start: float, end: float, chance: float) -> None:
+    """A piece of a wire, as wide as the chance on it."""
+    axis.plot([start, end], [wire, wire], color="lightgrey", linewidth=0.8, linestyle="solid", zorder=1)
+    if chance > 0.003:
+        axis.plot([start, end], [wire, wire], color=figures.ORANGE, linewidth=12 * chance, linestyle="solid",
+                  solid_capstyle="butt", zorder=2)  # fmt: skip
+
+
+def _columns(layer: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The comparators of a layer beside each other where they would cross."""
+    columns: list[list[tuple[int, int]]] = []
+    for low, high in sorted(layer):
+        free = (c for c in columns if all(high < a or low > b for a, b in c))
+        column = next(free, None)
+        if column is None:
+            columns.append(column := [])
+        column.append((low, high))
+    return columns or [[]]
+
+
+def tree(levels: Sequence[Sequence[str]], alt: str, title: str = "", size: figures.Size = (7.8, 3.2)) -> None:
+    """Levels of words, the leaves first: the i-th of each level stands over the (2i)-th and (2i+1)-th below it."""
+    figure, axis = plt.subplots(figsize=size)
+    places = [(i + 0.5) / len(levels[0]) for i in range(len(levels[0]))]
+    for height, words in enumerate(levels):
+        if height:
+            pairs = [places[2 * i : 2 * i + 2] for i in range(len(words))]
+            above = [sum(pair) / len(pair) for pair in pairs]
+            for x, pair in zip(above, pairs, strict=True):
+                for end in pair:
+                    axis.plot([end, x], [height - 1, height], color=figures.GREY, linewidth=1, linestyle="solid")
+            places = above
+        for x, text in zip(places, words, strict=True):
+            axis.text(x, height, text, ha="center", va="center", fontsize=9, bbox={
+                "boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": figures.BLUE})  # fmt: skip
+    axis.set(title=title, xlim=(0, 1), ylim=(-0.5, len(levels) - 0.5))
+    axis.axis("off")
+    figures.show(figure, alt, {f"level {height}": list(words) for height, words in enumerate(levels)})
