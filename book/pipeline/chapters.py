@@ -61,7 +61,9 @@ def read(twin: Path) -> NotebookNode:
 def refresh(twin: Path) -> bool:
     """Writes what is generated in a twin, the set-up cell and how long it runs; says whether something changed."""
     notebook = read(twin)
-    notebook.cells[0].source = _with_time(notebook.cells[0].source, times.sentence(twin.stem))
+    texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
+    opening = next((cell for cell in texts if "**Time**" in cell.source), texts[0])
+    opening.source = _with_time(opening.source, times.sentence(twin.stem))
     notebook.cells[1].source = setup_source()
     text = jupytext.writes(notebook, fmt="md:myst", config=load_jupytext_config(str(twin)))
     changed = bool(text != twin.read_text())
