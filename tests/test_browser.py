@@ -54,6 +54,11 @@ FLAWS = {
     "dead": ('<a href="nowhere.html" style="color: inherit">x</a>', "dead link nowhere.html"),
     "anchor": ('<a href="good.html#nothing" style="color: inherit">x</a>', "no anchor good.html#nothing"),
     "no-sliders": ('<div class="topk-knobs">...</div>', "an interactive figure without its sliders"),
+    "no-choice": ('<div class="topk-quiz">...</div>', "a quiz without anything to choose"),
+    "silent": (
+        '<div class="topk-quiz"><fieldset><input type="radio" aria-label="A"><p role="status"></p></fieldset></div>',
+        "does not answer to the keyboard",
+    ),
     "nameless": ('<div class="topk-knobs"><input type="range"></div>', "has no name for a screen reader"),
     "unreachable": (
         '<details><summary tabindex="-1" onfocus="this.blur()">Solution</summary>x</details>',

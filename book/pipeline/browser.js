@@ -85,6 +85,7 @@
     undescribed: images.filter((n) => !n.alt || /\.(png|svg)$/.test(n.alt)).map((n) => n.src.slice(-60)),
     unsized: images.filter((n) => visible(n) && n.src && !(n.getAttribute("width") && n.getAttribute("height"))).map((n) => n.src.slice(-60)),
     knobs: [...article.querySelectorAll(".topk-knobs")].map((n) => n.querySelectorAll("input[type=range]").length),
+    quizzes: [...article.querySelectorAll(".topk-quiz")].map((n) => n.querySelectorAll("fieldset input[type=radio]").length),
     launch: [...document.querySelectorAll("a[href*='colab.research.google.com']")].map((n) => n.href),
     links: [...document.querySelectorAll("a[href]")].map((n) => n.href),
     anchors: [...document.querySelectorAll("[id]")].map((n) => n.id),

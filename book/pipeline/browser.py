@@ -4,8 +4,8 @@
 
 Every page, wide and as narrow as a phone, light and dark: no console error, every formula typeset, no sideways scroll,
 pictures described and sized, links inside the book lead somewhere, chapters carry a launch button for an existing
-notebook, text and the writing in figures have contrast (WCAG AA), folded parts and sliders work from the keyboard, and
-the search finds what is in the book.
+notebook, text and the writing in figures have contrast (WCAG AA), folded parts, sliders and quizzes work from the
+keyboard, and the search finds what is in the book.
 """
 
 from __future__ import annotations
@@ -202,6 +202,8 @@ def _page_complaints(where: str, found: dict[str, Any]) -> list[str]:
         complaints += [f"{where}: {words}: {item}" for item in found[kind]]
     if any(count == 0 for count in found["knobs"]):
         complaints.append(f"{where}: an interactive figure without its sliders")
+    if any(count == 0 for count in found["quizzes"]):
+        complaints.append(f"{where}: a quiz without anything to choose")
     return complaints
 
 
@@ -241,7 +243,7 @@ def ink_contrast(png: bytes) -> float:
 
 
 def _keyboard(page: Any, name: str) -> list[str]:
-    """Folded parts open with Enter, sliders move with an arrow, and a reader sees where the focus is."""
+    """Folds open with Enter, sliders move with an arrow, a quiz tells about each answer, and the focus is seen."""
     complaints = []
     page.keyboard.press("Tab")  # from now on the browser shows the focus
     for thing in page.evaluate(_KEYBOARD):
@@ -258,8 +260,13 @@ def _keyboard(page: Any, name: str) -> list[str]:
 
 def _operates(page: Any, thing: dict[str, Any]) -> bool:
     node = f"document.querySelector('[data-thing=\"{thing['number']}\"]')"
-    state = f"{node}.parentElement.open" if thing["kind"] == "SUMMARY" else f"{node}.value"
-    keys = ("Enter",) if thing["kind"] == "SUMMARY" else ("ArrowRight", "ArrowLeft")
+    state, keys = {
+        "SUMMARY": (f"{node}.parentElement.open", ["Enter"]),
+        "RADIO": (
+            f"{node}.checked && {node}.closest('.topk-quiz').querySelector('[role=status]').innerText != ''",
+            ["Space"],
+        ),
+    }.get(thing["kind"], (f"{node}.value", ["ArrowRight", "ArrowLeft"]))
     before = page.evaluate(f"{node}.focus(), {state}")
     for key in keys:
         page.keyboard.press(key)

@@ -2,8 +2,8 @@
 
 Jupytext keeps the two halves of a pair equal, `notebooks/NN_name.md` and `notebooks/NN_name.ipynb`: either may be
 edited, in JupyterLab or elsewhere. Colab would show MyST's directives and roles raw, so its notebook, in `colab/`, says
-the same without them: theorems become bold paragraphs, folded solutions become `<details>`, references become the
-numbers that the site prints.
+the same without them: theorems become bold paragraphs, folded solutions and the answers of a quiz become `<details>`,
+references become the numbers that the site prints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jupytext.combine import combine_inputs_with_outputs
 from jupytext.config import load_jupytext_config
 from nbformat import NotebookNode
 
-from book.pipeline import times
+from book.pipeline import quiz, times
 from book.pipeline.layout import COLAB, ROOT, BookError, address, chapter_number, twins, version
 
 SETUP = """\
@@ -193,6 +193,11 @@ def _plain_directive(name: str, title: str, body: list[str], chapter: int) -> It
     body = list(_directives("\n".join(body).strip("\n").split("\n"), chapter))
     if name == "dropdown":
         yield from ("<details>", f"<summary>{title}</summary>", "", *body, "", "</details>")
+    elif name == "quiz":
+        try:
+            yield from quiz.plain(body)
+        except ValueError as error:
+            raise BookError(f"chapter {chapter}: {error}") from None
     elif name == "prf:proof":
         yield from ("*Proof.*", "", *body, "", "∎")
     elif name.startswith("prf:"):

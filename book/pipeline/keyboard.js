@@ -4,11 +4,11 @@
     (node.tagName === "SUMMARY" ? node.textContent : "") || "").trim();
   const shown = (node) => { const s = getComputedStyle(node); return s.outlineStyle !== "none" || s.boxShadow !== "none"; };
   const article = document.querySelector(".bd-article, article") || document.body;
-  const things = [...article.querySelectorAll("details > summary, .topk-knobs input[type=range]")].filter((n) => n.getClientRects().length);
+  const things = [...article.querySelectorAll("details > summary, .topk-knobs input[type=range], .topk-quiz input")].filter((n) => n.getClientRects().length);
   return things.map((node, number) => {
     node.setAttribute("data-thing", number);
     node.focus();
-    return { number: number, kind: node.tagName, name: name(node).slice(0, 40),
+    return { number: number, kind: node.type === "radio" ? "RADIO" : node.tagName, name: name(node).slice(0, 40),
       reached: node.tabIndex >= 0 && document.activeElement === node, seen: shown(node) };
   });
 })()

@@ -3,8 +3,8 @@
     python -m book.pipeline.printing [--chromium PATH] [--to FILE]
 
 The pages' articles are put one after the other, in the order of the contents, into one document, so that references
-between chapters become links inside the PDF and headings its outline. Solutions are printed unfolded; folded code and
-data stay in the notebooks. Interactive figures show what they start with, without their sliders.
+between chapters become links inside the PDF and headings its outline. Solutions and the answers of quizzes are printed
+unfolded; folded code and data stay in the notebooks. Interactive figures show what they start with, no sliders.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _article(name: str, soup: BeautifulSoup, names: set[str]) -> str:
             tag.attrs.pop("loading", None)
         if tag.name == "a" and tag.get("href"):
             tag["href"] = _target(name, _attribute(tag, "href"), names)
-        if tag.name == "details" and "sd-dropdown" in _attribute(tag, "class").split():
+        if tag.name == "details" and ("sd-dropdown" in _attribute(tag, "class") or tag.find_parent(class_="topk-quiz")):
             tag["open"] = ""
     return f'<article class="bd-article bd-content" id="{_anchor(name)}">{article.decode_contents()}</article>'
 
