@@ -22,7 +22,9 @@ class Trial(NamedTuple):
     rate: float
 
 
-def trial(loss: Callable[[Tensor, Tensor], Tensor], rate: float, seed: int, linear: bool = False) -> Trial:
+def trial(
+    loss: Callable[[Tensor, Tensor], Tensor], rate: float, seed: int, linear: bool = False, epochs: int = EPOCHS
+) -> Trial:
     """Trains on classes that are mixtures of four Gaussians each; gradient descent with momentum."""
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -33,7 +35,7 @@ def trial(loss: Callable[[Tensor, Tensor], Tensor], rate: float, seed: int, line
     network = _network(linear)
     optimiser = torch.optim.SGD(network.parameters(), rate, momentum=0.9)
     moved = rows = 0
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for batch in torch.randperm(TRAIN, generator=generator).split(100):
             scores = network(features[batch])
             (field,) = torch.autograd.grad(loss(scores, label[batch]), scores, retain_graph=True)
