@@ -366,7 +366,12 @@ def verses() -> list[list[str]]:
     """The King James Version, a list of lower-cased words and marks a verse."""
     packed = resources.files("topk_lab").joinpath("kjv.txt.xz").read_bytes()
     lines = lzma.decompress(packed).decode().splitlines()
-    return [re.findall(r"[a-z']+|[^\sa-z']", line.lower()) for line in lines]
+    return [tokens(line) for line in lines]
+
+
+def tokens(text: str) -> list[str]:
+    """Its words and marks, lower-cased."""
+    return re.findall(r"[a-z']+|[^\sa-z']", text.lower())
 
 
 @lru_cache(maxsize=2)
