@@ -176,6 +176,9 @@ def test_words_predict_the_next_one_from_those_before() -> None:
     assert found.train.labels.max() < 50
     assert number["the"] < 3
     assert len(data.verses()) == 31103
+    short = data.load({"name": "words", "vocabulary": 50, "context": 2, "rows": 2000, "test_rows": 30})
+    assert np.array_equal(short.test.inputs, found.test.inputs[:30])
+    assert len(found.test) > 30_000
 
 
 # --- batches ---

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from topk_lab import records, report
-from topk_lab.study.statistics import Interval, paired, t_interval
+from topk_lab.study.statistics import Interval, hierarchical, paired, t_interval
 
 MIXTURE = '{"1": 0.5, "5": 0.5}'
 
@@ -58,6 +58,33 @@ def test_intervals_hold_as_often_as_they_say() -> None:
     draws = np.random.default_rng(0).normal(size=(2000, 4))
     inside = [found.low <= 0 <= found.high for found in map(t_interval, draws)]
     assert 0.93 < np.mean(inside) < 0.97
+
+
+def test_the_hierarchical_bootstrap_knows_both_sources_of_chance() -> None:
+    """Normal effects of seeds, of rows and of both: the variance of a draw is the sum of what each contributes."""
+    random = np.random.default_rng(1)
+    seeds, rows = 40, 500
+    effects = 0.5 * random.normal(size=(seeds, 1)), 2 * random.normal(size=rows), random.normal(size=(seeds, rows))
+    for values in (effects[0] + 0 * effects[2], effects[1] + 0 * effects[2], sum(effects)):
+        found, draws = hierarchical(values, draws=4000)
+        expected = values.mean(1).var() / seeds + values.mean(0).var() / rows
+        assert found.mean == pytest.approx(values.mean())
+        assert draws.var() == pytest.approx(expected, rel=0.12)
+        assert [found.low, found.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]).tolist())
+
+
+def test_rows_that_belong_together_are_drawn_together() -> None:
+    values = np.repeat(np.random.default_rng(2).normal(size=(1, 100)), 9, axis=1)
+    alone, _ = hierarchical(values)
+    together, draws = hierarchical(values, groups=np.repeat(np.arange(100), 9))
+    by_hand, _ = hierarchical(values[:, ::9])  # nine equal rows are one
+    assert (together.mean, together.low, together.high) == pytest.approx((by_hand.mean, by_hand.low, by_hand.high))
+    assert together.high - together.low > 2.5 * (alone.high - alone.low)
+    assert len(draws) == 2000
+    with pytest.raises(ValueError, match="groups must name a group for each of the 900 rows, got 3"):
+        hierarchical(values, groups=np.arange(3))
+    with pytest.raises(ValueError, match=r"differences must be \(seeds, rows\), .* got shape \(3,\)"):
+        hierarchical(np.zeros(3))
 
 
 def test_differences_are_paired_and_in_points() -> None:

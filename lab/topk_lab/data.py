@@ -102,6 +102,7 @@ class Words(_Common):
     vocabulary: Annotated[int, Field(ge=2)] = 3000
     context: Annotated[int, Field(ge=1)] = 3
     rows: int | None = 400_000  # of the training split, from its beginning; None: all
+    test_rows: int | None = None  # likewise, for runs that are judged by their validation rows
 
 
 Data = Annotated[Known | Features | Words, Field(discriminator="name")]
@@ -202,7 +203,7 @@ def parts_of(settings: Known | Features | Words) -> Parts:
     if isinstance(settings, Features):
         return feature_set(settings.set)
     if isinstance(settings, Words):
-        return _words(settings.vocabulary, settings.context, settings.rows)
+        return _words(settings.vocabulary, settings.context, settings.rows, settings.test_rows)
     return _sample() if settings.name == "sample" else images(settings.name)
 
 
@@ -365,11 +366,16 @@ def verses() -> list[list[str]]:
     """The King James Version, a list of lower-cased words and marks a verse."""
     packed = resources.files("topk_lab").joinpath("kjv.txt.xz").read_bytes()
     lines = lzma.decompress(packed).decode().splitlines()
-    return [re.findall(r"[a-z']+|[^\sa-z']", line.lower()) for line in lines]
+    return [tokens(line) for line in lines]
+
+
+def tokens(text: str) -> list[str]:
+    """Its words and marks, lower-cased."""
+    return re.findall(r"[a-z']+|[^\sa-z']", text.lower())
 
 
 @lru_cache(maxsize=2)
-def _words(vocabulary: int, context: int, rows: int | None) -> Parts:
+def _words(vocabulary: int, context: int, rows: int | None, test_rows: int | None) -> Parts:
     """Every tenth verse is the test. Token numbers: words 0 to vocabulary - 1, then any other word, then no word."""
     text = verses()
     training = [verse for number, verse in enumerate(text) if number % 10]
@@ -390,7 +396,7 @@ def _words(vocabulary: int, context: int, rows: int | None) -> Parts:
         return Split(np.array(inputs[kept]), np.array(labels[kept])), np.array(verse_of[kept])
 
     train, verse = split(training, rows)
-    test, _ = split(text[::10], None)
+    test, _ = split(text[::10], test_rows)
     return Parts({"train": train, "test": test}, tuple(names), about={"vocabulary": vocabulary}, verse=verse)
 
 

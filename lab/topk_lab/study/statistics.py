@@ -1,4 +1,4 @@
-"""What a few seeds allow to say: intervals for a mean, and differences to a baseline on the same seeds."""
+"""What a few seeds and many test rows allow to say: intervals for a mean, and for differences on the same seeds."""
 
 from __future__ import annotations
 
@@ -67,6 +67,48 @@ def paired(
         if loss != baseline:
             found[loss] = t_interval((scale * (values - by_loss[baseline])).dropna().to_numpy(), confidence)
     return found
+
+
+def hierarchical(
+    differences: np.ndarray[Any, Any],  # (seeds, rows)
+    *,
+    groups: np.ndarray[Any, Any] | None = None,
+    confidence: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> tuple[Interval, np.ndarray[Any, np.dtype[np.float64]]]:
+    """The mean over seeds and test rows, and how it scatters when both are drawn anew: a hierarchical bootstrap.
+
+    Each draw takes as many seeds, and independently as many rows, with replacement: mean_draw = sum_sr n_s m_r d_sr /
+    sum_sr n_s m_r, where n and m say how often each was taken. All seeds share the draw of the rows, as they share the
+    test split. The share of draws on the wrong side of a bound is the p-value of book/preregistration.md.
+
+    Args:
+        differences: what a row of a run counts for, such as hit minus the baseline's hit: 1, 0 or -1.
+        groups: a number for each row; rows that belong together, such as the words of a verse, are taken together.
+        confidence: how much of the draws lies between the interval's ends, which are percentiles.
+        draws: how many.
+        seed: of the draws.
+
+    Returns:
+        The interval, whose `count` is the number of seeds, and the draws (draws,).
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"differences must be (seeds, rows), at least one of each, got shape {values.shape}")
+    count, rows = values.shape
+    group = np.arange(rows) if groups is None else np.unique(groups, return_inverse=True)[1]
+    if len(group) != rows:
+        raise ValueError(f"groups must name a group for each of the {rows} rows, got {len(group)}")
+    sizes = np.bincount(group).astype(np.float64)
+    sums = np.stack([np.bincount(group, run) for run in values])
+    random, found = np.random.default_rng(seed), np.empty(draws)
+    for draw in range(draws):
+        seeds = random.integers(count, size=count)
+        taken = np.bincount(random.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
+        found[draw] = (sums[seeds].mean(0) @ taken) / (sizes @ taken)
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(values.mean()), float(low), float(high), count), found
 
 
 def _by_seed(group: pd.DataFrame, metric: str) -> pd.Series[float]:
