@@ -61,7 +61,7 @@ def definition(
     a: Tensor | None = None,  # (rows,), or None: from the margin
     *,
     k: int,
-    width: float = 1.0,
+    width: float = 10.0,
     label_smoothing: float = 0.0,
     tail: Tensor | None = None,  # (1, rows): the sum of exp(x) over classes that are not listed
 ) -> Tensor:
@@ -229,7 +229,7 @@ def expected(
     *,
     k: KArgument = 5,
     transition: Transition = "margin",
-    width: float = 1.0,
+    width: float = 10.0,
     label_smoothing: float = 0.0,
     **_: Any,
 ) -> Tensor | None:
@@ -261,7 +261,7 @@ def transition_topk_loss(
     k: KArgument = 5,
     *,
     transition: Transition = "margin",
-    width: float = 1.0,
+    width: float = 10.0,
     label_smoothing: float = 0.0,
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -288,7 +288,8 @@ def transition_topk_loss(
             no (k+1)-th score, once for every k of weight > 0, and returns a from 0 to 1 in the same shape. Values
             outside raise on the CPU; a NaN makes its row's loss NaN.
             "accuracy" needs memory of what came before: only ``TransitionTopKLoss`` has it.
-        width: the lead over the (k+1)-th score at which "margin" has moved over to G, > 0.
+        width: the lead over the (k+1)-th score at which "margin" has moved over to G, > 0. The default suits logits of trained heads (chapter 19);
+            the narrower, the earlier the first guess is given up.
         label_smoothing: as in ``F.cross_entropy``, in CE alone, and spread over the classes that are not masked by
             -inf; G stays as it is.
         weight: a number for every class, or None. The row's whole loss is multiplied by its target's, the smoothing
@@ -370,7 +371,7 @@ class TransitionTopKLoss(LossModule):
         k: KArgument = 5,
         *,
         transition: Transition = "margin",
-        width: float = 1.0,
+        width: float = 10.0,
         label_smoothing: float = 0.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
