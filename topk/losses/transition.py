@@ -288,8 +288,8 @@ def transition_topk_loss(
             no (k+1)-th score, once for every k of weight > 0, and returns a from 0 to 1 in the same shape. Values
             outside raise on the CPU; a NaN makes its row's loss NaN.
             "accuracy" needs memory of what came before: only ``TransitionTopKLoss`` has it.
-        width: the lead over the (k+1)-th score at which "margin" has moved over to G, > 0. The default suits logits of trained heads (chapter 19);
-            the narrower, the earlier the first guess is given up.
+        width: the lead over the (k+1)-th score at which "margin" has moved over to G, > 0. The default suits the
+            logits of trained heads (chapter 19); the narrower, the earlier the first guess is given up.
         label_smoothing: as in ``F.cross_entropy``, in CE alone, and spread over the classes that are not masked by
             -inf; G stays as it is.
         weight: a number for every class, or None. The row's whole loss is multiplied by its target's, the smoothing
