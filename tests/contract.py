@@ -53,7 +53,19 @@ def _cases() -> dict[str, Case]:
     cases["odd_even, all classes"] = Case(*differentiable, {"k": 3, "m": 16, "top1": "cross_entropy"})
     for variant in ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy"):
         cases[f"hinge, {variant}"] = Case(*hinge, {"k": 3, "variant": variant}, kinked=variant != "entropy")
-    return cases
+    for variant in ("topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth"):
+        cases[f"hinge, {variant}"] = Case(*hinge, {"k": 3, "variant": variant}, kinked=variant == "polyhedral")
+    cases["hinge, alpha_smooth, many k"] = Case(*hinge, {"k": many, "variant": "alpha_smooth", "smoothing": 0.5})
+    ranking = {"autkc": Case(topk.autkc_loss, topk.AUTKCLoss, {"k": 3})}
+    for surrogate in ("logistic", "square", "hinge"):
+        case = Case(topk.autkc_loss, topk.AUTKCLoss, {"k": many, "surrogate": surrogate}, kinked=surrogate == "hinge")
+        ranking[f"autkc, {surrogate}, many k"] = case
+    ranking["ldr"] = Case(topk.ldr_loss, topk.LDRLoss, {"temperature": 0.7})
+    ranking["ldr, adaptive"] = Case(topk.ldr_loss, topk.LDRLoss, {"alpha": 2.0}, precision=1e-6)
+    softmax_at_k = (topk.softmax_at_k_loss, topk.SoftmaxAtKLoss)
+    ranking["softmax_at_k"] = Case(*softmax_at_k, {"k": 3})
+    ranking["softmax_at_k, many k"] = Case(*softmax_at_k, {"k": many, "temperature": 0.5, "weight_temperature": 2.0})
+    return {**cases, **ranking}
 
 
 CASES = _cases()

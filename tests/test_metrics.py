@@ -469,3 +469,16 @@ def test_wrong_meters_and_groups() -> None:
         meter.by_group([0, 1])
     with pytest.raises(TypeError, match="groups must be a tensor or a sequence"):
         meter.by_group({"many": [0]})  # type: ignore[arg-type]
+
+
+def test_autkc_is_the_mean_of_the_curve() -> None:
+    scores, target = torch.randn(50, 9), torch.randint(9, (50,))
+    rank = metrics.ranks(scores, target).double()
+    for k, value in metrics.autkc(scores, target, (1, 3, 9)).items():
+        torch.testing.assert_close(value, ((k + 1 - rank).clamp(min=0) / k).mean())
+        accuracies = metrics.topk_accuracy(scores, target, range(1, k + 1))
+        torch.testing.assert_close(value, torch.stack([*accuracies.values()]).mean())
+    target[:10] = -100
+    torch.testing.assert_close(metrics.autkc(scores, target, 3)[3], metrics.autkc(scores[10:], target[10:], 3)[3])
+    with pytest.raises(ValueError, match="every k of ks must be at most the number of classes, 9, got 10"):
+        metrics.autkc(scores, target, 10)

@@ -15,6 +15,12 @@ from topk.losses.imbalance import focal_loss as focal_loss
 from topk.losses.imbalance import ldam_loss as ldam_loss
 from topk.losses.noised import NoisedTopKLoss as NoisedTopKLoss
 from topk.losses.noised import noised_topk_loss as noised_topk_loss
+from topk.losses.ranking import AUTKCLoss as AUTKCLoss
+from topk.losses.ranking import LDRLoss as LDRLoss
+from topk.losses.ranking import SoftmaxAtKLoss as SoftmaxAtKLoss
+from topk.losses.ranking import autkc_loss as autkc_loss
+from topk.losses.ranking import ldr_loss as ldr_loss
+from topk.losses.ranking import softmax_at_k_loss as softmax_at_k_loss
 from topk.losses.smooth import SmoothTopKLoss as SmoothTopKLoss
 from topk.losses.smooth import smooth_topk_loss as smooth_topk_loss
 from topk.losses.transition import TransitionTopKLoss as TransitionTopKLoss

@@ -29,6 +29,7 @@ from topk.shards import ClassShard, sliced_ranks
 
 __all__ = [
     "TopKMeter",
+    "autkc",
     "candidates_for",
     "group_topk_accuracy",
     "macro_topk_accuracy",
@@ -119,6 +120,16 @@ def topk_accuracy(
 def topk_curve(scores: Tensor, target: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Top-k accuracy for k = 1, 2, ..., classes, as one float64 tensor."""
     return _measured(scores, target, (), ignore_index, by_class=False).curve()
+
+
+def autkc(
+    scores: Tensor, target: Tensor, ks: int | Iterable[int] = (5,), *, ignore_index: int = -100
+) -> dict[int, Tensor]:
+    """The area under the top-k curve up to k (Wang et al. 2023), the mean of top-1 ... top-k accuracy, for every k of
+    `ks`: {k: scalar tensor}; chapter 23. A row of rank r adds max(0, k + 1 - r) / k.
+    """
+    curve = topk_curve(scores, target, ignore_index=ignore_index)
+    return {k: curve[:k].mean() for k in _check_ks(ks, len(curve))}
 
 
 def macro_topk_accuracy(

@@ -57,6 +57,9 @@ LOSSES: dict[str, type[nn.Module]] = {
     "differentiable": topk.DifferentiableTopKLoss,
     "hinge": topk.TopKHingeLoss,
     "ldam": topk.LDAMLoss,
+    "autkc": topk.AUTKCLoss,
+    "ldr": topk.LDRLoss,
+    "softmax_at_k": topk.SoftmaxAtKLoss,
     "focal": topk.FocalLoss,
 }
 

@@ -29,6 +29,7 @@ from torch.nn.functional import softplus
 from topk._cpu import ordered_topk, scaled_exponentials, sum_exponentials
 from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
 from topk.autograd import Head, Loss, Tail
+from topk.losses import smooth_hinge
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -242,12 +243,13 @@ def topk_hinge_loss(
     *,
     variant: str = "calibrated",
     margin: float = 1.0,
+    smoothing: float = 1.0,
     weight: Tensor | None = None,
     ignore_index: int = -100,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    r"""The top-k hinge losses and the truncated top-k entropy; chapter 4.
+    r"""The top-k hinge losses, their smooth and convex relatives, and the two top-k entropies; chapter 4.
 
     With x_[j] the j-th largest score, w_j the j-th largest score of a wrong class minus x_y, and z the w + margin
     together with z_y = 0:
@@ -261,6 +263,10 @@ def topk_hinge_loss(
     "entropy"         log(1 + sum of exp(w_j) over j >= k)
     ================  ==================================================
 
+    and "topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth", all convex: the formulas stand
+    in ``topk.losses.smooth_hinge``. libsdca's "alpha_smooth" leaves z_y out of the k largest; the last two are
+    reconstructions.
+
     At kinks the slope of relu is 0, and of tied classes the lower index counts as the larger.
 
     Args:
@@ -268,17 +274,22 @@ def topk_hinge_loss(
         target: class indices, or probabilities in the shape of scores: the expected loss.
         k: the number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
         variant: one of the names above.
-        margin: by how much the right class must lead, >= 0. It plays no part in "entropy".
+        margin: by how much the right class must lead, >= 0. It plays no part in the entropies.
+        smoothing: gamma of the variants that end in "_smooth", > 0.
         weight: a number for every class, or None.
         ignore_index: rows with this target give 0 and no gradient.
         reduction: "mean", "sum" or "none".
         backend: None (choose), "torch", "compiled" or "triton".
     """
     ks, weights = check_k(k, check_scores(scores, target))
-    check_choice("variant", variant, VARIANTS)
+    check_choice("variant", variant, (*VARIANTS, *smooth_hinge.VARIANTS))
     margin = check_number("margin", margin, least=0.0)
-    options = Options(ks, weights, variant, margin)
+    smoothing = check_number("smoothing", smoothing, above=0.0)
     tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    if variant in smooth_hinge.VARIANTS:
+        convex = smooth_hinge.Options(ks, weights, variant, margin, smoothing)
+        return reduced_loss(smooth_hinge.LOSS, convex, scores, target, **tail)
+    options = Options(ks, weights, variant, margin)
     return reduced_loss(LOSS, options, scores, target, **tail)
 
 
@@ -293,6 +304,7 @@ class TopKHingeLoss(LossModule):
         *,
         variant: str = "calibrated",
         margin: float = 1.0,
+        smoothing: float = 1.0,
         weight: Tensor | None = None,
         ignore_index: int = -100,
         reduction: str = "mean",

@@ -87,6 +87,21 @@ def contenders() -> list[Contender]:
     return [*_baselines(), *_hinges(), *_smoothed(), *_differentiable_ones()]
 
 
+def relatives() -> list[Contender]:
+    """The convex relatives of the hinges (chapter 4) and the losses from ranking (chapter 23)."""
+    hinge, autkc, ldr = topk.topk_hinge_loss, topk.autkc_loss, topk.ldr_loss
+    convex = ("topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral_smooth")
+    return [
+        *(Contender(name.replace("_", " "), "convex", _rows(hinge, variant=name)) for name in convex),
+        Contender("polyhedral", "convex", _rows(hinge, variant="polyhedral"), "corners"),
+        *(Contender(f"AUTKC, {name}", "ranking", _rows(autkc, surrogate=name)) for name in ("exponential", "logistic")),
+        Contender("AUTKC, hinge", "ranking", _rows(autkc, surrogate="hinge"), "corners"),
+        Contender("LDR", "ranking", _without_k(ldr)),
+        Contender("LDR, adaptive", "ranking", _without_k(ldr, alpha=2.0)),
+        Contender("softmax at K", "ranking", _rows(topk.softmax_at_k_loss), "field"),
+    ]
+
+
 def _baselines() -> list[Contender]:
     entropy, focal, ldam = F.cross_entropy, topk.focal_loss, topk.ldam_loss
     return [
@@ -155,7 +170,7 @@ def _differentiable_ones() -> list[Contender]:
 
 def by_name(name: str) -> Contender:
     """The contender with this name."""
-    known = {each.name: each for each in contenders()}
+    known = {each.name: each for each in (*contenders(), *relatives())}
     if name not in known:
         raise ValueError(f"name must be one of {', '.join(known)}, got {name!r}")
     return known[name]

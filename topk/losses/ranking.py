@@ -1,0 +1,487 @@
+"""Three losses from the literature on ranking and robustness: AUTKC, LDR and softmax at K (book, chapter 23).
+
+With w_1 >= w_2 >= ... the wrong scores, p = softmax(x), q_1 >= q_2 >= ... the wrong classes' p_j, and f a surrogate,
+
+    autkc         (1 / k) sum over j <= k of f(q_j - p_y)                   Wang et al. (2023); hinge: f(w_j - x_y)
+    ldr           t log((1 / n) sum_j exp((x_j - x_y + margin [j != y]) / t))              Zhu, Ying and Yang (2023)
+    softmax_at_k  sigmoid((x_y - x_[k]) / t_w) log sum_j exp((x_j - x_y) / t)                 Yang et al. (2025)
+
+1 - AUTKC, AUTKC being the mean of top-1 ... top-k accuracy, is the share of the k best wrong classes that are ahead of
+y: hence the sum. Classes that do not exist, or are masked, add nothing to it. XCurve sums one class more and divides by
+k: (k + 1) / k times this loss at k + 1. With the hinge it is Lapin's beta.
+
+LDR's adaptive temperature is t = t_0 (1 - KL(p_t, uniform) / (alpha log n)), p_t = softmax((x + margin [j != y]) / t),
+for which the loss has - (alpha log n / (2 t_0)) (t - t_0)^2 beside it: a row whose class is plain gets a low one. This
+form is read from others' code of ALDR-KL, not from the paper: a reconstruction; its largest solution is taken.
+
+Softmax at K weighs cross-entropy by how far y is above x_[k], the k-th largest of all scores, which is held fixed: so
+the field is not the gradient of the value. (The authors' code takes x_[k] from the epoch before.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from topk._cpu import buffers, chunks, exponentials, ordered_topk, scaled_exponentials, sum_exponentials
+from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
+from topk.autograd import Loss
+from topk.losses.common import (
+    LossModule,
+    finite_or_zero,
+    largest_classes,
+    largest_wrong_and_own,
+    not_finite_above,
+    reduced_loss,
+    row_dtype,
+    target_scores,
+    without_target,
+)
+from topk.losses.soft import takes_probabilities
+
+SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exponential": torch.exp,
+    "logistic": torch.nn.functional.softplus,
+    "square": lambda lead: (1.0 + lead).square(),
+    "hinge": lambda lead: (1.0 + lead).relu(),
+}
+_SLOPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "exponential": torch.exp,
+    "logistic": torch.sigmoid,
+    "square": lambda lead: 2.0 * (1.0 + lead),
+    "hinge": lambda lead: (lead > -1.0).to(lead.dtype),
+}
+
+# --- AUTKC -----------------------------------------------------------------------------------------------------------
+
+
+class AUTKCOptions(NamedTuple):
+    """AUTKC's arguments."""
+
+    ks: list[int]
+    weights: list[float]  # of the ks
+    surrogate: str
+
+
+def _places(options: AUTKCOptions, like: Tensor) -> Tensor:
+    """What the j-th best wrong class counts, j = 1 ... (the largest k, or as many as there are): sum of weight / k."""
+    ks, weights, _ = options
+    count = min(ks[-1], like.shape[1] - 1)
+    counts = [sum(weight / k for k, weight in zip(ks, weights, strict=True) if j < k) for j in range(count)]
+    return torch.tensor(counts, dtype=like.dtype, device=like.device)
+
+
+def autkc_definition(scores: Tensor, target: Tensor, ks: list[int], weights: list[float], surrogate: str) -> Tensor:
+    """The loss of every row (rows,)."""
+    places = _places(AUTKCOptions(ks, weights, surrogate), scores)
+    if len(places) == 0:
+        return torch.where(torch.ones_like(scores, dtype=torch.bool), 0.0, scores).sum(1)
+    wrong, own = largest_wrong_and_own(scores, target, len(places))
+    exists = wrong > -torch.inf
+    if surrogate != "hinge":
+        total = scores.logsumexp(1)
+        wrong, own = (wrong - total[:, None]).exp(), (own - total).exp()
+    lead = torch.where(exists, wrong - own[:, None], 0.0)
+    return (places * torch.where(exists, SURROGATES[surrogate](lead), 0.0)).sum(1)
+
+
+def autkc_forward(scores: Tensor, target: Tensor, options: AUTKCOptions) -> tuple[Tensor, ...]:
+    """loss (rows,), the best classes and y, their slopes, and shift and slope of all others (rows, 2)."""
+    wide = torch.empty(0, scores.shape[1], dtype=row_dtype(scores), device=scores.device)
+    places = _places(options, wide)
+    values, index = ordered_topk(scores, len(places) + 1)
+    own, shift = target_scores(scores, target), finite_or_zero(values[:, 0])
+    bad, impossible = not_finite_above(values[:, 0]), own == -torch.inf
+    wrong, index = without_target(values, index, target)
+    index = torch.cat((index, target[:, None]), 1)
+    x = torch.cat((wrong, own[:, None]), 1).to(places.dtype) - shift[:, None].to(places.dtype)
+    total = torch.ones_like(x[:, 0])
+    if options.surrogate != "hinge":
+        listed = torch.where(torch.isfinite(x), x, -torch.inf).exp()
+        total = listed.sum(1) + sum_exponentials(scores, shift, index).to(x.dtype)
+        x = listed / total[:, None]
+    exists = wrong > -torch.inf
+    lead = torch.where(exists, x[:, :-1] - x[:, -1:], 0.0)
+    loss = (places * torch.where(exists, SURROGATES[options.surrogate](lead), 0.0)).sum(1)
+    slopes = places * torch.where(exists, _SLOPES[options.surrogate](lead), 0.0)
+    slopes, rest = torch.cat((slopes, -slopes.sum(1, keepdim=True)), 1), torch.zeros_like(total)
+    if options.surrogate != "hinge":  # through the softmax
+        mean = (slopes * x).sum(1, keepdim=True)
+        slopes, rest = x * (slopes - mean), -mean[:, 0] / total
+    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+    slopes = slopes.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
+    rest = rest.masked_fill(impossible, 0.0).masked_fill(bad, torch.nan)
+    dtype = scores.dtype
+    return loss.to(dtype), index, slopes.to(dtype), torch.stack((shift, rest.to(dtype)), 1)
+
+
+def autkc_backward(
+    grad: Tensor, scores: Tensor, target: Tensor, options: AUTKCOptions, saved: tuple[Tensor, ...]
+) -> Tensor:
+    """grad * d loss / d scores: one exponential a class, or with the hinge a scatter."""
+    index, slopes, rest = saved
+    if options.surrogate == "hinge":
+        result = (0.0 * rest[:, 1:]).expand_as(scores).contiguous()
+    else:
+        result = scaled_exponentials(scores, rest[:, 0], grad * rest[:, 1])
+    return result.scatter_(1, index, grad[:, None] * slopes)
+
+
+AUTKC = Loss("autkc", AUTKCOptions, autkc_definition, autkc_forward, autkc_backward, joint=True)
+
+
+@takes_probabilities
+def autkc_loss(
+    scores: Tensor,
+    target: Tensor,
+    k: KArgument = 5,
+    *,
+    surrogate: str = "exponential",
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""A surrogate of one minus the area under the top-k curve up to k (Wang et al. 2023); chapter 23.
+
+    The mean over j <= k of f(q_j - p_y), p = softmax(scores) and q_j the j-th largest of a wrong class. Unlike the
+    other losses it is not 0 at k = classes, since it counts fewer guesses too.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
+        k: the largest number of guesses, or a mapping ``{k: weight}`` whose weights sum to 1.
+        surrogate: "exponential", "logistic", "square", or "hinge", which takes scores instead of probabilities.
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "compiled".
+    """
+    ks, weights = check_k(k, check_scores(scores, target))
+    check_choice("surrogate", surrogate, SURROGATES)
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(AUTKC, AUTKCOptions(ks, weights, surrogate), scores, target, **tail)
+
+
+# --- LDR -------------------------------------------------------------------------------------------------------------
+
+
+class LDROptions(NamedTuple):
+    """LDR's arguments."""
+
+    temperature: float
+    margin: float
+    alpha: float | None
+
+
+def ldr_definition(
+    scores: Tensor, target: Tensor, temperature: float = 1.0, margin: float = 1.0, alpha: float | None = None
+) -> Tensor:
+    """The loss of every row (rows,)."""
+    n, own = scores.shape[1], target_scores(scores, target)
+    lead = (scores - own[:, None] + margin).scatter(1, target[:, None], 0.0)
+    t, price = torch.full_like(own, temperature), torch.zeros_like(own)
+    if alpha is not None and n > 1:
+        strength = alpha * math.log(n) / temperature
+        shift = lead.detach().amax(1)
+        for _ in range(_STEPS):
+            t = _next(t, _moments(lead.detach(), shift, t), n, temperature, strength)
+        t = _next(t, _moments(lead, shift, t), n, temperature, strength)  # and the derivatives of the solution
+        price = strength / 2 * (t - temperature).square()
+    return t * ((lead / t[:, None]).logsumexp(1) - math.log(n)) - price
+
+
+_STEPS = 30  # of a compiler; others stop when they are there
+
+
+def _moments(lead: Tensor, shift: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log sum exp(u), mean and variance of u under softmax(u), u = (lead - shift) / t (rows,)."""
+    u = (lead - shift[:, None]) / t[:, None]
+    e = u.exp()
+    u = torch.where(e > 0.0, u, 0.0)
+    total = e.sum(1)
+    mean = (e * u).sum(1) / total
+    return total.log(), mean, (e * u * u).sum(1) / total - mean * mean
+
+
+def _next(t: Tensor, moments: tuple[Tensor, Tensor, Tensor], n: int, start: float, strength: float) -> Tensor:
+    """Newton's step for strength (t - start) + KL = 0, KL = mean - log sum exp + log n, d KL / dt = - variance / t."""
+    log_total, mean, variance = moments
+    divergence = mean - log_total + math.log(n)
+    slope = strength - (variance / t).detach()
+    # Where the function does not rise, t = start - KL / strength: that too lies between the solution and t.
+    step = torch.where(slope > 0.1 * strength, strength * (t - start) + divergence, 0.0) / slope.clamp(
+        min=0.1 * strength
+    )
+    plain = start - divergence / strength
+    return torch.where(slope > 0.1 * strength, t - step, plain)
+
+
+def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Tensor, ...]:
+    """loss (rows,) and shift, 1 / t, the slope of a class that has the shift's score, and y's (rows, 4)."""
+    temperature, margin, alpha = options
+    n, dtype = scores.shape[1], row_dtype(scores)
+    largest = scores.scatter(1, target[:, None], -torch.inf).amax(1)
+    own, shift = target_scores(scores, target), finite_or_zero(largest)
+    bad, impossible = not_finite_above(largest, own), own == -torch.inf
+    # Relative to the best wrong class plus margin, y stands at -gap.
+    gap = torch.where(bad | impossible, 0.0, shift.to(dtype) - own.to(dtype)) + margin
+    t, price = torch.full_like(gap, temperature), torch.zeros_like(gap)
+    if alpha is not None and n > 1:
+        strength = alpha * math.log(n) / temperature
+        for _ in range(_STEPS):
+            before, t = t, _next(t, _wide_moments(scores, target, shift, gap, t), n, temperature, strength)
+            if t.is_cpu and not bool(((t - before).abs() > 1e-7 * before).any()):
+                break
+        price = strength / 2 * (t - temperature).square()
+    at_target = (-gap / t).exp()
+    others = _sums(scores, target, shift, 1.0 / t, powers=1)[0]
+    total = others + at_target
+    entropy = torch.where(gap < 0.0, torch.log1p(others / at_target.clamp(min=1.0)), total.log() + gap / t)
+    loss = t * (entropy - math.log(n)) - price
+    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+    table = torch.stack((1.0 / t, 1.0 / total, -others / total), 1)
+    table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
+    return loss.to(scores.dtype), torch.cat((shift[:, None], table.to(scores.dtype)), 1)
+
+
+def _wide_moments(
+    scores: Tensor, target: Tensor, shift: Tensor, gap: Tensor, t: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_moments` of the leads, relative to the larger of the best wrong class's and y's."""
+    total, first, second = _sums(scores, target, shift, 1.0 / t, powers=3)
+    y = -gap / t
+    top = y.clamp(min=0.0)
+    wrong, own = (-top).exp(), (y - top).exp()
+    mass = wrong * total + own
+    mean = (wrong * first + own * y) / mass
+    square = (wrong * second + own * y * y) / mass
+    return mass.log() + top, mean, square - mean * mean
+
+
+def _sums(scores: Tensor, target: Tensor, shift: Tensor, rate: Tensor, powers: int) -> list[Tensor]:
+    """Sums over the wrong classes of exp(u), u exp(u), u^2 exp(u), as many as asked for; u = (x - shift) rate."""
+    found = [torch.empty_like(rate) for _ in range(powers)]
+    least = -80.0 if scores.dtype == torch.float32 else -600.0
+    u_space, e_space = buffers(scores, 2)
+    for part in chunks(scores):
+        u, e = (space[: part.stop - part.start] for space in (u_space, e_space))
+        torch.sub(scores[part], shift[part, None], out=u)
+        u.mul_(rate[part, None].to(u.dtype)).clamp_(min=2.0 * least)
+        e.copy_(u)
+        exponentials(e).scatter_(1, target[part, None], 0.0)
+        for place, sums in enumerate(found):
+            if place:
+                e.mul_(u)
+            sums[part] = e.sum(1).to(rate.dtype)
+    return found
+
+
+def ldr_backward(
+    grad: Tensor, scores: Tensor, target: Tensor, options: LDROptions, saved: tuple[Tensor, ...]
+) -> Tensor:
+    """grad * d loss / d scores: one exponential a class."""
+    shift, rate, slope, at_target = saved[0].unbind(1)
+    result = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    for part in chunks(scores):
+        torch.sub(scores[part], shift[part, None], out=result[part])
+        exponentials(result[part].mul_(rate[part, None])).mul_((grad * slope)[part, None])
+    return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
+
+
+LDR = Loss("ldr", LDROptions, ldr_definition, ldr_forward, ldr_backward)
+
+
+@takes_probabilities
+def ldr_loss(
+    scores: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 1.0,
+    margin: float = 1.0,
+    alpha: float | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The label-distributionally robust losses LDR-KL and ALDR-KL of Zhu, Ying and Yang (2023); chapter 23.
+
+    max over distributions p of sum p_j (x_j - x_y + margin [j != y]) - t KL(p, uniform), which is a cross-entropy at
+    temperature t. It knows no k. With alpha every row has its own t; see ``topk.losses.ranking``.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
+        temperature: t, or where it starts from, > 0.
+        margin: by how much the right class must lead, >= 0.
+        alpha: None for a fixed temperature, or > 1: rows go down to temperature (1 - 1 / alpha) at most.
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "compiled".
+    """
+    check_scores(scores, target)
+    temperature = check_number("temperature", temperature, above=0.0)
+    margin = check_number("margin", margin, least=0.0)
+    alpha = None if alpha is None else check_number("alpha", alpha, above=1.0)
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(LDR, LDROptions(temperature, margin, alpha), scores, target, **tail)
+
+
+# --- softmax at K ----------------------------------------------------------------------------------------------------
+
+
+class SoftmaxAtKOptions(NamedTuple):
+    """Softmax at K's arguments."""
+
+    ks: list[int]
+    weights: list[float]  # of the ks
+    temperature: float
+    weight_temperature: float
+
+
+def softmax_at_k_definition(
+    scores: Tensor, target: Tensor, k: int, temperature: float = 1.0, weight_temperature: float = 1.0
+) -> Tensor:
+    """The loss of every row (rows,)."""
+    own = target_scores(scores, target)
+    border = scores.detach().gather(1, largest_classes(scores, k)[:, -1:])[:, 0]
+    share = torch.where(border == -torch.inf, 1.0, ((own - border) / weight_temperature).sigmoid())
+    return share * ((scores / temperature).logsumexp(1) - own / temperature)
+
+
+def softmax_at_k_forward(scores: Tensor, target: Tensor, options: SoftmaxAtKOptions) -> tuple[Tensor, ...]:
+    """loss (rows,) and shift, the slope of a class that has this score, and y's (rows, 3)."""
+    ks, weights, temperature, width = options
+    values, _ = ordered_topk(scores, ks[-1])
+    own, shift, dtype = target_scores(scores, target), finite_or_zero(values[:, 0]), row_dtype(scores)
+    bad, impossible = not_finite_above(values[:, 0]), own == -torch.inf
+    others = sum_exponentials(scores, shift, target[:, None], 1.0 / temperature).to(dtype)
+    lead = torch.where(bad | impossible, 0.0, own.to(dtype) - shift.to(dtype))
+    at_target = (lead / temperature).exp()
+    entropy = torch.where(at_target > 0.5, torch.log1p(others / at_target.clamp(min=0.5)), 0.0)
+    entropy = torch.where(at_target > 0.5, entropy, (others + at_target).log() - lead / temperature)
+    share, steep = torch.zeros_like(lead), torch.zeros_like(lead)
+    for k, weight in zip(ks, weights, strict=True):
+        border = values[:, k - 1].to(dtype)
+        each = torch.where(border == -torch.inf, 1.0, ((own.to(dtype) - border) / width).sigmoid())
+        share, steep = share + weight * each, steep + weight * each * (1.0 - each) / width
+    slope = share / temperature / (others + at_target)
+    loss = (share * entropy).masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+    table = torch.stack((slope, steep * entropy - slope * others), 1)
+    table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
+    return loss.to(scores.dtype), torch.cat((shift[:, None], table.to(scores.dtype)), 1)
+
+
+def softmax_at_k_backward(
+    grad: Tensor, scores: Tensor, target: Tensor, options: SoftmaxAtKOptions, saved: tuple[Tensor, ...]
+) -> Tensor:
+    """grad * the field: one exponential a class."""
+    shift, slope, at_target = saved[0].unbind(1)
+    result = scaled_exponentials(scores, shift, grad * slope, 1.0 / options.temperature)
+    return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
+
+
+SOFTMAX_AT_K = Loss(
+    "softmax_at_k", SoftmaxAtKOptions, softmax_at_k_definition, softmax_at_k_forward, softmax_at_k_backward
+)
+
+
+@takes_probabilities
+def softmax_at_k_loss(
+    scores: Tensor,
+    target: Tensor,
+    k: KArgument = 5,
+    *,
+    temperature: float = 1.0,
+    weight_temperature: float = 1.0,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""The recommendation loss SL@K of Yang et al. (2025), for one relevant item a row; chapter 23.
+
+    sigmoid((x_y - x_[k]) / weight_temperature) times cross-entropy at a temperature, x_[k] held fixed.
+
+    Args:
+        scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
+        target: class indices, or probabilities in the shape of scores: the expected loss.
+        k: the length of the list, or a mapping ``{k: weight}`` whose weights sum to 1.
+        temperature: of cross-entropy, > 0.
+        weight_temperature: how sharply rows beyond the list are left out, > 0.
+        weight: a number for every class, or None.
+        ignore_index: rows with this target give 0 and no gradient.
+        reduction: "mean", "sum" or "none".
+        backend: None (choose), "torch" or "compiled".
+    """
+    ks, weights = check_k(k, check_scores(scores, target))
+    temperature = check_number("temperature", temperature, above=0.0)
+    width = check_number("weight_temperature", weight_temperature, above=0.0)
+    options = SoftmaxAtKOptions(ks, weights, temperature, width)
+    tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
+    return reduced_loss(SOFTMAX_AT_K, options, scores, target, **tail)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+class AUTKCLoss(LossModule):
+    """Module form of :func:`topk.autkc_loss`."""
+
+    function = staticmethod(autkc_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        surrogate: str = "exponential",
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class LDRLoss(LossModule):
+    """Module form of :func:`topk.ldr_loss`."""
+
+    function = staticmethod(ldr_loss)
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        margin: float = 1.0,
+        alpha: float | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
+
+
+class SoftmaxAtKLoss(LossModule):
+    """Module form of :func:`topk.softmax_at_k_loss`."""
+
+    function = staticmethod(softmax_at_k_loss)
+
+    def __init__(
+        self,
+        k: KArgument = 5,
+        *,
+        temperature: float = 1.0,
+        weight_temperature: float = 1.0,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(locals())
