@@ -5,6 +5,7 @@
 The pages' articles are put one after the other, in the order of the contents, into one document, so that references
 between chapters become links inside the PDF and headings its outline. Solutions and the answers of quizzes are printed
 unfolded; folded code and data stay in the notebooks. Interactive figures show what they start with, no sliders.
+The book is printed twice: where its articles begin is known only then, and the contents name it.
 """
 
 from __future__ import annotations
@@ -42,15 +43,15 @@ def contents() -> dict[str, list[str]]:
     return {"": [f"{table['root']}.html"], **parts}
 
 
-def document(site: Path, parts: dict[str, list[str]]) -> str:
-    """All articles as one page; what they refer to is found from the site's root."""
+def document(site: Path, parts: dict[str, list[str]], numbers: dict[str, int] | None = None) -> str:
+    """All articles as one page; what they refer to is found from the site's root. `numbers`: where each begins."""
     names = [name for pages in parts.values() for name in pages]
     missing = [name for name in names if not (site / name).is_file()]
     if missing:
         raise BookError(f"not built yet: {', '.join(missing)}")
     soups = {name: BeautifulSoup((site / name).read_text(), "html.parser") for name in names}
     articles = [_article(name, soup, set(names)) for name, soup in soups.items()]
-    return _page("\n".join((_front(parts, soups), *articles)), _head(names[0], soups[names[0]]))
+    return _page("\n".join((_front(parts, soups, numbers or {}), *articles)), _head(names[0], soups[names[0]]))
 
 
 def sheet(site: Path, name: str = _SHEET) -> str:
@@ -128,12 +129,15 @@ def _target(name: str, target: str, names: set[str]) -> str:
     return f"{pages_address()}{page}" + (f"#{parts.fragment}" if parts.fragment else "")
 
 
-def _front(parts: dict[str, list[str]], soups: dict[str, BeautifulSoup]) -> str:
+def _front(parts: dict[str, list[str]], soups: dict[str, BeautifulSoup], numbers: dict[str, int]) -> str:
     """Title page and contents."""
     facts = config()
     listed = ""
     for caption, names in parts.items():
-        items = "".join(f'<li><a href="#{_anchor(name)}">{_title(soups[name])}</a></li>' for name in names)
+        items = "".join(
+            f'<li><a href="#{_anchor(name)}">{_title(soups[name])}<span>{numbers.get(name, 0) or ""}</span></a></li>'
+            for name in names
+        )
         listed += f"<p>{html.escape(caption)}</p><ul>{items}</ul>"
     return (
         f'<section class="front"><p class="title">{html.escape(str(facts["title"]))}</p>'
@@ -153,9 +157,21 @@ def write(site: Path, parts: dict[str, list[str]], browser: Any, target: Path) -
     """Prints the book to `target`. Raises BookError if a formula or a picture would be missing."""
     footer = _FOOTER.format(title=html.escape(str(config()["title"])))
     paper = {"margin": _MARGIN, "display_header_footer": True, "outline": True}
-    _print(
-        site, document(site, parts), browser, target, header_template="<span></span>", footer_template=footer, **paper
-    )
+    paper |= {"header_template": "<span></span>", "footer_template": footer}
+    _print(site, document(site, parts), browser, target, **paper)
+    numbers = _page_numbers(target, [name for names in parts.values() for name in names])
+    _print(site, document(site, parts, numbers), browser, target, **paper)
+
+
+def _page_numbers(book: Path, names: list[str]) -> dict[str, int]:
+    """name -> the page its article begins on, from the outline of the printed book: one first heading an article."""
+    from pypdfium2 import PdfDocument
+
+    with PdfDocument(book) as printed:
+        firsts = [entry.get_dest().get_index() + 1 for entry in printed.get_toc() if entry.level == 0]
+    if len(firsts) != 1 + len(names):
+        raise BookError(f"the outline has {len(firsts)} first headings, expected the contents and {len(names)} pages")
+    return dict(zip(names, firsts[1:], strict=True))
 
 
 def write_sheet(site: Path, browser: Any, target: Path, name: str = _SHEET) -> None:
