@@ -175,11 +175,12 @@ def expected_best(tried: pd.DataFrame, metric: str) -> dict[str, list[float]]:
     """{loss: the test metric to expect of 1, 2, ... random candidates, the best on validation images being taken}.
 
     Candidate by candidate, means over the tuning seeds; among n of N candidates without replacement the one that is
-    j-th best of all is taken with probability C(N - j, n - 1) / C(N, n).
+    j-th best of all is taken with probability C(N - j, n - 1) / C(N, n). A run that diverged counts as 0.
     """
     found: dict[str, list[float]] = {}
     for loss, group in tried.groupby("loss", sort=False):
-        mean = group.groupby("candidate")[[f"validation.{metric}", metric]].mean().dropna()
+        mean = group.fillna({f"validation.{metric}": 0.0, metric: 0.0})
+        mean = mean.groupby("candidate")[[f"validation.{metric}", metric]].mean()
         reached = 100 * mean.sort_values(f"validation.{metric}", ascending=False)[metric].to_numpy()
         number = len(reached)
         found[str(loss)] = [
