@@ -225,12 +225,11 @@ def _rounded(values: Tensor) -> list[float]:
 
 
 def scan() -> list[Setting]:
-    """Four kinds of sets, two difficulties, every model, few and many rows per class; four classes, then eight."""
+    """Four kinds of sets of four classes, two difficulties, every model, few and many rows per class."""
     kinds = [("rings", 1), ("spirals", 1), ("segments", 4), ("mixtures", 5)]
     return [
-        Setting(kind, classes, modes, difficulty, model, rows)
-        for classes in (4, 8)
-        for rows in (24, 200)
+        Setting(kind, 4, modes, difficulty, model, rows)
+        for rows in (24, 100)
         for kind, modes in kinds
         for difficulty in (0.25, 0.75)
         for model in MODELS
