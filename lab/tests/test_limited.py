@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from topk_lab.study import limited
+from topk_lab.study import limited, synthetic
 from topk_lab.study.limited import LOSSES, MODELS, Effort, Setting
 
-SETTING = Setting("mixtures", 4, 2, 0.5, "MLP")
-SMALL = Effort(rows=5, test_rows=7, steps=6, seeds=3, tuning_seeds=2)
+SETTING = Setting("mixtures", 4, 2, 0.5, "8 units", rows=5)
+SMALL = Effort(test_rows=7, steps=6, seeds=3, tuning_seeds=2)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -22,7 +22,7 @@ def test_training_is_torchs_adam_with_a_cosine(model: str) -> None:
     setting = Setting("mixtures", 4, 2, 0.5, model)
     inputs, labels = limited.sample(setting, [3], 5, "train")
     start = limited.first_weights(setting, [3])
-    trained = limited.train(LOSSES["cross-entropy"], start, inputs, labels, 0.1, 20)
+    trained = limited.train(limited.row_loss("cross-entropy"), start, inputs, labels, 0.1, 20)
     layers = [layer.clone().requires_grad_() for layer in start]
     optimiser = torch.optim.Adam(layers, lr=0.1, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 20)
@@ -43,8 +43,8 @@ def test_a_model_does_not_see_the_others(name: str) -> None:
     inputs, labels = limited.sample(SETTING, [0, 1], 5, "train")
     start = limited.first_weights(SETTING, [0, 1])
     rates = torch.tensor([0.1, 0.3])
-    together = limited.train(LOSSES[name], start, inputs, labels, rates, 8)
-    alone = limited.train(LOSSES[name], tuple(layer[1:] for layer in start), inputs[1:], labels, 0.3, 8)
+    together = limited.train(limited.row_loss(name), start, inputs, labels, rates, 8)
+    alone = limited.train(limited.row_loss(name), tuple(layer[1:] for layer in start), inputs[1:], labels, 0.3, 8)
     for many, one in zip(together, alone, strict=True):
         torch.testing.assert_close(many[1:], one, rtol=1e-4, atol=1e-5)
 
@@ -69,26 +69,39 @@ def test_accuracies_count_hits() -> None:
     assert top2.tolist() == [1.0, 0.0]
 
 
-def test_the_best_rate_is_the_best_on_fresh_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = iter([0.2, 0.2, 0.6, 0.6, 0.4, 0.4, 0.1, 0.1])
+def test_the_best_choice_is_the_best_on_fresh_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, third = [0.2] * 12, [0.2, 0.2, 0.3, 0.3, 0.6, 0.6, 0.1, 0.5, 0.1, 0.1, 0.1, 0.1], [0.3] * 12
+    found = iter([*first, *second, *third])
     monkeypatch.setattr(
         limited, "accuracies", lambda scores, labels: (None, torch.tensor([next(found) for _ in scores]))
     )
-    monkeypatch.setattr(limited, "LOSSES", {"cross-entropy": LOSSES["cross-entropy"]})
-    best = limited.best_rates(SETTING, SMALL)
-    assert best == {"cross-entropy": limited.RATES[1]}
+    monkeypatch.setattr(limited, "LOSSES", {"smooth": LOSSES["smooth"]})
+    assert limited.choices(SETTING, SMALL) == {"smooth": (limited.RATES[2], LOSSES["smooth"][2][1])}
 
 
 def test_comparison_is_complete_and_repeats() -> None:
     found = limited.compare(SETTING, SMALL)
-    assert set(found) == set(LOSSES)
-    for values in found.values():
-        assert values["rate"][0] in limited.RATES
+    assert set(found) == {"Bayes", *LOSSES}
+    for name, (_, _, values) in LOSSES.items():
+        assert found[name]["rate"][0] in limited.RATES
+        assert found[name]["own"][0] in values
         for part in ("train", "test"):
-            one, two = values[f"{part} top-1"], values[f"{part} top-2"]
+            one, two = found[name][f"{part} top-1"], found[name][f"{part} top-2"]
             assert len(one) == len(two) == SMALL.seeds
             assert all(0 <= a <= b <= 1 for a, b in zip(one, two, strict=True))
     assert limited.compare(SETTING, SMALL) == found
+
+
+@pytest.mark.parametrize(("kind", "modes"), [("mixtures", 5), ("segments", 4), ("rings", 1), ("spirals", 1)])
+def test_the_best_possible_is_what_the_posterior_reaches(kind: str, modes: int) -> None:
+    """Naming the likeliest classes hits as often as the posterior says."""
+    setting = Setting(kind, 4, modes, 0.75, "linear")
+    inputs, labels = limited.sample(setting, [3], 5000, "test")
+    likely = synthetic.posterior(kind, setting.shape(3), inputs[0].numpy())
+    hits = limited.accuracies(torch.from_numpy(likely)[None], labels)
+    expected = limited.best_possible(setting, inputs, [3])
+    for k, found in enumerate(hits, 1):
+        assert found.item() == pytest.approx(expected[f"test top-{k}"][0], abs=0.012)
 
 
 def test_a_killed_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,20 +127,21 @@ def test_a_killed_scan_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_verdicts_are_paired_differences_in_points() -> None:
     def values(top2: list[float]) -> dict[str, list[float]]:
-        return {"rate": [5.0], "test top-1": [0.5, 0.5], "test top-2": top2, "train top-2": [0.9, 0.7]}
+        return {"rate": [25.0], "test top-1": [0.5, 0.5, 0.4], "test top-2": top2, "train top-2": [0.9, 0.7, 0.8]}
 
-    found = {loss: values([0.7, 0.8]) for loss in LOSSES} | {"smooth": values([0.8, 0.9])}
+    found = {loss: values([0.7, 0.8, 0.6]) for loss in LOSSES} | {"smooth": values([0.8, 0.9, 0.7001])}
+    found["Bayes"] = {"test top-1": [0.9, 0.9, 0.8], "test top-2": [0.95, 0.95, 0.95]}
     frame = limited.verdicts({SETTING: found}).set_index("loss")
     assert set(frame.index) == set(LOSSES) - {"cross-entropy"}
-    assert frame.loc["smooth", "mean"] == pytest.approx(10)
-    assert frame.loc["smooth", ["alone", "corrected"]].tolist() == [1, 1]
-    assert frame.loc["noised", ["mean", "alone", "train"]].tolist() == [0, 0, 0]
-    assert frame.loc["noised", "fitted"] == pytest.approx(80)
+    assert frame.loc["smooth", "mean"] == pytest.approx(10, abs=0.01)
+    assert frame.loc["smooth", "side"] == 1
+    assert frame.loc["noised", ["mean", "side", "train"]].tolist() == [0, 0, 0]
+    assert frame.loc["noised", ["missed", "room", "fitted"]].tolist() == pytest.approx([40, 25, 80])
     assert frame["edge"].all()
     assert set(frame["family"]) == {"mixtures of 2"}
 
 
 def test_scan_holds_every_combination_once() -> None:
-    settings = limited.scan((0.0, 1.0), (4, 8))
-    assert len(settings) == len(set(settings)) == 5 * 2 * 2 * 2
+    settings = limited.scan()
+    assert len(settings) == len(set(settings)) == 4 * 2 * 2 * len(MODELS)
     assert {setting.model for setting in settings} == set(MODELS)

@@ -25,6 +25,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr
 
 
 @dataclass(frozen=True)
@@ -69,29 +70,39 @@ def _rotation(shape: Shape, kind: str, rest: int) -> np.ndarray:
 
 
 def _mixtures(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
-    count = shape.classes * shape.modes
-    centres = uniform(np.random.PCG64(stream(shape.seed, "mixtures/centres")), count * shape.dimension) * 2 - 1
-    centres = centres.reshape(shape.classes, shape.modes, shape.dimension)
+    centres, spread = _centres(shape)
     mode = (uniform(bits, len(labels)) * shape.modes).astype(np.int64)
-    spread = (0.05 + 0.45 * shape.difficulty) * count ** (-1 / shape.dimension) * 2
     points: np.ndarray = centres[labels, mode] + spread * normal(bits, mode.size * shape.dimension).reshape(
         -1, shape.dimension
     )
     return points
 
 
+def _centres(shape: Shape) -> tuple[np.ndarray, float]:
+    """The Gaussians' centres (classes, modes, dimension) and their common deviation."""
+    count = shape.classes * shape.modes
+    centres = uniform(np.random.PCG64(stream(shape.seed, "mixtures/centres")), count * shape.dimension) * 2 - 1
+    spread = (0.05 + 0.45 * shape.difficulty) * count ** (-1 / shape.dimension) * 2
+    return centres.reshape(shape.classes, shape.modes, shape.dimension), spread
+
+
 def _segments(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
+    slots, spread = _slots(shape)
+    turn = (uniform(bits, len(labels)) * len(slots)).astype(np.int64)
+    ends = spread * normal(bits, len(labels))
+    points: np.ndarray = (slots[turn, labels] + uniform(bits, len(labels)) + ends) / slots.size * 4 - 2
+    return points[:, None]
+
+
+def _slots(shape: Shape) -> tuple[np.ndarray, float]:
+    """Which interval of the line a class has in every turn (turns, classes), and how noisy the intervals' ends are."""
     per_class = 1 + round((shape.modes - 1) * min(1.0, 2 * shape.difficulty))
     bits_of = [np.random.PCG64(stream(shape.seed, f"segments/{turn}")) for turn in range(per_class)]
     rounds = [
         np.argsort(np.asarray(each.random_raw(shape.classes), dtype=np.uint64), kind="stable") for each in bits_of
     ]
-    place = np.stack(rounds).argsort(axis=1)  # in which slot of its round a class's interval lies
-    turn = (uniform(bits, len(labels)) * per_class).astype(np.int64)
-    slot = turn * shape.classes + place[turn, labels]
-    ends = 0.25 * max(0.0, 2 * shape.difficulty - 1) * normal(bits, len(labels))
-    points: np.ndarray = (slot + uniform(bits, len(labels)) + ends) / (shape.classes * per_class) * 4 - 2
-    return points[:, None]
+    place = np.stack(rounds).argsort(axis=1)
+    return place + shape.classes * np.arange(per_class)[:, None], 0.25 * max(0.0, 2 * shape.difficulty - 1)
 
 
 def _rings(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
@@ -104,11 +115,15 @@ def _rings(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.ndarra
 
 def _spirals(shape: Shape, labels: np.ndarray, bits: np.random.PCG64) -> np.ndarray:
     along = np.sqrt(uniform(bits, len(labels)))
-    turns = 0.25 + 1.25 * shape.difficulty
+    turns, spread = _spiral(shape)
     angle = 2 * np.pi * (labels / shape.classes + turns * along)
-    spread = 0.02 + 0.1 * shape.difficulty
     points = 2 * np.stack([along * np.cos(angle), along * np.sin(angle)], axis=1)
     return points + spread * normal(bits, 2 * len(labels)).reshape(-1, 2)
+
+
+def _spiral(shape: Shape) -> tuple[float, float]:
+    """How often an arm goes round, and its noise."""
+    return 0.25 + 1.25 * shape.difficulty, 0.02 + 0.1 * shape.difficulty
 
 
 KINDS: dict[str, tuple[int, Callable[[Shape, np.ndarray, np.random.PCG64], np.ndarray]]] = {
@@ -118,6 +133,58 @@ KINDS: dict[str, tuple[int, Callable[[Shape, np.ndarray, np.random.PCG64], np.nd
     "spirals": (2, _spirals),
 }
 """For each kind how many dimensions it needs, and what makes its points."""
+
+
+# --- what is the best that can be done ---
+
+
+def posterior(kind: str, shape: Shape, points: np.ndarray) -> np.ndarray:
+    """The probability of every class given an input (rows, classes), for sets without further dimensions."""
+    if shape.dimension != max(KINDS[kind][0], shape.dimension if kind == "mixtures" else 0):
+        raise ValueError(f"posterior needs {KINDS[kind][0]} dimension(s) for {kind}, got {shape.dimension}")
+    density = {"mixtures": _mixtures_at, "segments": _segments_at, "rings": _rings_at, "spirals": _spirals_at}[kind]
+    likelihood = density(shape, np.asarray(points, dtype=np.float64))
+    total = likelihood.sum(1, keepdims=True)
+    found: np.ndarray = np.divide(likelihood, total, out=np.full_like(likelihood, 1 / shape.classes), where=total > 0)
+    return found
+
+
+def _mixtures_at(shape: Shape, points: np.ndarray) -> np.ndarray:
+    centres, spread = _centres(shape)
+    apart = ((points[:, None, None] - centres) ** 2).sum(-1) / (2 * spread**2)
+    density: np.ndarray = np.exp(apart.min((1, 2), keepdims=True) - apart).sum(2)
+    return density
+
+
+def _segments_at(shape: Shape, points: np.ndarray) -> np.ndarray:
+    slots, spread = _slots(shape)
+    place = (points[:, :1, None] + 2) / 4 * slots.size - slots.T  # (rows, classes, turns)
+    if spread:
+        density: np.ndarray = (ndtr(place / spread) - ndtr((place - 1) / spread)).sum(2)
+        return density
+    inside: np.ndarray = ((place >= 0) & (place < 1)).sum(2).astype(np.float64)
+    return inside
+
+
+def _rings_at(shape: Shape, points: np.ndarray) -> np.ndarray:
+    radius, spread = np.linalg.norm(points, axis=1)[:, None], 0.2 / shape.classes
+    ring = np.arange(shape.classes)
+    apart = ((radius - (ring + 0.5) / shape.classes * 2) / spread) ** 2 / 2
+    near, moved = np.exp(apart.min(1, keepdims=True) - apart), 0.5 * shape.difficulty
+    density: np.ndarray = (1 - moved) * near + moved * near[:, (ring - 1) % shape.classes]
+    return density
+
+
+def _spirals_at(shape: Shape, points: np.ndarray, steps: int = 1000) -> np.ndarray:
+    along = np.sqrt((np.arange(steps) + 0.5) / steps)
+    turns, spread = _spiral(shape)
+    found = []
+    for label in range(shape.classes):
+        angle = 2 * np.pi * (label / shape.classes + turns * along)
+        arm = 2 * np.stack([along * np.cos(angle), along * np.sin(angle)], axis=1)
+        apart = (points**2).sum(1)[:, None] + (arm**2).sum(1) - 2 * points @ arm.T
+        found.append(np.exp(-apart / (2 * spread**2)).mean(1))
+    return np.stack(found, axis=1)
 
 
 # --- random numbers ---
