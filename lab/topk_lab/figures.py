@@ -445,11 +445,11 @@ def heat(
     figure, axes = _grid(len(panels), across, size, sharex=True, sharey=True)
     everything = np.concatenate([np.ravel(np.array(values, dtype=np.float64)) for values in panels.values()])
     low, high = (-reach, reach) if reach else (np.nanmin(everything), np.nanmax(everything))
-    limits = {"cmap": DIVERGING if reach else SEQUENTIAL, "vmin": low, "vmax": high}
+    colours = DIVERGING if reach else SEQUENTIAL
     numbers: dict[str, list[Any]] = {"": list(rows)}
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         cells = np.array(values, dtype=np.float64)
-        picture = axis.imshow(cells, aspect="auto", **limits)
+        picture = axis.imshow(cells, colours, aspect="auto", vmin=float(low), vmax=float(high))
         for (r, c), value in np.ndenumerate(cells):
             text = f"{value:.2g}" if marks is None else marks[title][r][c]
             dark = sum(picture.cmap(picture.norm(np.asarray(value)))[:3]) < 1.4
