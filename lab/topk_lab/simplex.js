@@ -105,7 +105,7 @@
       ".topk-simplex{max-width:520px;font-family:inherit}.topk-simplex svg text{fill:currentColor}.topk-simplex .panels svg{touch-action:none;cursor:pointer}" +
       ".topk-simplex .edge{fill:none;stroke:currentColor}.topk-simplex .grid{stroke:currentColor;opacity:.2}" +
       ".topk-simplex .handle{fill:currentColor;opacity:.8}.topk-simplex .controls{display:flex;flex-wrap:wrap;gap:.4rem 1.5rem}" +
-      ".topk-simplex label{display:flex;align-items:center;gap:.5rem;flex:1 1 220px}.topk-simplex input{flex:1;min-width:120px;accent-color:#0072B2}" +
+      ".topk-simplex label{white-space:nowrap;display:flex;align-items:center;gap:.5rem;flex:1 1 220px}.topk-simplex input{flex:1;min-width:120px;accent-color:#0072B2}" +
       ".topk-simplex output{min-width:2.5em;font-weight:600}.topk-simplex .legend svg{vertical-align:middle}";
   }
   document.querySelectorAll(".topk-simplex").forEach(make);
