@@ -252,14 +252,6 @@ def test_unknown_names_are_refused() -> None:
         by_name("square")
 
 
-def test_wilson() -> None:
-    """Its ends p solve |p - share| = z sqrt(p (1 - p) / n)."""
-    for successes, count in ((0, 10), (3, 10), (50, 400)):
-        for end in calibration.wilson(successes, count):
-            if 1e-9 < end < 1 - 1e-9:
-                assert abs(end - successes / count) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / count))
-
-
 def test_how_clearly_a_loss_prefers_the_right_window() -> None:
     q = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     ends = calibration.gap_ends(by_name("cross-entropy"), q, 1, starts=3)

@@ -164,3 +164,18 @@ def test_fields_of_colour_become_small() -> None:
         return figures._drawn([Panel([1, 2], {"a": [1, 2]})], None)
 
     assert len(figures.png(figure(), palette=True)) < len(figures.png(figure()))
+
+
+def test_a_distribution_to_drag_holds_every_place(shown: Shown) -> None:
+    grid = figures.simplex_grid(4)
+    assert len(grid) == 15
+    torch.testing.assert_close(grid.sum(1), torch.ones(15, dtype=torch.float64))
+    right = grid[:, 0] > 0.5
+    figures.draggable({"1": {"a": (grid, right)}, "2": {"a": (grid, ~right)}}, steps=4, start=(2, 1), alt="a triangle")
+    ((bundle, _),) = shown
+    page = bundle["text/html"]
+    frame = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page)[1])  # type: ignore[index]
+    assert frame["rests"]["1"][0][3][1] == {"p": [0.75, 0.25, 0.0], "right": True}
+    assert frame["rests"]["2"][0][3][1]["right"] is False
+    assert frame["start"] == {"first": 2, "second": 1, "view": 0}
+    assert "data:image/png;base64," in page

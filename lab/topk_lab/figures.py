@@ -5,6 +5,7 @@ line is told from another by colour alone. Figures are drawn on white; the book'
 
     lines(Panel(k, {"smooth": accuracy}, x_label="$k$"), alt="...")     # lines, bands, dots; several panels
     knobs({"tau": (0.1, 1.0)}, draw, start={"tau": 1.0}, alt="...")     # the same panels, following sliders
+    draggable({"1": {"smooth": (p, right)}}, steps=20, start=(8, 7), alt="...")  # a label distribution to drag
     dots, bars, heat, scatter, diagram                                   # see each
     along_the_target, over_two_wrong_scores, on_the_simplex              # pictures of a loss
 """
@@ -333,14 +334,79 @@ def knobs(
         ],
         "frames": {at: [[_short(line) for line in p.lines.values()] for p in found] for at, found in drawn.items()},
     }
-    picture = base64.b64encode(png(_still(draw, start, names[0], compare))).decode()
-    script = resources.files("topk_lab").joinpath("knobs.js").read_text()
+    _show_script("topk-knobs", "knobs.js", frame, _still(draw, start, names[0], compare), alt)
+
+
+def simplex_grid(steps: int) -> Tensor:
+    """Distributions over three classes, (points, 3): class 1 has i, class 2 j of `steps` shares; i runs slowest."""
+    counts = [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]
+    return torch.tensor(counts, dtype=torch.float64) / steps
+
+
+def draggable(
+    rests: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]],
+    *,
+    steps: int,
+    start: tuple[int, int],
+    alt: str,
+    knob: str = "k",
+) -> None:
+    """A distribution over three classes to drag, and where each of at most four losses rests, with no kernel.
+
+    Args:
+        rests: {value of the knob: {loss: (p at rest (points, 3), whether it ranks right (points,))}}, at the points of
+            `simplex_grid(steps)`.
+        start: the shares i and j of the distribution shown first.
+        alt: what there is to see, in words.
+        knob: what the values choose.
+    """
+    names = list(next(iter(rests.values())))
+    spots = [(i, j) for i in range(steps + 1) for j in range(steps + 1 - i)]
+    frames: dict[str, list[list[list[Any]]]] = {}
+    for value, found in rests.items():
+        frames[value] = [[[] for _ in range(steps + 1)] for _ in names]
+        for table, (p, right) in zip(frames[value], found.values(), strict=True):
+            for (i, _), place, good in zip(spots, p.tolist(), right.tolist(), strict=True):
+                table[i].append({"p": [round(share, 3) for share in place], "right": bool(good)})
+    picture = _simplex_still(rests, simplex_grid(steps)[spots.index(start)], spots.index(start), knob)
+    begin = {"first": start[0], "second": start[1], "view": 0}
+    frame = {"steps": steps, "knob": knob, "names": names, "start": begin, "rests": frames}
+    _show_script("topk-simplex", "simplex.js", frame, picture, alt)
+
+
+def _simplex_still(rests: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], q: Tensor, at: int, knob: str) -> Figure:
+    """The picture for readers without scripts: one triangle a value of the knob."""
+    corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
+    figure, axes = _grid(len(rests), len(rests), (7.0, 3.4))
+    for axis, (value, found) in zip(axes, rests.items(), strict=True):
+        outline, middle = corner[[0, 1, 2, 0]], corner.mean(0)
+        axis.plot(outline[:, 0], outline[:, 1], color="black", linewidth=1, linestyle="solid")
+        for number in range(3):
+            ends = torch.stack((corner[number], 1.5 * middle - 0.5 * corner[number]))
+            axis.plot(ends[:, 0], ends[:, 1], color="grey", linewidth=0.6, linestyle="solid")
+            axis.text(
+                *(1.12 * corner[number] - 0.12 * middle).tolist(), f"class {number + 1}", ha="center", va="center"
+            )
+        axis.plot(*(q @ corner).tolist(), "o", color="black", markersize=9, label="$q$")
+        for (name, (p, right)), colour, marker in zip(found.items(), COLOURS, "os^D", strict=False):
+            fill = colour if right[at] else "none"
+            axis.plot(*(p[at] @ corner).tolist(), marker, color=colour, markerfacecolor=fill, label=name)
+        axis.set(title=f"{knob} = {value}", aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.15, 1.05))
+        axis.axis("off")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
+    return figure
+
+
+def _show_script(box: str, script: str, frame: Mapping[str, Any], picture: Figure, alt: str) -> None:
+    """An interactive figure: its numbers, the script that draws them, and a picture for readers without scripts."""
+    still = base64.b64encode(png(picture)).decode()
+    code = resources.files("topk_lab").joinpath(script).read_text()
     data = json.dumps(frame, separators=(",", ":")).replace("</", "<\\/")
     text = html.escape(alt, quote=True)
     page = (
-        f'<div class="topk-knobs" role="group" aria-label="{text}">'
-        f'<img alt="{text}" src="data:image/png;base64,{picture}">'
-        f'<script type="application/json">{data}</script></div><script>{script}</script>'
+        f'<div class="{box}" role="group" aria-label="{text}">'
+        f'<img alt="{text}" src="data:image/png;base64,{still}">'
+        f'<script type="application/json">{data}</script></div><script>{code}</script>'
     )
     from IPython.display import display
 

@@ -1,4 +1,6 @@
-"""Does the minimum of an expected loss have the k likeliest classes in front? Checked by minimising it; chapter 2.
+"""Does the minimum of an expected loss have the k likeliest classes in front? Checked by minimising it.
+
+Chapter 2 says why, chapter 27 asks every loss.
 
 For a label distribution q and free scores x, L(x) = sum_y q_y loss(x, y). With T the k likeliest classes (q has a gap
 there), x *ranks right* if every class of T has a larger score than every class outside. At q a loss is
@@ -19,7 +21,6 @@ from itertools import combinations, permutations
 from typing import NamedTuple
 
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from topk_lab.figures import RowLoss, value_and_gradient
@@ -309,9 +310,3 @@ def check(contender: Contender, q: Tensor, k: int, starts: int = 6, steps: int =
     if contender.search == "field":
         return _check_field(contender, q, k, starts, generator, 4 * steps)
     return judge(*descent_ends(contender, q, k, starts, generator, steps), q, k)
-
-
-def wilson(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a probability: the values that a test of the normal approximation does not refuse."""
-    found = binomtest(successes, count).proportion_ci(confidence, "wilson")
-    return float(found.low), float(found.high)

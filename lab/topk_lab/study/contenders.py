@@ -1,4 +1,4 @@
-"""Every loss of the package with the settings that chapters 2 and 9 look at, by name, as functions of k."""
+"""Every loss of the package with the settings that chapters 2, 9 and 27 look at, by name, as functions of k."""
 
 from __future__ import annotations
 
