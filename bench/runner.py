@@ -23,7 +23,6 @@ import topk
 from bench.contenders import CROSS_ENTROPY, Contender, Setting, contenders
 from bench.suites import Suite
 from topk_lab.study.timing import (
-    ROUNDS,
     Clock,
     CpuClock,
     NoReplayError,
@@ -205,8 +204,7 @@ def measure(setting: Setting, clock: Clock, seconds: float = 3.0, compiled: bool
             notes[contender.name] = f"{type(error).__name__}: {first_line(error)}"
             _tidy(clock)
     size = setting.batch * setting.classes * scores.element_size()
-    rounds = _LAYER_ROUNDS if setting.features else ROUNDS
-    eager = in_turns(clock, works, seconds, rounds)
+    eager = _layer_times(clock, works, seconds) if setting.features else in_turns(clock, works, seconds)
     in_caches = clock.device.type == "cpu" and not setting.features
     warm = in_turns(CpuClock(warm=True), works, seconds) if in_caches else {}
     peaks = {name: clock.peak(work) for name, work in works.items()}
@@ -229,6 +227,13 @@ def measure(setting: Setting, clock: Clock, seconds: float = 3.0, compiled: bool
         }
         for contender in present
     ]
+
+
+def _layer_times(clock: Clock, works: dict[str, Work], seconds: float) -> dict[str, list[float]]:
+    """Calls of seconds, during which any machine does other things too: with one thread, the process's own time."""
+    if clock.device.type == "cpu" and torch.get_num_threads() == 1:
+        clock = CpuClock(timer=time.process_time)
+    return in_turns(clock, works, seconds, _LAYER_ROUNDS)
 
 
 def _first_call(contender: Contender, work: Work) -> str:

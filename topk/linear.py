@@ -214,14 +214,16 @@ def _loss_dtype(plan: _Plan) -> torch.dtype:
 
 
 def _parts(plan: _Plan, target: Tensor) -> Iterator[slice | Tensor]:
-    """Chunks of rows; on the CPU, where a look costs nothing, without those that are ignored."""
-    if target.is_cpu:
-        used = target != plan.call.ignore_index
-        if not bool(used.all()):
-            yield from (part for part in used.nonzero().squeeze(1).split(plan.chunk) if len(part) > 0)
-            return
-    for start in range(0, target.shape[0], plan.chunk):
-        yield slice(start, start + plan.chunk)
+    """Chunks of rows, all of about one size; on the CPU, where a look costs nothing, without those that are ignored."""
+    used = (target != plan.call.ignore_index).nonzero().squeeze(1) if target.is_cpu else None
+    rows = target.shape[0] if used is None else used.shape[0]
+    if rows == 0:
+        return
+    size = -(-rows // -(-rows // plan.chunk))
+    if used is not None and rows < target.shape[0]:
+        yield from used.split(size)
+    else:
+        yield from (slice(start, start + size) for start in range(0, rows, size))
 
 
 def _of_part(tensors: Any, part: slice | Tensor, rows: int, ordinal: int) -> tuple[Tensor, ...]:
@@ -249,25 +251,30 @@ def _passed(
             torch.zeros_like(tensor, dtype=dtype) if tensor is not None and want else None
             for tensor, dtype, want in zip((features, weight, bias), types, wanted, strict=True)
         ]
+    # One buffer for the scores of all chunks: fresh memory costs the CPU a microsecond for every page of it.
+    buffer = features.new_empty((min(plan.chunk, features.shape[0]), weight.shape[0]))
     with torch.autocast(features.device.type, enabled=False):
         for ordinal, part in enumerate(_parts(plan, target)):
             own = _of_part(tensors, part, target.shape[0], ordinal)
             grad = None if factors is None else factors[part]
-            scores = _scores(plan, features[part], weight, bias)
+            scores = _scores(plan, features[part], weight, bias, buffer)
             values[part], slopes = _loss_and_slopes(plan, grad, scores, target[part], own)
-            del scores  # or the next chunk is made beside this one
             if gradients is not None:
                 add = _add_few if isinstance(slopes, tuple) else _add_all
                 add(gradients, part, features[part], weight, slopes)
-            del slopes
+            del slopes, scores  # or the next chunk's are made beside these
     if plan.shard is not None and gradients is not None and gradients[0] is not None:
         plan.shard.added(gradients[0])
     return values, gradients
 
 
-def _scores(plan: _Plan, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _scores(plan: _Plan, features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
     """Half types are rounded, as the scores of an unfused layer are, and widened once."""
-    scores = F.linear(features, weight, bias)
+    scores = buffer[: features.shape[0]]
+    if bias is None:
+        torch.mm(features, weight.T, out=scores)
+    else:
+        torch.addmm(bias, features, weight.T, out=scores)
     return scores.to(compute_dtype(scores)) if plan.call.backend == "torch" else scores
 
 

@@ -247,6 +247,55 @@ def slower_table(frame: pd.DataFrame) -> None:
         ])  # fmt: skip
 
 
+# --- last layers (chapter "A million classes") ---
+
+_LAYERS = {"F.linear + ": "scores held", "topk linear_loss ": "in chunks", "topk two processes ": "two processes"}
+_LAYER_LOOKS = {"scores held": figures.BLACK, "in chunks": figures.BLUE, "two processes": figures.GREEN}
+
+
+def _layer(contender: str) -> str:
+    """How the chapter calls who computes a last layer."""
+    return next((words for start, words in _LAYERS.items() if contender.startswith(start)), contender)
+
+
+def layers_along_classes(frame: pd.DataFrame, family: str) -> None:
+    """Time, and peak memory with the gradients, of a last layer and its loss against the number of classes."""
+    rows = sweep(frame, family, "classes")
+    if rows.empty:
+        say(f"No record over the classes yet for the {family} loss.")
+        return
+    wide = rows.assign(contender=rows["contender"].map(_layer)).pivot(index="classes", columns="contender")
+    names = list(wide["p50_ms"])
+    times = {name: Band(*(wide[column][name] / 1e3 for column in ("p50_ms", "p20_ms", "p80_ms"))) for name in names}
+    memory = {name: wide["peak_bytes"][name] / 1e9 for name in names}
+    looks = {name: {"color": _LAYER_LOOKS.get(name, figures.VERMILION)} for name in names}
+    common: dict[str, Any] = {"x_label": _AXIS["classes"], "scale": "log", "looks": looks, "markers": True}
+    what = f"{rows['batch'].iloc[0]} rows of {rows['features'].iloc[0]} features"
+    panels = [Panel(wide.index, times, "time, s", **common), Panel(wide.index, memory, "peak memory, GB", **common)]
+    alt = f"Time and peak memory of a last layer with the {_spoken(family)} against the number of classes; {what}."
+    figures.lines(*panels, alt=alt, size=(7.8, 3.9))
+    say(f"A last layer with the {_spoken(family)}, {what}. {source_of(rows)}")
+
+
+def _spoken(family: str) -> str:
+    return {CROSS_ENTROPY: "cross-entropy", "hinge": "calibrated hinge"}.get(family, f"{family} loss")
+
+
+def chunked_against_held(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for every problem: the chunked layer's `time` over the plain one's, and by what its `memory` is divided.
+
+    Memory is what both hold beyond the gradients that they return.
+    """
+    kinds = frame["contender"].map(_layer)
+    both = frame[kinds == "in chunks"].merge(
+        frame[kinds == "scores held"], on=["machine", *PROBLEM], suffixes=("", "_held")
+    )
+    gradients = 4 * both["features"] * (both["batch"] + both["classes"])
+    both["time"] = both["p50_ms"] / both["p50_ms_held"]
+    both["memory"] = (both["peak_bytes_held"] - gradients) / (both["peak_bytes"] - gradients)
+    return both
+
+
 # --- what is expected of a GPU ---
 
 
