@@ -209,6 +209,28 @@ def _ours(setting: Setting, backend: str | None) -> LossCall:
     raise ValueError(f"family must be one of smooth, transition, hinge, noised, differentiable, got {setting.family!r}")
 
 
+RELATIVES: dict[str, Callable[..., Tensor]] = {
+    **{
+        name: functools.partial(topk.topk_hinge_loss, variant=name)
+        for name in ("topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth")
+    },
+    "autkc": topk.autkc_loss,
+    "ldr": lambda x, y, k, **tail: topk.ldr_loss(x, y, **tail),
+    "adaptive_ldr": lambda x, y, k, **tail: topk.ldr_loss(x, y, alpha=2.0, **tail),
+    "softmax_at_k": topk.softmax_at_k_loss,
+}
+"""The losses of `suites.relatives`, on torch alone, as functions of scores, target and k."""
+
+
+def _relative(setting: Setting, device: torch.device) -> LossCall:
+    return lambda x, y: RELATIVES[setting.family](x, y, setting.k)
+
+
+def _relative_truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
+    """What a tracer is given: the loss's definition."""
+    return cast(Tensor, torch.compile(_relative(setting, scores.device), backend="eager")(scores, target))
+
+
 def _torch_path(setting: Setting, device: torch.device) -> LossCall:
     return _ours(setting, "torch")
 
@@ -456,6 +478,7 @@ CONTENDERS = (
     Contender("copy", "any", _copy),
     Contender(PLAIN_COPY, "any", _plain_copy, backward=False, passes=2),
     *(contender for family in _TRUTHS for contender in _ours_on_every_backend(family)),
+    *(Contender(f"topk {family}", family, _relative, _relative_truth) for family in RELATIVES),
     *(contender for family in (*_TRUTHS, CROSS_ENTROPY) for contender in _last_layers(family)),
     Contender(
         "F.linear_cross_entropy", CROSS_ENTROPY, _torchs_operator, _layer_truth, runs_on=_no_operator, layer=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from bench.contenders import Setting
+from bench.contenders import RELATIVES, Setting
 
 FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
 LARGE = 2**26
@@ -83,11 +83,17 @@ def gpu() -> list[Setting]:
     return goals + headline() + over_classes + over_k + halves + over_batch + small
 
 
+def relatives() -> list[Setting]:
+    """A minute: 256 x 1000, k = 5, the hinges' convex relatives and the losses from ranking."""
+    return [Setting(family, 256, 1000, 5) for family in RELATIVES]
+
+
 SUITES = {
     "smoke": Suite(smoke, seconds=0.5),
     "headline": Suite(headline, seconds=10.0),  # a peer takes 0.1 s a call
     "cpu": Suite(cpu, compiles=lambda s: (s.batch, s.classes) == (256, 1000) and s.dtype == "float32"),
     "large": Suite(large),
+    "relatives": Suite(relatives),
     "scale": Suite(scale),
     "gpu": Suite(
         gpu, "cuda", 0.5, compiles=lambda s: s in [Setting(s.family, rows, 1000, 5) for rows in (256, 65_536)]

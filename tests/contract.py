@@ -54,8 +54,9 @@ def _cases() -> dict[str, Case]:
     for variant in ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy"):
         cases[f"hinge, {variant}"] = Case(*hinge, {"k": 3, "variant": variant}, kinked=variant != "entropy")
     for variant in ("topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth"):
-        cases[f"hinge, {variant}"] = Case(*hinge, {"k": 3, "variant": variant}, kinked=variant == "polyhedral")
-    cases["hinge, alpha_smooth, many k"] = Case(*hinge, {"k": many, "variant": "alpha_smooth", "smoothing": 0.5})
+        options = {"k": 3, "variant": variant, "smoothing": 10.0}  # so that several classes share p
+        cases[f"hinge, {variant}"] = Case(*hinge, options, kinked=variant == "polyhedral")
+    cases["hinge, alpha_smooth, many k"] = Case(*hinge, {"k": many, "variant": "alpha_smooth", "smoothing": 10.0})
     ranking = {"autkc": Case(topk.autkc_loss, topk.AUTKCLoss, {"k": 3})}
     for surrogate in ("logistic", "square", "hinge"):
         case = Case(topk.autkc_loss, topk.AUTKCLoss, {"k": many, "surrogate": surrogate}, kinked=surrogate == "hinge")

@@ -90,7 +90,7 @@ def test_contenders_say_why_they_sit_out() -> None:
     assert "float16" in str(single.why_not(Setting("smooth", 1, 2, 1, dtype="float16")))
     triton = next(c for c in CONTENDERS if c.name == "topk smooth triton")
     assert "interpreted" in str(triton.why_not(Setting("smooth", 1, 2, 1)))
-    assert {c.family for c in CONTENDERS} == {"any", CROSS_ENTROPY, *suites.FAMILIES}
+    assert {c.family for c in CONTENDERS} == {"any", CROSS_ENTROPY, *suites.FAMILIES, *suites.RELATIVES}
     assert len({c.name for c in CONTENDERS}) == len(CONTENDERS)
 
 
@@ -102,6 +102,16 @@ def test_every_contender_passes_its_gate(family: str, dtype: str) -> None:
     assert {CROSS_ENTROPY, "copy", PLAIN_COPY, f"topk {family}"} <= {c.name for c in present}
     for contender in present:
         contender.gate(setting)
+
+
+@pytest.mark.parametrize("family", suites.RELATIVES)
+def test_relatives_pass_their_gates(family: str) -> None:
+    setting = Setting(family, 16, 100, 5)
+    (ours,) = (c for c in contenders(setting) if c.family == family)
+    ours.gate(setting)
+    wrong = replace(ours, build=lambda setting, device: lambda x, y: 1.01 * ours.build(setting, device)(x, y))
+    with pytest.raises(AssertionError, match="is wrong"):
+        wrong.gate(setting)
 
 
 @pytest.mark.parametrize("family", [*suites.FAMILIES, CROSS_ENTROPY])

@@ -279,3 +279,17 @@ def test_the_plane_of_three_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     ((alt, table),) = tables
     assert alt == "words"
     assert entropy_of(q[None]).item() - 1e-3 <= table["least on the grid"][0] <= entropy_of(q[None]).item() + 1e-2
+
+
+def test_the_convex_relatives_minima() -> None:
+    """The polyhedral surrogate's is the Bayes risk, the smooth one's that plus the entropy; AUTKC's hinge is beta."""
+    draw = torch.Generator().manual_seed(2)
+    q = torch.cat([calibration.distributions(kind, 4, 2, 1, draw) for kind in ("uniform", "flat", "near tie")])
+    risk = 1.0 - q.topk(2).values.sum(1)
+    hard, soft = (calibration.check(by_name(name), q, 2, 4, 80) for name in ("polyhedral", "polyhedral smooth"))
+    torch.testing.assert_close(hard.value, risk, rtol=0.0, atol=1e-9)
+    torch.testing.assert_close(soft.value, risk - torch.special.xlogy(q, q).sum(1), rtol=0.0, atol=1e-7)
+    assert hard.right.all()
+    assert soft.right.all()
+    beta, autkc = (calibration.check(by_name(name), q, 2) for name in ("hinge, beta", "AUTKC, hinge"))
+    torch.testing.assert_close(autkc.value, beta.value, rtol=0.0, atol=1e-9)

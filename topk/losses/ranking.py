@@ -235,7 +235,7 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
         strength = alpha * math.log(n) / temperature
         for _ in range(_STEPS):
             before, t = t, _next(t, _wide_moments(scores, target, shift, gap, t), n, temperature, strength)
-            if t.is_cpu and not bool(((t - before).abs() > 1e-7 * before).any()):
+            if t.is_cpu and not bool(((t - before).abs() > 1e-5 * before).any()):
                 break
         price = strength / 2 * (t - temperature).square()
     at_target = (-gap / t).exp()
@@ -244,8 +244,8 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
     entropy = torch.where(gap < 0.0, torch.log1p(others / at_target.clamp(min=1.0)), total.log() + gap / t)
     loss = t * (entropy - math.log(n)) - price
     loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    table = torch.stack((1.0 / t, 1.0 / total, -others / total), 1)
-    table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
+    shares = torch.stack((1.0 / total, -others / total), 1).masked_fill(impossible[:, None], 0.0)
+    table = torch.cat((1.0 / t[:, None], shares), 1).masked_fill(bad[:, None], torch.nan)
     return loss.to(scores.dtype), torch.cat((shift[:, None], table.to(scores.dtype)), 1)
 
 

@@ -104,7 +104,7 @@ def capped_average(lead: Tensor, rests: Tensor) -> tuple[Tensor, Tensor]:
     k = lead.shape[1]
     others = torch.arange(k, 0, -1, dtype=lead.dtype, device=lead.device)  # k - u
     levels = rests - others.log()
-    u = (lead.detach() <= levels.detach()).to(torch.int8).argmax(1, keepdim=True)
+    u = ((lead - rests).detach() <= -others.log()).to(torch.int8).argmax(1, keepdim=True)
     best = torch.cat((torch.zeros_like(lead[:, :1]), lead[:, :-1].cumsum(1)), 1)
     return ((best + others * levels) / k + math.log(k)).gather(1, u)[:, 0], u
 
@@ -152,16 +152,21 @@ def _band(z: Tensor, k: int, height: float, variant: str) -> Tensor:
         low = low.relu()
     elif variant == "alpha_smooth":
         free = (low + (z - (low + height)[:, None]).relu().sum(1) / k < 0.0).to(low.dtype)
-        mean = finite_or_zero(z[:, :k].mean(1)).relu() * free
-        rest = torch.where((free > 0.0)[:, None], z, 0.0)
-        most = rest[:, k - 1].clamp(max=0.0)  # k classes at least have p_j > 0
-        most = torch.where(mean > 0.0, most, 0.0)
-        inner = _root(lambda t: _cone_excess(rest, t, k)[:2], torch.minimum(-mean, most) - 1.0, most, most)
-        excess, _, high = _cone_excess(rest, inner, k)
-        inner_size = torch.where(mean > 0.0, high - inner + excess.relu() / k, 0.0)  # excess > 0: no p_j is at s / k
-        low = torch.where(free > 0.0, torch.where(mean > 0.0, inner, z[:, 0].relu()), low)
-        size = torch.where(free > 0.0, inner_size, size)
+        if not free.is_cpu or bool(free.any()):
+            low, size = _free_band(torch.where((free > 0.0)[:, None], z, 0.0), k, free > 0.0, low, size)
     return torch.stack((low, size, free), 1)
+
+
+def _free_band(z: Tensor, k: int, free: Tensor, low: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Alpha's low and height in the rows where sum p is free."""
+    pays = finite_or_zero(z[:, :k].mean(1)) > 0.0
+    most = torch.where(pays, z[:, k - 1].clamp(max=0.0), 0.0)  # k classes at least have p_j > 0
+    least = torch.minimum(-finite_or_zero(z[:, :k].mean(1)).relu(), most) - 1.0
+    inner = _root(lambda t: _cone_excess(z, t, k)[:2], least, most, most)
+    excess, _, high = _cone_excess(z, inner, k)
+    height = torch.where(pays, high - inner + excess.relu() / k, 0.0)  # excess > 0: no p_j is at s / k
+    inner = torch.where(pays, inner, z[:, 0].relu())
+    return torch.where(free, inner, low), torch.where(free, height, size)
 
 
 @_band.register_fake
@@ -299,7 +304,7 @@ def _flat_numbers(x: Tensor, gap: Tensor, k: int, margin: float) -> Numbers:
 def _soft_numbers(
     scores: Tensor, x: Tensor, anchor: Tensor, gap: Tensor, k: int, margin: float, gamma: float
 ) -> Numbers:
-    """p = scale exp((x - m - high) / gamma), where x - m = min(x, max(x - margin, low)), and high is its largest."""
+    """p = scale exp((x - m - high) / gamma), with x - m = low + x - clip(x, low, low + margin), at most high."""
     low = band(x, k, margin, "fixed sum")[0]
     high = low.clamp(-margin, 0.0)
     total = torch.empty_like(low)
@@ -316,9 +321,8 @@ def _less_mask(
 ) -> Tensor:
     """exp((x - m - high) / gamma), written into `out`; m is the sparse soft top-k of height `margin`."""
     torch.sub(scores, anchor[:, None], out=out)
-    least = torch.maximum(out - margin, low[:, None])
-    torch.minimum(out, least, out=out).sub_(high[:, None])
-    return exponentials(out.div_(gamma))
+    out.sub_(torch.clamp(out, low[:, None], (low + margin)[:, None])).sub_((high - low)[:, None])
+    return exponentials(out if gamma == 1.0 else out.div_(gamma))
 
 
 def backward(
