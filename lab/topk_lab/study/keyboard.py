@@ -122,6 +122,16 @@ def conditions(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
+def latest(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each loss and condition the runs of the last choice of settings: a longer search may choose anew."""
+    settings = [name for name in runs if name.startswith(("loss.", "training."))]
+    kept = []
+    for _, group in runs.groupby([*CONDITION, "loss"], sort=False):
+        choice = group[settings].map(str).agg(" ".join, axis=1)
+        kept.append(group[choice == choice[group["date"].idxmax()]])
+    return pd.concat(kept, ignore_index=True) if kept else runs
+
+
 def there(runs: pd.DataFrame) -> str:
     """How many of the runs that the chapter's sweeps ask for, tuning aside, have a record."""
     asked = sum(about["runs"] for about in records.sweeps(CHAPTER) if not about["sweep"].endswith(".tuning"))
