@@ -124,11 +124,11 @@ def conditions(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def latest(runs: pd.DataFrame) -> pd.DataFrame:
     """Of each loss and condition the runs of the last choice of settings: a longer search may choose anew."""
-    settings = [name for name in runs if name.startswith(("loss.", "training."))]
-    kept = []
-    for _, group in runs.groupby([*CONDITION, "loss"], sort=False):
+    settings = [str(name) for name in runs if str(name).startswith(("loss.", "training."))]
+    kept = list[pd.DataFrame]()
+    for _, group in runs.sort_values("date", kind="stable").groupby([*CONDITION, "loss"], sort=False):
         choice = group[settings].map(str).agg(" ".join, axis=1)
-        kept.append(group[choice == choice[group["date"].idxmax()]])
+        kept.append(group[choice == choice.iloc[-1]])
     return pd.concat(kept, ignore_index=True) if kept else runs
 
 
