@@ -17,6 +17,8 @@ pytest.importorskip("PIL")
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 
 from book.pipeline import browser, layout, printing, speed
+from topk_lab import data
+from topk_lab.study import suggestions
 
 CHROMIUM = browser.find_chromium()
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
@@ -103,6 +105,36 @@ def opened_browser() -> Iterator[Any]:
         pytest.skip("no chromium on this machine")
     with browser.opened(CHROMIUM) as found:
         yield found
+
+
+@needs_chromium
+def test_the_keyboard_suggests_what_python_does(
+    tmp_path: Path, opened_browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("IPython.display.display", lambda bundle, **_: shown.append(bundle))
+    suggestions.show(["the king of", "in the"])
+    (tmp_path / "keyboard.html").write_text(PAGE.format(style="", body=shown[0]["text/html"]))
+    models, names = suggestions.read()[0], data.load({"name": "words", "vocabulary": 3000, "rows": 1}).classes
+    page = opened_browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto((tmp_path / "keyboard.html").as_uri())
+    cases = [
+        ("And the LORD ", "and the lord", ""),
+        ("in the be", "in the", "be"),
+        ("a, xyzzy ", "a, xyzzy", ""),
+        ("",) * 3,
+    ]
+    for typed, words, begun in cases:
+        page.fill(".topk-keyboard input", typed)
+        found = page.locator(".suggestions button").all_inner_texts()
+        expected = [suggestions.suggested(model, words, names, begun) for model in models.values()]
+        assert [found[:3], found[3:]] == expected, typed
+    page.fill(".topk-keyboard input", "the ki")
+    page.locator(".suggestions button").first.click()
+    (first,) = (suggestions.suggested(model, "the", names, "ki")[0] for model in list(models.values())[:1])
+    assert page.input_value(".topk-keyboard input") == f"the {first} "
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.close()
 
 
 @needs_chromium

@@ -82,6 +82,18 @@ def test_differences_are_paired_by_seed_and_by_row(monkeypatch: pytest.MonkeyPat
     assert len(keyboard.alike(frame.assign(**{"model.hidden": 5}), part)) == 0
 
 
+def test_the_runs_of_the_last_choice_count() -> None:
+    same = {"data.vocabulary": 10, "model.hidden": 4, "loss": "smooth, k = 3", "loss.tau": 0.5}
+    rows = [
+        {**same, "training.learning_rate": rate, "date": f"2030-01-0{day}", "seed": seed}
+        for rate, day, seed in ((0.1, 1, 0), (0.1, 2, 1), (0.2, 3, 0), (0.2, 4, 1))
+    ]
+    other = {**rows[0], "loss": "cross-entropy", "loss.tau": None, "seed": 7}
+    found = keyboard.latest(pd.DataFrame([*rows, other]))
+    assert found[["training.learning_rate", "seed"]].to_numpy().tolist() == [[0.2, 0], [0.2, 1], [0.1, 7]]
+    assert keyboard.latest(pd.DataFrame(rows[:0], columns=list(rows[0]))).empty
+
+
 def test_test_rows_follow_the_split() -> None:
     letters, verse = keyboard.test_rows(50)
     found = data.load({"name": "words", "vocabulary": 50})

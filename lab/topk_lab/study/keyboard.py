@@ -122,6 +122,16 @@ def conditions(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
+def latest(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each loss and condition the runs of the last choice of settings: a longer search may choose anew."""
+    settings = [str(name) for name in runs if str(name).startswith(("loss.", "training."))]
+    kept = list[pd.DataFrame]()
+    for _, group in runs.sort_values("date", kind="stable").groupby([*CONDITION, "loss"], sort=False):
+        choice = group[settings].map(str).agg(" ".join, axis=1)
+        kept.append(group[choice == choice.iloc[-1]])
+    return pd.concat(kept, ignore_index=True) if kept else runs
+
+
 def there(runs: pd.DataFrame) -> str:
     """How many of the runs that the chapter's sweeps ask for, tuning aside, have a record."""
     asked = sum(about["runs"] for about in records.sweeps(CHAPTER) if not about["sweep"].endswith(".tuning"))

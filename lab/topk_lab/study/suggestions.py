@@ -105,7 +105,7 @@ def write(runs: pd.DataFrame) -> None:
     """Of 16 units and 3,000 words: cross-entropy, and the loss with the largest mean top-3 accuracy beside it."""
     here = runs[(runs["data.vocabulary"] == 3000) & (runs["model.hidden"] == 16) & (runs["seed"] == 0)]
     reached = report.means(alike_by_loss(runs, here), f"top{keyboard.SHOWN}").drop(report.BASELINE)
-    arrays, about = {}, []
+    arrays, about = dict[str, Any](), list[dict[str, Any]]()
     for number, loss in enumerate((report.BASELINE, str(reached.idxmax()))):
         row = dict(here[here["loss"] == loss].iloc[0])
         model = model_of(trained_again(row))
