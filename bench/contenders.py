@@ -228,7 +228,7 @@ def _relative(setting: Setting, device: torch.device) -> LossCall:
 
 def _relative_truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
     """What a tracer is given: the loss's definition."""
-    return cast(Tensor, torch.compile(_relative(setting, scores.device), backend="eager")(scores, target))
+    return torch.compile(_relative(setting, scores.device), backend="eager")(scores, target)
 
 
 def _torch_path(setting: Setting, device: torch.device) -> LossCall:

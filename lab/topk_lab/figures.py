@@ -384,9 +384,8 @@ def _simplex_still(rests: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], q: 
         for number in range(3):
             ends = torch.stack((corner[number], 1.5 * middle - 0.5 * corner[number]))
             axis.plot(ends[:, 0], ends[:, 1], color="grey", linewidth=0.6, linestyle="solid")
-            axis.text(
-                *(1.12 * corner[number] - 0.12 * middle).tolist(), f"class {number + 1}", ha="center", va="center"
-            )
+            x, y = (1.12 * corner[number] - 0.12 * middle).tolist()
+            axis.text(x, y, f"class {number + 1}", ha="center", va="center")
         axis.plot(*(q @ corner).tolist(), "o", color="black", markersize=9, label="$q$")
         for (name, (p, right)), colour, marker in zip(found.items(), COLOURS, "os^D", strict=False):
             fill = colour if right[at] else "none"
