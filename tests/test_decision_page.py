@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from topk_lab import records, report
+from topk_lab.study import fair
 
 LAST_FIRST = "differentiable [.5, 0, 0, 0, .5]"
 
@@ -50,6 +51,29 @@ def test_the_decision_page_on_cifar100() -> None:
     k = pd.Series([records.k_of(text) if isinstance(text, str) else 0 for text in knobs["loss.k"]], knobs.index)
     wide = knobs[(knobs["loss"] == "cross-entropy") | (knobs["loss.width"].astype(float).eq(10) & k.eq(5))]
     assert report.differences(wide, "top5")["transition"].low > 0
+
+
+def test_the_decision_page_on_the_fair_comparison() -> None:
+    final = fair.final_runs(fair.runs())
+    heads = [name for name in ("fair.linear", "fair.few_linear", "fair.few_mlp") if name in final]
+    assert len(heads) == 3, "all three conditions"
+    five, one = (
+        {(row["sweep"], row["loss"]): row["verdict"] for row in fair.verdicts({x: final[x] for x in heads}, metric)}
+        for metric in ("top5", "top1")
+    )
+    assert "ahead" not in five.values()
+    for name in heads:
+        assert five[name, "smooth, k = 1 and 5"] == five[name, LAST_FIRST] == "level"
+        assert one[name, "smooth"] == five[name, "noised"] == "behind"
+    assert [one[name, LAST_FIRST] for name in heads] == ["behind", "ahead", "ahead"]
+    assert five["fair.linear", "transition"] == "level"
+    assert {name for (name, _), verdict in one.items() if verdict == "ahead"} == {"fair.few_linear", "fair.few_mlp"}
+    for name in ("fair.few_linear", "fair.few_mlp"):
+        assert fair.compared(final[name], "candidates_99")[LAST_FIRST].low > 0, "needs more candidates for 99 %"
+    frame = final["fair.linear"].groupby("loss")["top1"].mean()
+    assert -0.045 < frame["smooth"] - frame["cross-entropy"] < -0.035, "up to four points"
+    curves = fair.expected_best(fair.runs()["fair.linear.tuning"], "top5")
+    assert max(curves, key=lambda loss: curves[loss][3]) == LAST_FIRST, "few candidates suffice"
 
 
 def test_the_decision_page_on_long_tails() -> None:
