@@ -74,7 +74,9 @@ def _place_time(notebook: NotebookNode, sentence: str) -> None:
     """The sentence as a paragraph of its own, after the one that says how long reading takes, or after the title."""
     texts = [cell for cell in notebook.cells if cell.cell_type == "markdown"]
     place = next((cell for cell in texts if "**Time**" in cell.source), texts[0])
-    paragraphs = [text for text in place.source.split("\n\n") if not text.startswith("**Runs in**")]
+    for cell in texts:
+        cell.source = "\n\n".join(text for text in cell.source.split("\n\n") if not text.startswith("**Runs in**"))
+    paragraphs = place.source.split("\n\n")
     at = next((number for number, text in enumerate(paragraphs) if "**Time**" in text), 0)
     place.source = "\n\n".join((*paragraphs[: at + 1], sentence, *paragraphs[at + 1 :]))
 

@@ -48,7 +48,7 @@ def steps(scores: tuple[float, ...], right: int, k: int) -> dict[str, tuple[floa
     losses: dict[str, Callable[[Any, Any], Any]] = {
         "cross-entropy": torch.nn.functional.cross_entropy,
         "smooth": lambda x, y: topk.smooth_topk_loss(x, y, k),
-        "transition": lambda x, y: topk.transition_topk_loss(x, y, k),
+        "transition": lambda x, y: topk.transition_topk_loss(x, y, k, width=1.0),
         "noised": lambda x, y: topk.noised_topk_loss(x, y, k, samples=None),
         "differentiable": lambda x, y: topk.differentiable_topk_loss(x, y, k),
     }
