@@ -21,7 +21,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,6 +125,7 @@ def train(
     progress: bool = True,
     save_every: float = 30.0,
     data: DataSet | None = None,
+    keep: Callable[[nn.Module], Any] | None = None,
     **about: Any,
 ) -> records.Row:
     """Trains, evaluates and returns the run as a row of its chapter's table.
@@ -137,6 +138,7 @@ def train(
         progress: whether to show a bar with the time left.
         save_every: seconds between checkpoints.
         data: the data set, for one that is not loaded by the configuration.
+        keep: is called with the trained model, for what the row does not hold.
         about: further columns of the row, such as sweep, profile, notebook.
 
     Raises:
@@ -147,6 +149,8 @@ def train(
     with _threads(threads), torch.random.fork_rng([place] if place.type == "cuda" else []):
         run = _Run(full, data or data_sets.load(full.data), place, folder)
         result = run.train(progress, save_every)
+        if keep is not None:
+            keep(run.model)
         source = provenance(about.pop("profile", None))
         return records.row(full.plain(), result, losses.probe(full.loss), source, **about)
 
