@@ -407,7 +407,7 @@ def _options_of(setting: Setting) -> Any:
     """The options of the setting's loss, as its file declares them."""
     own: dict[str, tuple[Any, ...]] = {
         "smooth": (1.0, 1.0),
-        "transition": (1.0, 0.0),
+        "transition": (10.0, 0.0),
         "hinge": ("calibrated", 1.0),
         "differentiable": (setting.method, "cauchy", 1.0, 0.25, min(setting.m, setting.classes)),
     }

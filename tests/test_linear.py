@@ -106,6 +106,8 @@ def test_gradcheck(loss: nn.Module) -> None:
     case = criterion(loss, reduction="none")
     if getattr(case, "transition", None) == "margin":
         case.transition = 0.5  # the gradient holds the weight
+    if isinstance(case, topk.SoftmaxAtKLoss):
+        pytest.skip("its gradient holds the weight of a row, as the paper's does")
 
     def call(*inputs: Tensor) -> Tensor:
         return topk.linear_loss(case, *inputs[:2], torch.tensor([0, 3, -100, 8, 2]), bias=inputs[2], chunk=2)
