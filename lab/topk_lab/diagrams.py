@@ -89,11 +89,11 @@ def tree(levels: Sequence[Sequence[str]], alt: str, title: str = "", size: figur
             above = [sum(pair) / len(pair) for pair in pairs]
             for x, pair in zip(above, pairs, strict=True):
                 for end in pair:
-                    axis.plot([end, x], [height - 1, height], color=figures.GREY, linewidth=1, linestyle="solid")
+                    axis.plot([end, x], [height - 1, height], color=figures.BLACK, linewidth=1.3, linestyle="solid")
             places = above
         for x, text in zip(places, words, strict=True):
             axis.text(x, height, text, ha="center", va="center", fontsize=9, bbox={
-                "boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": figures.BLUE})  # fmt: skip
+                "boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": figures.BLACK})  # fmt: skip
     axis.set(title=title, xlim=(0, 1), ylim=(-0.5, len(levels) - 0.5))
     axis.axis("off")
     figures.show(figure, alt, {f"level {height}": list(words) for height, words in enumerate(levels)})
