@@ -60,6 +60,15 @@ def test_parameters_cell(twin: Path) -> None:
 
 
 @each_twin
+def test_cells_fit_on_the_page(twin: Path) -> None:
+    for number, cell in enumerate(chapters.read(twin).cells):
+        if cell.cell_type == "code" and "remove-cell" not in cell.metadata.get("tags", []):
+            lines = cell.source.split("\n")
+            assert len(lines) <= 15, (number, len(lines), lines[0])
+            assert max(map(len, lines)) <= 88, (number, max(lines, key=len))
+
+
+@each_twin
 def test_committed_notebook_has_no_trace_of_the_machine(twin: Path) -> None:
     assert not re.search(r"/(home|root|work|tmp|Users)/", twin.with_suffix(".ipynb").read_text())
     assert ":::" not in (layout.COLAB / f"{twin.stem}.ipynb").read_text()

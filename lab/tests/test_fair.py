@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 
 from topk_lab.study import fair
+from topk_lab.sweep import Sweep
 
 
 def ranks(seeds: int, images: int, shift: float, seed: int = 0) -> np.ndarray:
@@ -76,6 +77,17 @@ def test_sentences_hold_fail_or_stay_open() -> None:
 
 
 def test_only_choices_at_an_end_are_near_it() -> None:
-    chosen = pd.DataFrame({"loss": ["a", "b"], "training.learning_rate": [1e-3, 0.9]})
-    searched = {"training.learning_rate": {"log": [1e-4, 1.0]}}
-    assert fair.near_an_edge(chosen, searched) == {"a: learning_rate": False, "b: learning_rate": True}
+    rates = {"training.learning_rate": {"log": [1e-4, 1.0]}}
+    contenders = [
+        {"name": "a", "loss": {"name": "smooth"}, "search": {"loss.tau": {"uniform": [0.0, 2.0]}}},
+        {"name": "b", "loss": {"name": "cross_entropy"}, "search": {"loss.label_smoothing": [0.0, 0.1]}},
+    ]
+    asked = Sweep.model_validate({
+        "data": {}, "model": {}, "contenders": contenders, "tuning": {"search": rates, "candidates": 8}
+    })  # fmt: skip
+    chosen = pd.DataFrame({
+        "loss": ["a", "b"], "contender": ["a", "b"], "training.learning_rate": [1e-3, 0.9], "loss.tau": [1.95, None],
+        "loss.label_smoothing": [None, 0.1],
+    })  # fmt: skip
+    found = fair.near_an_edge(chosen, asked)
+    assert found == {"a: learning_rate": False, "b: learning_rate": True, "a: tau": True}

@@ -296,6 +296,9 @@ def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
     return found
 
 
+_LOOKS_OF_THE_SCRIPT = 6  # colours and dashes in dom.js and knobs.js
+
+
 def knobs(
     settings: Mapping[str, Sequence[float]],
     draw: Callable[..., Sequence[Panel]],
@@ -309,7 +312,7 @@ def knobs(
     Args:
         settings: for every slider, its name and values.
         draw: for one value of each (keywords by name with spaces as underscores), panels with a title, a `y_range` and
-            at most four lines. Only the lines' values may depend on the settings.
+            at most six names of lines between them. Only the lines' values may depend on the settings.
         start: the values shown first.
         alt: what there is to see, in words.
         compare: values of the first slider that the picture for readers without scripts compares by the first line of
@@ -325,6 +328,9 @@ def knobs(
         {"name": name, "values": list(values), "start": list(values).index(start[name])}
         for name, values in settings.items()
     ]
+    named = list(dict.fromkeys(name for panel in panels if not panel.points for name in panel.lines))
+    if len(named) > _LOOKS_OF_THE_SCRIPT:
+        raise ValueError(f"panels must name at most {_LOOKS_OF_THE_SCRIPT} lines between them, got {', '.join(named)}")
     fixed = ("title", "x_label", "y_label", "y_range", "points")
     frame = {
         "knobs": sliders,
@@ -398,14 +404,22 @@ def _simplex_still(rests: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], q: 
 
 def _show_script(box: str, script: str, frame: Mapping[str, Any], picture: Figure, alt: str) -> None:
     """An interactive figure: its numbers, the script that draws them, and a picture for readers without scripts."""
-    still = base64.b64encode(png(picture)).decode()
-    code = resources.files("topk_lab").joinpath(script).read_text()
+    still = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(png(picture)).decode()}">'
+    show_scripted(box, script, frame, still, alt)
+
+
+def show_scripted(box: str, script: str, frame: Mapping[str, Any], still: str, alt: str) -> None:
+    """Something that needs no kernel: a box with what readers without scripts see, the numbers, and the script.
+
+    The script is one function with what all of them share (`dom.js`).
+    """
+    folder = resources.files("topk_lab")
+    code = "".join(folder.joinpath(name).read_text() for name in ("dom.js", script))
     data = json.dumps(frame, separators=(",", ":")).replace("</", "<\\/")
-    text = html.escape(alt, quote=True)
     page = (
-        f'<div class="{box}" role="group" aria-label="{text}">'
-        f'<img alt="{text}" src="data:image/png;base64,{still}">'
-        f'<script type="application/json">{data}</script></div><script>{code}</script>'
+        f'<div class="{box}" role="group" aria-label="{html.escape(alt)}">{still}'
+        f'<script type="application/json">{data}</script></div>'
+        f'<script>(function () {{\n"use strict";\n{code}}})();</script>'
     )
     from IPython.display import display
 

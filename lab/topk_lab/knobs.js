@@ -1,121 +1,95 @@
 // Panels of lines that follow sliders. Every frame is already worked out; this only draws.
-(function () {
-  "use strict";
-  const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4F88"];
-  const DASHES = ["", "7 4", "2 3", "7 3 2 3"];
-  let clips = document.querySelectorAll(".topk-knobs clipPath").length; // every figure on the page brings this script
-  const W = 360, H = 250, L = 46, R = 10, T = 26, B = 40;
+const DASHES = ["", "7 4", "2 3", "7 3 2 3", "4 2", "10 3"];
+let clips = document.querySelectorAll(".topk-knobs clipPath").length; // every figure on the page brings this script
+const W = 360, H = 250, L = 46, R = 10, T = 26, B = 40;
 
-  function svg(name, attributes, parent, text) {
-    const node = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const key in attributes) node.setAttribute(key, attributes[key]);
-    if (text !== undefined) node.textContent = text;
-    parent.appendChild(node);
-    return node;
-  }
+function ticks(low, high, count) {
+  const rough = (high - low) / count, power = Math.pow(10, Math.floor(Math.log10(rough)));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const found = [];
+  for (let t = Math.ceil(low / step) * step; t <= high + 1e-9 * step; t += step) found.push(Math.abs(t) < 1e-9 * step ? 0 : t);
+  return found;
+}
 
-  function html(name, className, parent, text) {
-    const node = document.createElement(name);
-    if (className) node.className = className;
-    if (text !== undefined) node.textContent = text;
-    parent.appendChild(node);
-    return node;
+// A line looks like its name in the legend, which all panels share; dots have no entry there.
+function makePanel(spec, parent, names) {
+  const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": spec.title }, parent);
+  const x0 = Math.min(...spec.x), x1 = Math.max(...spec.x), [y0, y1] = spec.y_range;
+  const px = (x) => L + ((x - x0) / (x1 - x0)) * (W - L - R);
+  const py = (y) => H - B - ((y - y0) / (y1 - y0)) * (H - T - B);
+  const clip = "topk-clip-" + (clips += 1);
+  svg("rect", { x: L - 5, y: T - 4, width: W - L - R + 10, height: H - T - B + 8 }, svg("clipPath", { id: clip }, root));
+  svg("text", { x: L, y: 16, "font-weight": 600, "font-size": 12.5 }, root, spec.title);
+  for (const t of ticks(y0, y1, 5)) {
+    svg("line", { x1: L, x2: W - R, y1: py(t), y2: py(t), class: "grid" }, root);
+    svg("text", { x: L - 6, y: py(t) + 4, "text-anchor": "end", "font-size": 11 }, root, +t.toPrecision(3));
   }
+  for (const t of ticks(x0, x1, 6)) {
+    svg("line", { x1: px(t), x2: px(t), y1: T, y2: H - B, class: "grid" }, root);
+    svg("text", { x: px(t), y: H - B + 16, "text-anchor": "middle", "font-size": 11 }, root, +t.toPrecision(3));
+  }
+  svg("text", { x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle", "font-size": 12 }, root, spec.x_label);
+  svg("text", { x: 12, y: (T + H - B) / 2, "text-anchor": "middle", "font-size": 12,
+    transform: `rotate(-90 12 ${(T + H - B) / 2})` }, root, spec.y_label);
+  const marks = spec.lines.map((name, i) => {
+    const group = svg("g", { "clip-path": `url(#${clip})` }, root), look = spec.points ? i : names.indexOf(name);
+    return (values) => {
+      group.textContent = "";
+      if (spec.points) {
+        values.forEach((y, j) => {
+          svg("line", { x1: px(spec.x[j]), x2: px(spec.x[j]), y1: py(0), y2: py(y), stroke: COLOURS[look], "stroke-width": 2 }, group);
+          svg("circle", { cx: px(spec.x[j]), cy: py(y), r: 4, fill: COLOURS[look] }, group);
+        });
+      } else {
+        const path = values.map((y, j) => `${j ? "L" : "M"}${px(spec.x[j]).toFixed(1)} ${py(y).toFixed(1)}`).join("");
+        svg("path", { d: path, fill: "none", stroke: COLOURS[look], "stroke-width": 2.2, "stroke-dasharray": DASHES[look] }, group);
+      }
+    };
+  });
+  return (frame) => frame.forEach((values, i) => marks[i](values));
+}
 
-  function ticks(low, high, count) {
-    const rough = (high - low) / count, power = Math.pow(10, Math.floor(Math.log10(rough)));
-    const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
-    const found = [];
-    for (let t = Math.ceil(low / step) * step; t <= high + 1e-9 * step; t += step) found.push(Math.abs(t) < 1e-9 * step ? 0 : t);
-    return found;
-  }
+function legend(names, parent) {
+  const box = html("div", "legend", parent);
+  names.forEach((name, i) => {
+    const item = html("span", "", box);
+    const key = svg("svg", { viewBox: "0 0 30 8", width: 30, height: 8, "aria-hidden": "true" }, item);
+    svg("line", { x1: 0, x2: 30, y1: 4, y2: 4, stroke: COLOURS[i], "stroke-width": 2.2, "stroke-dasharray": DASHES[i] }, key);
+    item.appendChild(document.createTextNode(" " + name));
+  });
+}
 
-  function makePanel(spec, parent) {
-    const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": spec.title }, parent);
-    const x0 = Math.min(...spec.x), x1 = Math.max(...spec.x), [y0, y1] = spec.y_range;
-    const px = (x) => L + ((x - x0) / (x1 - x0)) * (W - L - R);
-    const py = (y) => H - B - ((y - y0) / (y1 - y0)) * (H - T - B);
-    const clip = "topk-clip-" + (clips += 1);
-    svg("rect", { x: L - 5, y: T - 4, width: W - L - R + 10, height: H - T - B + 8 }, svg("clipPath", { id: clip }, root));
-    svg("text", { x: L, y: 16, "font-weight": 600, "font-size": 12.5 }, root, spec.title);
-    for (const t of ticks(y0, y1, 5)) {
-      svg("line", { x1: L, x2: W - R, y1: py(t), y2: py(t), class: "grid" }, root);
-      svg("text", { x: L - 6, y: py(t) + 4, "text-anchor": "end", "font-size": 11 }, root, +t.toPrecision(3));
-    }
-    for (const t of ticks(x0, x1, 6)) {
-      svg("line", { x1: px(t), x2: px(t), y1: T, y2: H - B, class: "grid" }, root);
-      svg("text", { x: px(t), y: H - B + 16, "text-anchor": "middle", "font-size": 11 }, root, +t.toPrecision(3));
-    }
-    svg("text", { x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle", "font-size": 12 }, root, spec.x_label);
-    svg("text", { x: 12, y: (T + H - B) / 2, "text-anchor": "middle", "font-size": 12,
-      transform: `rotate(-90 12 ${(T + H - B) / 2})` }, root, spec.y_label);
-    const marks = spec.lines.map((name, i) => {
-      const group = svg("g", { "clip-path": `url(#${clip})` }, root);
-      return (values) => {
-        group.textContent = "";
-        if (spec.points) {
-          values.forEach((y, j) => {
-            svg("line", { x1: px(spec.x[j]), x2: px(spec.x[j]), y1: py(0), y2: py(y), stroke: COLOURS[i], "stroke-width": 2 }, group);
-            svg("circle", { cx: px(spec.x[j]), cy: py(y), r: 4, fill: COLOURS[i] }, group);
-          });
-        } else {
-          const path = values.map((y, j) => `${j ? "L" : "M"}${px(spec.x[j]).toFixed(1)} ${py(y).toFixed(1)}`).join("");
-          svg("path", { d: path, fill: "none", stroke: COLOURS[i], "stroke-width": 2.2, "stroke-dasharray": DASHES[i] }, group);
-        }
-      };
-    });
-    return (frame) => frame.forEach((values, i) => marks[i](values));
+function make(box, spec) {
+  box.querySelector("img").remove();
+  const controls = html("div", "controls", box);
+  const place = spec.knobs.map((knob) => knob.start);
+  const shown = spec.knobs.map((knob, i) => {
+    const label = html("label", "", controls, knob.name + " ");
+    const value = html("output", "", label);
+    const slider = html("input", "", label);
+    slider.setAttribute("aria-label", knob.name); // a label names its first control, which is the output here
+    Object.assign(slider, { type: "range", min: 0, max: knob.values.length - 1, step: 1, value: knob.start });
+    slider.addEventListener("input", () => { place[i] = +slider.value; draw(); });
+    return () => {
+      value.textContent = knob.values[place[i]];
+      slider.setAttribute("aria-valuetext", `${knob.name} ${knob.values[place[i]]}`);
+    };
+  });
+  const row = html("div", "panels", box);
+  const names = [...new Set(spec.panels.flatMap((panel) => (panel.points ? [] : panel.lines)))];
+  const panels = spec.panels.map((panel) => makePanel(panel, row, names));
+  legend(names, box);
+  function draw() {
+    shown.forEach((show) => show());
+    spec.frames[place.join(",")].forEach((frame, i) => panels[i](frame));
   }
+  draw();
+}
 
-  function legend(spec, parent) {
-    const names = [...new Set(spec.panels.flatMap((panel) => (panel.points ? [] : panel.lines)))];
-    const box = html("div", "legend", parent);
-    names.forEach((name, i) => {
-      const item = html("span", "", box);
-      const key = svg("svg", { viewBox: "0 0 30 8", width: 30, height: 8, "aria-hidden": "true" }, item);
-      svg("line", { x1: 0, x2: 30, y1: 4, y2: 4, stroke: COLOURS[i], "stroke-width": 2.2, "stroke-dasharray": DASHES[i] }, key);
-      item.appendChild(document.createTextNode(" " + name));
-    });
-  }
-
-  function make(box) {
-    if (box.dataset.ready) return;
-    box.dataset.ready = "yes";
-    const spec = JSON.parse(box.querySelector("script").textContent);
-    box.querySelector("img").remove();
-    const controls = html("div", "controls", box);
-    const place = spec.knobs.map((knob) => knob.start);
-    const shown = spec.knobs.map((knob, i) => {
-      const label = html("label", "", controls, knob.name + " ");
-      const value = html("output", "", label);
-      const slider = html("input", "", label);
-      slider.setAttribute("aria-label", knob.name); // a label names its first control, which is the output here
-      Object.assign(slider, { type: "range", min: 0, max: knob.values.length - 1, step: 1, value: knob.start });
-      slider.addEventListener("input", () => { place[i] = +slider.value; draw(); });
-      return () => {
-        value.textContent = knob.values[place[i]];
-        slider.setAttribute("aria-valuetext", `${knob.name} ${knob.values[place[i]]}`);
-      };
-    });
-    const row = html("div", "panels", box);
-    const panels = spec.panels.map((panel) => makePanel(panel, row));
-    legend(spec, box);
-    function draw() {
-      shown.forEach((show) => show());
-      spec.frames[place.join(",")].forEach((frame, i) => panels[i](frame));
-    }
-    draw();
-  }
-
-  if (!document.getElementById("topk-knobs-style")) {
-    const style = html("style", "", document.head);
-    style.id = "topk-knobs-style";
-    style.textContent =
-      ".topk-knobs{max-width:760px;font-family:inherit}.topk-knobs .panels{display:grid;gap:.5rem;" +
-      "grid-template-columns:repeat(auto-fit,minmax(min(280px,100%),1fr))}.topk-knobs svg text{fill:currentColor}" +
-      ".topk-knobs .grid{stroke:currentColor;opacity:.15}.topk-knobs .controls{display:flex;flex-wrap:wrap;gap:.4rem 1.5rem}" +
-      ".topk-knobs label{display:flex;align-items:center;gap:.5rem;flex:1 1 220px}.topk-knobs input{flex:1;min-width:120px;accent-color:#0072B2}" +
-      ".topk-knobs output{min-width:2.5em;font-weight:600}.topk-knobs .legend span{margin-right:1.2rem;white-space:nowrap}";
-  }
-  document.querySelectorAll(".topk-knobs").forEach(make);
-})();
+begin("topk-knobs",
+  ".topk-knobs{max-width:760px;font-family:inherit}.topk-knobs .panels{display:grid;gap:.5rem;" +
+  "grid-template-columns:repeat(auto-fit,minmax(min(280px,100%),1fr))}.topk-knobs svg text{fill:currentColor}" +
+  ".topk-knobs .grid{stroke:currentColor;opacity:.15}.topk-knobs .controls{display:flex;flex-wrap:wrap;gap:.4rem 1.5rem}" +
+  ".topk-knobs label{display:flex;align-items:center;gap:.5rem;flex:1 1 220px}.topk-knobs input{flex:1;min-width:120px;accent-color:#0072B2}" +
+  ".topk-knobs output{min-width:2.5em;font-weight:600}.topk-knobs .legend span{margin-right:1.2rem;white-space:nowrap}",
+  make);

@@ -220,7 +220,6 @@ class _Run:
                         self.seconds = before + saved - began
                         self._save()
                 self.epochs.append(self._end_of_epoch())
-        self._save()  # the weights of the finished run
         test, rank = self._evaluate(self.data.test, self.data.test.labels)
         return {
             "final": test | self._validation(),

@@ -5,9 +5,8 @@ and the sentences that were written down before the runs (book/preregistration.m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,8 @@ from scipy.stats import false_discovery_control
 
 from topk_lab import report
 from topk_lab.records import chapters, ranks_of, rows_of
-from topk_lab.study.statistics import Interval, t_interval
+from topk_lab.study.statistics import Interval, mean_of_taken_seeds, t_interval, taken
+from topk_lab.sweep import Range, Sweep
 
 Array = np.ndarray[Any, Any]
 
@@ -71,15 +71,6 @@ def _contender(row: Mapping[str, Any]) -> str:
 # --- seeds and test images together ---
 
 
-@lru_cache(maxsize=2)
-def _weights(images: int) -> Array:
-    """How often each test image occurs in each draw (images, draws)."""
-    generator = np.random.default_rng(0)
-    counts = [np.bincount(generator.integers(images, size=images), minlength=images) for _ in range(DRAWS)]
-    found: Array = np.array(counts, dtype=np.float32).T
-    return found
-
-
 def draws(first: Array, second: Array, metric: str) -> Array:
     """The difference first - second of a metric in 2,000 samples of seeds and of test images, both with replacement.
 
@@ -88,16 +79,9 @@ def draws(first: Array, second: Array, metric: str) -> Array:
         second: the same of the other loss, with the same seeds in the same order.
         metric: "top5" and the like, in points, or "candidates_99": how many guesses 99 % accuracy needs.
     """
-    seeds, images = first.shape
-    chosen = np.random.default_rng(1).integers(seeds, size=(seeds, DRAWS))  # the same seeds of both losses
-    weights = _weights(images)
-
-    def of(ranks: Array) -> Array:
-        """The metric of every run in every draw, averaged over the draw's seeds."""
-        found: Array = np.take_along_axis(_metric(ranks, weights, metric), chosen, 0).mean(0)
-        return found
-
-    return of(first) - of(second)
+    times = taken(first.shape[1], DRAWS)  # the same images and the same seeds of both losses
+    one, other = (mean_of_taken_seeds(_metric(ranks, times, metric)) for ranks in (first, second))
+    return one - other
 
 
 def interval(values: Array, confidence: float = 0.95) -> Interval:
@@ -191,15 +175,17 @@ def expected_best(tried: pd.DataFrame, metric: str) -> dict[str, list[float]]:
     return found
 
 
-def near_an_edge(final: pd.DataFrame, searched: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, bool]:
+def near_an_edge(final: pd.DataFrame, asked: Sweep) -> dict[str, bool]:
     """{loss and setting: whether the chosen value lies in the outer tenth of its range, a twentieth at each end}."""
     found = {}
-    for loss, group in final.groupby("loss", sort=False):
-        for name, axis in searched.items():
-            if name in group and pd.notna(group[name].iloc[0]):
-                scale = math.log if "log" in axis else float
-                low, high, value = (scale(float(x)) for x in (*next(iter(axis.values())), group[name].iloc[0]))
-                found[f"{loss}: {name.split('.')[-1]}"] = not 0.05 <= (value - low) / (high - low) <= 0.95
+    for (loss, title), group in final.groupby(["loss", "contender"], sort=False):
+        own = next(contender.search for contender in asked.contenders if contender.title() == title)
+        for name, axis in {**(asked.tuning.search if asked.tuning else {}), **own}.items():
+            if isinstance(axis, Range):
+                low, high = axis.log or axis.uniform or (0.0, 1.0)
+                value = float(group[name].iloc[0])
+                share = math.log(value / low) / math.log(high / low) if axis.log else (value - low) / (high - low)
+                found[f"{loss}: {name.split('.')[-1]}"] = not 0.05 <= share <= 0.95
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,23 @@ def paired(
     return found
 
 
+@lru_cache(maxsize=2)
+def taken(units: int, draws: int = 2000, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """How often each of these units, such as test rows, is taken in each draw with replacement (units, draws)."""
+    generator = np.random.default_rng(seed)
+    counts = [np.bincount(generator.integers(units, size=units), minlength=units) for _ in range(draws)]
+    return np.array(counts, dtype=np.float32).T
+
+
+def mean_of_taken_seeds(
+    runs: np.ndarray[Any, Any],  # (seeds, draws)
+    seed: int = 1,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """For each draw the mean over as many seeds, with replacement (draws,): the same ones whenever the shape is."""
+    chosen = np.random.default_rng(seed).integers(len(runs), size=runs.shape)
+    return np.asarray(np.take_along_axis(runs, chosen, 0).mean(0), dtype=np.float64)
+
+
 def hierarchical(
     differences: np.ndarray[Any, Any],  # (seeds, rows)
     *,
@@ -102,11 +120,8 @@ def hierarchical(
         raise ValueError(f"groups must name a group for each of the {rows} rows, got {len(group)}")
     sizes = np.bincount(group).astype(np.float64)
     sums = np.stack([np.bincount(group, run) for run in values])
-    random, found = np.random.default_rng(seed), np.empty(draws)
-    for draw in range(draws):
-        seeds = random.integers(count, size=count)
-        taken = np.bincount(random.integers(len(sizes), size=len(sizes)), minlength=len(sizes))
-        found[draw] = (sums[seeds].mean(0) @ taken) / (sizes @ taken)
+    times = taken(len(sizes), draws, seed)
+    found = mean_of_taken_seeds((sums @ times) / (sizes @ times), seed + 1)
     low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(values.mean()), float(low), float(high), count), found
 

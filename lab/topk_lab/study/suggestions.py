@@ -12,18 +12,15 @@ from __future__ import annotations
 import html
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import Tensor
 
-from topk_lab import data, records, report, train
+from topk_lab import data, figures, records, report, train
 from topk_lab.data import Array
 from topk_lab.study import keyboard
 from topk_lab.train import Config
@@ -90,21 +87,22 @@ def path() -> Path:
 
 def trained_again(row: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """The weights of a record's run, which is run once more; its ranks must be the record's."""
-    with tempfile.TemporaryDirectory() as folder:
-        again = train.train(Config.of_record(row["config"]), folder=Path(folder), threads=int(row["threads"]))
-        state = torch.load(Path(folder) / "checkpoint.pt", weights_only=True)["model"]
+    kept = list[Mapping[str, Tensor]]()
+    config, threads = Config.of_record(row["config"]), int(row["threads"])
+    again = train.train(config, threads=threads, keep=lambda model: kept.append(model.state_dict()))
     same = np.mean(np.frombuffer(again["ranks"], np.uint8) == np.frombuffer(row["ranks"], np.uint8))
     print(f"{row['key']}: {same:.2%} of the test rows have the rank of the record")
     if same < 0.99:
         raise ValueError(f"the run of record {row['key']} came out differently: only {same:.1%} of its ranks agree")
-    found: Mapping[str, Tensor] = state
-    return found
+    return kept[0]
 
 
 def write(runs: pd.DataFrame) -> None:
     """Of 16 units and 3,000 words: cross-entropy, and the loss with the largest mean top-3 accuracy beside it."""
     here = runs[(runs["data.vocabulary"] == 3000) & (runs["model.hidden"] == 16) & (runs["seed"] == 0)]
-    reached = report.means(alike_by_loss(runs, here), f"top{keyboard.SHOWN}").drop(report.BASELINE)
+    reached = report.means(keyboard.alike(runs, here.reset_index(drop=True)), f"top{keyboard.SHOWN}").drop(
+        report.BASELINE
+    )
     arrays, about = dict[str, Any](), list[dict[str, Any]]()
     for number, loss in enumerate((report.BASELINE, str(reached.idxmax()))):
         row = dict(here[here["loss"] == loss].iloc[0])
@@ -114,11 +112,6 @@ def write(runs: pd.DataFrame) -> None:
         about.append({"loss": loss} | {name: row[name] for name in ("key", "commit", "date", "top1", "top3")})
     arrays["about"] = np.array(json.dumps(about))
     records.write_whole(path(), lambda file: np.savez_compressed(file, **arrays))
-
-
-def alike_by_loss(runs: pd.DataFrame, here: pd.DataFrame) -> pd.DataFrame:
-    """All seeds of the condition that `here` is of."""
-    return keyboard.alike(runs, here.reset_index(drop=True))
 
 
 def read() -> tuple[dict[str, Model], list[dict[str, Any]]]:
@@ -153,8 +146,6 @@ def suggested(model: Model, words: str, names: Sequence[str], begun: str = "") -
 
 def show(examples: Sequence[str]) -> None:
     """The keyboard. Readers without scripts see a table of what the models suggest after these beginnings."""
-    from IPython.display import display
-
     models, _ = read()
     names = data.load({"name": "words", "vocabulary": 3000, "rows": 1}).classes
     spec = {
@@ -166,8 +157,6 @@ def show(examples: Sequence[str]) -> None:
             for loss, model in models.items()
         ],
     }  # fmt: skip
-    text = json.dumps(spec, separators=(",", ":")).replace("</", "<\\/")
-    script = resources.files("topk_lab").joinpath("keyboard.js").read_text()
     head = "".join(f"<th>{html.escape(loss)}</th>" for loss in models)
     body = "".join(
         f"<tr><td>{html.escape(words)}</td>"
@@ -175,12 +164,10 @@ def show(examples: Sequence[str]) -> None:
         + "</tr>"
         for words in examples
     )
-    page = (
-        f'<div class="topk-keyboard" role="group" aria-label="A keyboard with three suggestions of two models">'
-        f"<table><thead><tr><th>after</th>{head}</tr></thead><tbody>{body}</tbody></table>"
-        f'<script type="application/json">{text}</script></div><script>{script}</script>'
+    still = f"<table><thead><tr><th>after</th>{head}</tr></thead><tbody>{body}</tbody></table>"
+    figures.show_scripted(
+        "topk-keyboard", "keyboard.js", spec, still, "A keyboard with three suggestions of two models"
     )
-    display({"text/html": page, "text/plain": "<interactive: a keyboard with three suggestions>"}, raw=True)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":
