@@ -238,6 +238,22 @@ def test_the_front_door_runs_gathers_and_reads_the_same_table(
         sweep.records_of("77_x", {}, records="comitted")
 
 
+def test_a_run_that_two_sweeps_ask_for_is_done_once_and_belongs_to_both() -> None:
+    asked = {"77_x.mini": MINI, "77_x.other": {**MINI, "tuning": {**MINI["tuning"], "metric": "validation.top1"}}}
+    ran = sweep.records_of("77_x", asked, profile="smoke", records="run", jobs=1)
+    assert ran["sweep"].value_counts()[
+        ["77_x.mini.tuning", "77_x.other.tuning", "77_x.mini", "77_x.other"]
+    ].tolist() == [8, 8, 2, 2]
+    assert len(list(sweep.scratch("77_x").glob("*.json"))) == ran["key"].nunique() < len(ran)
+    for _ in range(2):  # gathered again, nothing changes
+        sweep.gather("77_x", {name: sweep.Sweep.model_validate(each).at("smoke") for name, each in asked.items()})
+        columns = ["key", "sweep"]
+        found = sweep.records_of("77_x")[columns]
+        assert sorted(found.to_numpy().tolist()) == sorted(ran[columns].to_numpy().tolist())
+    sweep.gather("77_x", {})
+    assert records.load("77_x", sweep="77_x.other")["key"].is_unique
+
+
 def test_a_run_that_diverges_is_a_result_and_another_candidate_is_chosen() -> None:
     how = {**MINI["training"], "optimizer": "sgd"}
     tuning = {"data": {"validation": 5}, "search": {"training.learning_rate": [1e38, 0.1]}}

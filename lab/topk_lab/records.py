@@ -5,7 +5,8 @@
 
 A row holds, by column:
 
-    key, sweep, schema          the hash of its configuration; which sweep asked for it; 1 for rows that were JSON files
+    key, sweep, schema          the hash of its configuration; which sweeps asked for it: words, of which `load` makes
+                                a row each; 1 for rows that were JSON files
     config                      the whole configuration as JSON, which is what `key` hashes
     data.* model.* loss.*       every setting again in a column of its own; `loss.k` and what else may be a mapping or a
       training.* seed           list is JSON text: `5` or `{"1": 0.5, "5": 0.5}`, see `k_of`
@@ -67,11 +68,22 @@ def load(chapter: str, sweep: str | None = None, where: Mapping[str, Any] | None
         sweep: only the runs of this sweep.
         where: {column: value} that the runs must have; a list means any of its values.
     """
-    path = folder() / f"{chapter}.parquet"
-    frame = pq.read_table(path).to_pandas() if path.exists() else pd.DataFrame(columns=["key", "sweep", "config"])
+    frame = _table(chapter)
+    if "sweep" in frame:
+        frame = frame.assign(sweep=frame["sweep"].str.split(" ")).explode("sweep", ignore_index=True)
     for column, value in {**({} if sweep is None else {"sweep": sweep}), **(where or {})}.items():
         frame = frame[frame[column].isin(value if isinstance(value, list) else [value])]
     return frame.dropna(axis="columns", how="all").reset_index(drop=True) if where or sweep else frame
+
+
+def rows(chapter: str) -> list[Row]:
+    """The chapter's rows as they are stored, one a run."""
+    return rows_of(_table(chapter))
+
+
+def _table(chapter: str) -> pd.DataFrame:
+    path = folder() / f"{chapter}.parquet"
+    return pq.read_table(path).to_pandas() if path.exists() else pd.DataFrame(columns=["key", "sweep", "config"])
 
 
 def sweeps(chapter: str) -> list[dict[str, Any]]:

@@ -296,11 +296,11 @@ def records_of(
     parameters = tables.text_of({"profile": profile, "records": records})
     about = {"notebook": f"{chapter}.ipynb", "notebook_parameters": parameters, "profile": profile}
     rows = known(chapter)
-    tuning = {key: run for name, sweep in found.items() for key, run in tuning_runs(name, sweep).items()}
-    rows |= _execute(chapter, tuning, rows, about, engine, jobs)
-    final = {key: run for name, sweep in found.items() for key, run in final_runs(name, sweep, rows).items()}
-    rows |= _execute(chapter, final, rows, about, engine, jobs)
-    return pd.DataFrame([{**rows[key], "sweep": run.about["sweep"]} for key, run in (tuning | final).items()])
+    asked = [item for name, sweep in found.items() for item in tuning_runs(name, sweep).items()]
+    rows |= _execute(chapter, dict(asked), rows, about, engine, jobs)
+    final = [item for name, sweep in found.items() for item in final_runs(name, sweep, rows).items()]
+    rows |= _execute(chapter, dict(final), rows, about, engine, jobs)
+    return pd.DataFrame([{**rows[key], "sweep": run.about["sweep"]} for key, run in asked + final])
 
 
 def files_of(chapter: str) -> dict[str, Sweep]:
@@ -324,7 +324,7 @@ def known(chapter: str) -> dict[str, tables.Row]:
     default; one that today's program refuses is not found.
     """
     found = {}
-    for row in [*tables.rows_of(tables.load(chapter)), *map(tables.restore, scratch(chapter).glob("*.json"))]:
+    for row in [*tables.rows(chapter), *map(tables.restore, scratch(chapter).glob("*.json"))]:
         with contextlib.suppress(KeyError, ValueError):
             found[Config.of_record(row["config"]).key] = row
     return found
@@ -422,12 +422,13 @@ def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[s
     return found
 
 
-def _asked(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> set[str]:
-    """The keys of all runs that the sweeps ask for, as far as the tuning runs in `rows` say which."""
-    found = set[str]()
+def _asked(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> dict[str, list[str]]:
+    """{key: the sweeps that ask for this run}, as far as the tuning runs in `rows` say which."""
+    found: dict[str, list[str]] = {}
     for name, sweep in sweeps.items():
-        tuning = tuning_runs(name, sweep)
-        found |= set(tuning) | (set(final_runs(name, sweep, rows)) if set(tuning) <= set(rows) else set())
+        runs = tuning_runs(name, sweep)
+        for key, run in (runs | (final_runs(name, sweep, rows) if set(runs) <= set(rows) else {})).items():
+            found.setdefault(key, []).append(run.about["sweep"])
     return found
 
 
@@ -436,10 +437,14 @@ def gather(chapter: str, sweeps: Mapping[str, Sweep]) -> tuple[Path, int]:
 
     Of runs of sweeps those that these sweeps ask for: what ran in a smaller size is no result, and stays in the folder.
     """
-    before, asked = tables.rows_of(tables.load(chapter)), _asked(sweeps, known(chapter))
+    before, found = tables.rows(chapter), known(chapter)
+    asked = _asked(sweeps, found)
+    titles = {found[key]["key"]: " ".join(names) for key, names in asked.items() if key in found}
     waiting = {path: tables.restore(path) for path in sorted(scratch(chapter).glob("*.json"))}
     files = {path: row for path, row in waiting.items() if row["key"] in asked or "contender" not in row}
     rows = {row["key"]: row for row in [*before, *files.values()]}
+    for key in titles.keys() & rows.keys():
+        rows[key]["sweep"] = titles[key]
     about = {item["sweep"]: item for item in [*tables.sweeps(chapter), *pending(sweeps, known(chapter))]}
     path = tables.write(chapter, list(rows.values()), list(about.values()))
     for file in files:
