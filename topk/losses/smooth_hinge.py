@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk._cpu import buffers, chunks, exponentials, largest, sum_exponentials
+from topk._cpu import buffers, chunks, exponentials, largest, lowest, sum_exponentials
 from topk.autograd import Loss
 from topk.losses.common import (
     finite_or_zero,
@@ -105,7 +105,7 @@ def capped_average(lead: Tensor, rests: Tensor) -> tuple[Tensor, Tensor]:
     k = lead.shape[1]
     others = torch.arange(k, 0, -1, dtype=lead.dtype, device=lead.device)  # k - u
     levels = rests - others.log()
-    u = (lead.detach() <= levels.detach()).to(torch.int8).argmax(1, keepdim=True)
+    u = ((lead - rests).detach() <= -others.log()).to(torch.int8).argmax(1, keepdim=True)
     return (_sums(lead)[:, :-1] + others * levels).gather(1, u)[:, 0] / k + math.log(k), u
 
 
@@ -238,8 +238,9 @@ def _free_levels(z: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor, Tenso
 def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,) and for every k what `_field` needs, (rows, 5 ks)."""
     most = options.ks[-1]
-    count = {"topk_entropy": most, "alpha_smooth": 2 * most + 8, "beta_smooth": 2 * most + 8}
-    return _forward(scores, target, options, count.get(options.variant, 4 * most + 16) + 1)
+    # Measured on normal scores: then few rows have more p_j > 0.
+    count = {"topk_entropy": most, "alpha_smooth": most + 8, "beta_smooth": most + 8}.get(options.variant, 4 * most + 4)
+    return _forward(scores, target, options, count + 1)
 
 
 def _forward(scores: Tensor, target: Tensor, options: Options, count: int) -> tuple[Tensor, Tensor]:
@@ -272,7 +273,7 @@ def _numbers(
     dtype = row_dtype(scores)
     anchor = values[:, k - 1] if variant == "topk_entropy" else values[:, 0]
     last = values[:, {"beta_smooth": 0, "polyhedral": k, "polyhedral_smooth": k}.get(variant, k - 1)]
-    missing = None if scores.is_cpu and float(last.amin()) > -torch.inf else last == -torch.inf
+    missing = None if scores.is_cpu and lowest(last) > -torch.inf else last == -torch.inf
     anchor = anchor if missing is None else finite_or_zero(anchor)
     wide = anchor.to(dtype)
     x, gap = values.to(dtype) - wide[:, None], wide - own.to(dtype)
@@ -368,7 +369,7 @@ def _field(scores: Tensor, table: Tensor, grad: Tensor, options: Options, out: T
     anchor, rest, bound, scale, _ = table.unbind(1)
     scale = (scale * grad)[:, None]
     if options.variant == "polyhedral":
-        torch.mul(scores >= anchor[:, None], scale, out=out)
+        torch.ge(scores, anchor[:, None], out=out).mul_(scale)
     elif options.variant == "polyhedral_smooth":
         (mask,) = buffers(scores, 1)
         _less_mask(scores, (anchor, rest, bound), options, out, mask).mul_(scale)
