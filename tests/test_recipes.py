@@ -49,7 +49,7 @@ def test_gradient_accumulation_of_the_trainer_recipe_is_the_whole_batch() -> Non
     torch.testing.assert_close(sum(parts) / 12, whole)
 
 
-def test_the_hinge_of_xcurve_is_a_mixture() -> None:
+def test_the_hinge_of_xcurve_is_ours_and_a_mixture() -> None:
     """Its definition, written out: the K + 1 largest wrong scores, summed and divided by K."""
     scores, labels, most = torch.randn(8, 20), torch.randint(20, (8,)), 4
     own = scores.gather(1, labels[:, None])
@@ -57,6 +57,7 @@ def test_the_hinge_of_xcurve_is_a_mixture() -> None:
     theirs = ((1 + wrong - own).clamp(min=0).sum(1) / most).mean()
     ours = topk.topk_hinge_loss(scores, labels, dict.fromkeys(range(1, most + 2), 1 / (most + 1)), variant="kth")
     torch.testing.assert_close(ours * (most + 1) / most, theirs)
+    torch.testing.assert_close(topk.autkc_loss(scores, labels, most + 1, surrogate="hinge") * (most + 1) / most, theirs)
 
 
 def test_hard_pixels() -> None:

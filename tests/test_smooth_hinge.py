@@ -170,6 +170,29 @@ def test_fewer_possible_classes_than_guesses() -> None:
     assert loss.item() == pytest.approx(2 / 3 - 1 / 18)
 
 
+@every_variant
+def test_no_wrong_class_is_possible(variant: str) -> None:
+    scores, target = torch.full((2, 6), -math.inf), torch.tensor([3, 0])
+    scores[0, 3], scores[1] = 1.0, torch.arange(6.0)
+    loss, gradient = ours(scores, target, 2, variant)
+    assert loss[0].item() == 0
+    assert (gradient[0] == 0).all()
+    torch.testing.assert_close(gradient[1], ours(scores[1:], target[1:], 2, variant)[1][0])
+
+
+@pytest.mark.parametrize("variant", ["alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth"])
+def test_rows_that_need_more_than_their_largest_scores(variant: str) -> None:
+    """Many equal scores, or a wide band: then every class is looked at, in these rows alone."""
+    scores, target = rows(30, 300)
+    scores[::3], scores[1::3] = 0.01 * scores[::3], scores[1::3].round()
+    x = scores.clone().requires_grad_()
+    expected = definition(x, target, 2, variant, 1.0, 20.0)
+    loss, gradient = ours(scores, target, 2, variant, smoothing=20.0)
+    torch.testing.assert_close(loss, expected.detach(), **EXACT)
+    p = probabilities(variant, gradient, target)
+    torch.testing.assert_close(objective(variant, p, scores, target, 2, 1.0, 20.0), loss, **EXACT)
+
+
 def test_smoothing_must_be_positive() -> None:
     with pytest.raises(ValueError, match="smoothing must be a finite number > 0, got 0"):
         topk.topk_hinge_loss(torch.randn(4, 6), torch.arange(4), 2, variant="beta_smooth", smoothing=0.0)

@@ -99,6 +99,26 @@ def test_smooth_with_every_class_left_out(k: int, scale: float) -> None:
     assert ((single - brute[:3]).abs() <= 1e-5 * brute[:3].abs().clamp(min=1.0)).all()
 
 
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e4])
+def test_the_gradient_of_smooth_with_every_class_left_out(k: int, scale: float) -> None:
+    """Far leaders, whose coefficients nothing may be divided out of, and fewer than k classes that are possible."""
+    scores = scale * torch.randn(3, 9, dtype=torch.float64)
+    scores[1], scores[2, k:] = (scores[1] / scale).round() * scale, -torch.inf
+    q = probabilities("all", 3, 9)
+    q[2] = F.one_hot(torch.tensor(0), 9)
+    q[2, :k] += 1.0
+    q = q / q.sum(1, keepdim=True)
+    x = scores.clone().requires_grad_()
+    every = [topk.smooth_topk_loss(x, torch.full((3,), y), k, reduction="none") for y in range(9)]
+    brute = sum(torch.where(q[:, y] > 0, q[:, y] * every[y], 0.0).sum() for y in range(9))
+    (expected,) = torch.autograd.grad(brute, x)
+    for dtype, near in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
+        x = scores.to(dtype).requires_grad_()
+        (found,) = torch.autograd.grad(topk.smooth_topk_loss(x, q.to(dtype), k, reduction="sum"), x)
+        torch.testing.assert_close(found.double(), expected, rtol=0.0, atol=near if scale < 1e4 else 100 * near)
+
+
 def test_what_is_no_distribution_is_refused() -> None:
     scores, q = torch.randn(ROWS, CLASSES), probabilities("two").float()
     topk.smooth_topk_loss(scores, q * (1 + 9e-4))

@@ -27,7 +27,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from topk._cpu import buffers, chunks, exponentials, ordered_topk, scaled_exponentials, sum_exponentials
+from topk._cpu import (
+    SMALLEST,
+    buffers,
+    chunks,
+    exponentials,
+    lowest,
+    ordered_topk,
+    scaled_exponentials,
+    sum_exponentials,
+)
 from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
 from topk.autograd import Loss
 from topk.losses.common import (
@@ -213,12 +222,10 @@ def _next(t: Tensor, moments: tuple[Tensor, Tensor, Tensor], n: int, start: floa
     log_total, mean, variance = moments
     divergence = mean - log_total + math.log(n)
     slope = strength - (variance / t).detach()
+    steep = slope > 0.1 * strength
     # Where the function does not rise, t = start - KL / strength: that too lies between the solution and t.
-    step = torch.where(slope > 0.1 * strength, strength * (t - start) + divergence, 0.0) / slope.clamp(
-        min=0.1 * strength
-    )
-    plain = start - divergence / strength
-    return torch.where(slope > 0.1 * strength, t - step, plain)
+    newton = t - (strength * (t - start) + divergence) / torch.where(steep, slope, 1.0)
+    return torch.where(steep, newton, start - divergence / strength)
 
 
 def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Tensor, ...]:
@@ -231,15 +238,22 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
     # Relative to the best wrong class plus margin, y stands at -gap.
     gap = torch.where(bad | impossible, 0.0, shift.to(dtype) - own.to(dtype)) + margin
     t, price = torch.full_like(gap, temperature), torch.zeros_like(gap)
-    if alpha is not None and n > 1:
+    if alpha is None or n == 1:
+        others = _sums(scores, target, shift, 1.0 / t, powers=1)[0]
+    else:
         strength = alpha * math.log(n) / temperature
         for _ in range(_STEPS):
-            before, t = t, _next(t, _wide_moments(scores, target, shift, gap, t), n, temperature, strength)
-            if t.is_cpu and not bool(((t - before).abs() > 1e-5 * before).any()):
+            before, sums = t, _sums(scores, target, shift, 1.0 / t, powers=3)
+            t = _next(t, _with_target(sums, -gap / t), n, temperature, strength)
+            step = before / t - 1.0
+            if t.is_cpu and not bool((step.abs() * math.log(n) > 2e-3).any()):
                 break
+        # After so short a step two cumulants give the sum to 1e-9: u has a spread of about log n at most.
+        total, first, second = sums
+        mean = first / total.clamp(min=1.0)
+        others = total * (mean * step + (second / total.clamp(min=1.0) - mean * mean) * step * step / 2).exp()
         price = strength / 2 * (t - temperature).square()
     at_target = (-gap / t).exp()
-    others = _sums(scores, target, shift, 1.0 / t, powers=1)[0]
     total = others + at_target
     entropy = torch.where(gap < 0.0, torch.log1p(others / at_target.clamp(min=1.0)), total.log() + gap / t)
     loss = t * (entropy - math.log(n)) - price
@@ -249,12 +263,9 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
     return loss.to(scores.dtype), torch.cat((shift[:, None], table.to(scores.dtype)), 1)
 
 
-def _wide_moments(
-    scores: Tensor, target: Tensor, shift: Tensor, gap: Tensor, t: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`_moments` of the leads, relative to the larger of the best wrong class's and y's."""
-    total, first, second = _sums(scores, target, shift, 1.0 / t, powers=3)
-    y = -gap / t
+def _with_target(sums: list[Tensor], y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`_moments` of all leads, relative to the larger of the best wrong class's and y's, from the wrong ones' sums."""
+    total, first, second = sums
     top = y.clamp(min=0.0)
     wrong, own = (-top).exp(), (y - top).exp()
     mass = wrong * total + own
@@ -270,10 +281,15 @@ def _sums(scores: Tensor, target: Tensor, shift: Tensor, rate: Tensor, powers: i
     u_space, e_space = buffers(scores, 2)
     for part in chunks(scores):
         u, e = (space[: part.stop - part.start] for space in (u_space, e_space))
-        torch.sub(scores[part], shift[part, None], out=u)
-        u.mul_(rate[part, None].to(u.dtype)).clamp_(min=2.0 * least)
-        e.copy_(u)
-        exponentials(e).scatter_(1, target[part, None], 0.0)
+        torch.sub(scores[part], shift[part, None], out=u).mul_(rate[part, None].to(u.dtype))
+        lowest_u = lowest(u)
+        if not u.is_cpu or lowest_u < 2.0 * least:  # what is masked must not become 0 times -inf
+            u.clamp_(min=2.0 * least)
+        if lowest_u > SMALLEST[u.dtype]:
+            torch.exp(u, out=e)
+        else:
+            exponentials(e.copy_(u), lowest_u)
+        e.scatter_(1, target[part, None], 0.0)
         for place, sums in enumerate(found):
             if place:
                 e.mul_(u)

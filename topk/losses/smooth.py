@@ -194,13 +194,15 @@ def every_log_ratio(scores: Tensor, k: int, rate: float) -> Tensor:
     about, lower_about = (finite_or_zero(head[:, place : place + 1].detach()) for place in (k - 1, k))
     log_odds = rate * (head.to(row_dtype(scores)) - about)
     product = torch.stack(_multiplied_in(log_odds[:, :k], _tail_coefficients(scores, head[:, :k], about, rate, k)))
+    absent = head[:, k - 1 : k] == -torch.inf
+    product = torch.where(absent.T, 1.0, product)
     product = (product / product[k]).to(scores.dtype)  # those of a long row would overflow in float32
     odds = (scores - about) * rate
     odds = torch.where(odds > 0.0, 0.0, odds).exp()  # unlike clamp, with a slope where it is 0
+    odds = odds.scatter(1, best[:, :k], 0.0)  # nothing is divided out for the k largest, where it might leave 0
     lower, upper = odds, product[0][:, None].expand_as(odds)
     for coefficient in product[1:]:
         lower, upper = upper, coefficient[:, None] - odds * upper
-    absent = head[:, k - 1 : k] == -torch.inf
     ratio = _log_quotient(upper, lower, absent) + rate * about
     log_odds, rest = log_odds + rate * (about - lower_about), _tail_coefficients(scores, head, lower_about, rate, k)
     pairs = [_multiplied_in(torch.cat((log_odds[:, :i], log_odds[:, i + 1 :]), 1), rest)[-2:] for i in range(k)]

@@ -21,7 +21,7 @@ abstracts could be read: reconstructions.
 The p that attains the maximum is the gradient, and in all five it is one function of x_j with a few numbers a row:
 
     topk_entropy       min(exp(x_j - a), s / k)          a in closed form
-    alpha, beta        clip(x_j - a, 0, b) / gamma       a and b by one root of a function that is linear in pieces
+    alpha, beta        clip(x_j - a, 0, b) / gamma       a and b from a few averages of the largest scores
     polyhedral         equal on the classes x_j >= a, 0 elsewhere
     polyhedral_smooth  softmax((x - m) / gamma), m = clip(x - a, 0, margin) with sum k margin: the sparse soft top-k
 
@@ -31,14 +31,13 @@ Where the k-th wrong class is masked (-inf) the loss is 0, but for beta_smooth's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk._cpu import buffers, chunks, exponentials, ordered_topk, sum_exponentials
+from topk._cpu import buffers, chunks, exponentials, largest, lowest, sum_exponentials
 from topk.autograd import Loss
 from topk.losses.common import (
     finite_or_zero,
@@ -67,29 +66,31 @@ def definition(
 ) -> Tensor:
     """The loss of every row (rows,)."""
     order = largest_classes(scores, scores.shape[1])
-    x, own = scores.gather(1, order), target_scores(scores, target)
-    lead = without_target(x, order, target)[0] - own[:, None]  # w_1 >= w_2 >= ...
-    missing = lead[:, k - 1] == -torch.inf
+    x, own, of_all = scores.gather(1, order), target_scores(scores, target), variant in VARIANTS[3:]
+    x = x if of_all else without_target(x, order, target)[0] - own[:, None]  # w_1 >= w_2 >= ...
+    missing = x[:, k if of_all else 0 if variant == "beta_smooth" else k - 1] == -torch.inf
+    x = torch.where(missing[:, None], 0.0, x)
     if variant == "polyhedral":
-        loss = margin + _top_average(x, k, margin) - own
+        loss = margin + _top_average(x, k, margin)[0] - own
     elif variant == "polyhedral_smooth":
         mask = band(x, k, margin, "fixed sum")[2]
         loss = margin + smoothing * ((x - mask) / smoothing).logsumexp(1) - own
     elif variant == "topk_entropy":
-        lead = torch.where(missing[:, None], 0.0, lead)
-        rests = lead[:, k - 1 :].logsumexp(1)[:, None]
+        rests = x[:, k - 1 :].logsumexp(1)[:, None]
         for u in range(k - 2, -1, -1):
-            rests = torch.cat((torch.logaddexp(lead[:, u], rests[:, 0])[:, None], rests), 1)
-        loss = softplus(capped_average(lead[:, :k], rests)[0], threshold=50.0)
+            rests = torch.cat((torch.logaddexp(x[:, u], rests[:, 0])[:, None], rests), 1)
+        loss = softplus(capped_average(x[:, :k], rests)[0], threshold=50.0)
     else:
-        z = margin + lead
-        loss = _squared(z, band(z, k, smoothing / k, variant)[2] / smoothing, smoothing)
-    return loss if variant == "beta_smooth" else torch.where(missing, 0.0, loss)
+        low, _, p = band(margin + x, k, smoothing / k, variant)
+        loss = _squared(margin + x, low, p, smoothing)[0]
+    return torch.where(missing, 0.0, loss)
 
 
-def _squared(z: Tensor, p: Tensor, gamma: float) -> Tensor:
-    """<p, z> - gamma / 2 |p|^2 (rows,)."""
-    return (p * torch.where(p > 0.0, z, 0.0)).sum(1) - gamma / 2 * (p * p).sum(1)
+def _squared(z: Tensor, low: Tensor, p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """<p, z> - gamma / 2 |p|^2 and sum p (rows,); p is given times gamma."""
+    total = p.sum(1)
+    above = torch.where(p > 0.0, z - low[:, None], 0.0)
+    return ((p * (above - p / 2)).sum(1) + low * total) / gamma, total / gamma
 
 
 # --- the numbers of a row: from its scores in falling order ---
@@ -105,16 +106,24 @@ def capped_average(lead: Tensor, rests: Tensor) -> tuple[Tensor, Tensor]:
     others = torch.arange(k, 0, -1, dtype=lead.dtype, device=lead.device)  # k - u
     levels = rests - others.log()
     u = ((lead - rests).detach() <= -others.log()).to(torch.int8).argmax(1, keepdim=True)
-    best = torch.cat((torch.zeros_like(lead[:, :1]), lead[:, :-1].cumsum(1)), 1)
-    return ((best + others * levels) / k + math.log(k)).gather(1, u)[:, 0], u
+    return (_sums(lead)[:, :-1] + others * levels).gather(1, u)[:, 0] / k + math.log(k), u
 
 
-def _top_average(x: Tensor, k: int, margin: float) -> Tensor:
-    """The largest of x_1 - margin and the (x_1 + ... + x_j - k margin) / j over j >= k: max <p, x> - margin sigma_k."""
-    count = torch.arange(1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
-    listed = x > -torch.inf
-    means = (torch.where(listed, x, 0.0).cumsum(1) - k * margin) / count
-    return torch.maximum(x[:, 0] - margin, means.masked_fill(~listed, -torch.inf)[:, k - 1 :].amax(1))
+def _sums(z: Tensor) -> Tensor:
+    """The sum of the first u, u = 0, 1, ... (rows, classes + 1)."""
+    return torch.nn.functional.pad(z.cumsum(1), (1, 0))
+
+
+def _top_average(x: Tensor, k: int, margin: float) -> tuple[Tensor, Tensor]:
+    """max <p, x> - margin sigma_k(p) and the least score with p_j > 0 (rows,); all these p_j are equal.
+
+    The largest of x_1 - margin and (x_1 + ... + x_j - k margin) / j over j > k.
+    """
+    count = torch.arange(k + 1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
+    some = torch.where(x > -torch.inf, x, 0.0).cumsum(1)[:, k:]
+    average = ((some - k * margin) / count).masked_fill(x[:, k:] == -torch.inf, -torch.inf).amax(1)
+    alone = x[:, 0] - margin
+    return torch.maximum(alone, average), torch.where(average > alone, average, x[:, 0])
 
 
 def band(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,17 +133,16 @@ def band(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, Tensor
     Where sum p = 1 the height is given; alpha's, where it is less, follows from z. With u classes above the band, of
     sum a, and m within, of sum b, both are closed forms: what has to be searched for is who is where.
     """
-    start, size, free = _band(z.detach(), k, height, variant).unbind(1)
-    above, near = z.detach() - start[:, None], 64 * torch.finfo(z.dtype).eps * (size + start.abs())[:, None]
-    beyond = above >= size[:, None] - near
-    within = (above > near) & ~beyond
-    u, m = beyond.sum(1).to(z.dtype), within.sum(1).clamp(min=1).to(z.dtype)
+    start, size, u, m, free = _band(z.detach(), k, height, variant).unbind(1)
+    place = torch.arange(z.shape[1], device=z.device)
+    beyond = place < u[:, None]
+    within = (place < (u + m)[:, None]) & ~beyond
     a, b, left = torch.where(beyond, z, 0.0).sum(1), torch.where(within, z, 0.0).sum(1), k - u
-    low = torch.where(within.any(1), (b - left * height) / m, start)
+    low = torch.where(m > 0.0, (b - left * height) / m.clamp(min=1.0), start)
     if variant == "beta_smooth":
         low = torch.where(free > 0.0, 0.0, low)
     if variant == "alpha_smooth":
-        own = (left * b + m * a) / (m * u + left * left)
+        own = torch.where(left > 0.0, (left * b + m * a) / (m * u + left * left).clamp(min=1.0), a / k)
         below = torch.where(left > 0.0, (u * own - a) / left.clamp(min=1.0), start)
         low, size = torch.where(free > 0.0, below, low), torch.where((free > 0.0) & (size > 0.0), own, size)
     p = torch.where(beyond, size[:, None], torch.where(within, z - low[:, None], 0.0))
@@ -143,35 +151,13 @@ def band(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, Tensor
 
 @torch.library.custom_op("topk::hinge_band", mutates_args=())
 def _band(z: Tensor, k: int, height: float, variant: str) -> Tensor:
-    """low, height, and 1 where sum p is free (rows, 3)."""
-    first = finite_or_zero(z[:, k - 1]) - height
-    low = _root(lambda t: _excess(z, t, k, height), first, torch.maximum(z[:, 0], first), first)
-    size, free = torch.full_like(low, height), torch.zeros_like(low)
-    if variant == "beta_smooth":
-        free = (low < 0.0).to(low.dtype)
-        low = low.relu()
-    elif variant == "alpha_smooth":
-        free = (low + (z - (low + height)[:, None]).relu().sum(1) / k < 0.0).to(low.dtype)
-        if not free.is_cpu or bool(free.any()):
-            low, size = _free_band(torch.where((free > 0.0)[:, None], z, 0.0), k, free > 0.0, low, size)
-    return torch.stack((low, size, free), 1)
-
-
-def _free_band(z: Tensor, k: int, free: Tensor, low: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Alpha's low and height in the rows where sum p is free."""
-    pays = finite_or_zero(z[:, :k].mean(1)) > 0.0
-    most = torch.where(pays, z[:, k - 1].clamp(max=0.0), 0.0)  # k classes at least have p_j > 0
-    least = torch.minimum(-finite_or_zero(z[:, :k].mean(1)).relu(), most) - 1.0
-    inner = _root(lambda t: _cone_excess(z, t, k)[:2], least, most, most)
-    excess, _, high = _cone_excess(z, inner, k)
-    height = torch.where(pays, high - inner + excess.relu() / k, 0.0)  # excess > 0: no p_j is at s / k
-    inner = torch.where(pays, inner, z[:, 0].relu())
-    return torch.where(free, inner, low), torch.where(free, height, size)
+    """low, height, u, m, and 1 where sum p is free (rows, 5)."""
+    return torch.stack(_levels(z, k, height, variant), 1)
 
 
 @_band.register_fake
 def _(z: Tensor, k: int, height: float, variant: str) -> Tensor:
-    return z.new_empty((z.shape[0], 3))
+    return z.new_empty((z.shape[0], 5))
 
 
 @_band.register_vmap
@@ -180,38 +166,70 @@ def _(info: Any, in_dims: tuple[int | None, ...], z: Tensor, k: int, height: flo
     return _band(rows.flatten(0, 1), k, height, variant).unflatten(0, rows.shape[:2]), 0
 
 
-def _excess(x: Tensor, a: Tensor, k: int, height: float) -> tuple[Tensor, Tensor]:
-    """sum clip(x_j - a, 0, height) - k height, and minus the number of classes in between."""
-    above = x - a[:, None]
-    return above.clamp(0.0, height).sum(1) - k * height, -((above > 0.0) & (above < height)).sum(1).to(x.dtype)
+def _levels(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, ...]:
+    """low, height, u, m and where sum p is free, (rows,) each."""
+    sums = _sums(z)
+    low, u = _low(z, sums, k, height)
+    size, free = torch.full_like(low, height), torch.zeros_like(low)
+    if variant == "beta_smooth":
+        free, low = (low < 0.0).to(low.dtype), low.relu()
+        u = torch.where(free > 0.0, (z >= height).sum(1, keepdim=True), u)
+    elif variant == "alpha_smooth":
+        free = (k * low + sums.gather(1, u) - u * (low + height) < 0.0).to(low.dtype)
+        rows = free.squeeze(1).nonzero().squeeze(1) if free.is_cpu else slice(None)
+        if isinstance(rows, slice) or len(rows):
+            found = _free_levels(z[rows], sums[rows], k)
+            if isinstance(rows, slice):
+                low, size, u = (torch.where(free > 0.0, *pair) for pair in zip(found, (low, size, u), strict=True))
+            else:
+                low[rows], size[rows], u[rows] = found
+    m = ((z > low).sum(1, keepdim=True) - u).clamp(min=0)
+    return tuple(number.squeeze(1).to(z.dtype) for number in (low, size, u, m, free))
 
 
-def _cone_excess(z: Tensor, t: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What is 0 at alpha's low level where sum p < 1, its slope in t, and the high level that belongs to t.
+def _low(z: Tensor, sums: Tensor, k: int, height: float) -> tuple[Tensor, Tensor]:
+    """The level a at which sum clip(z_j - a, 0, height) = k height, and u, how many are cut off (rows, 1).
 
-    With S(b) the sum of relu(z_j - b), the two levels t <= 0 and h obey S(h) = -k t and S(t) - S(h) = k (h - t).
+    Were the first u cut off, and nobody else, a would be the largest of the (z_{u+1} + ... + z_j - (k - u) height)
+    / (j - u). The sum is the least over u < k of what it would be then, and so is the level: from any u, those whom
+    its level cuts off give a lower one, until nothing changes.
     """
-    count = torch.arange(1, k + 1, dtype=z.dtype, device=z.device)
-    high, u = ((z[:, :k].cumsum(1) + k * t[:, None]) / count).max(1)
-    above = z - t[:, None]
-    slope = 2.0 * k - (above > 0.0).sum(1) - k * k / (u + 1.0)
-    return above.relu().sum(1) + 2.0 * k * t - k * high, slope, high
-
-
-def _root(function: Callable[[Tensor], tuple[Tensor, Tensor]], low: Tensor, high: Tensor, at: Tensor) -> Tensor:
-    """Where a falling function that is linear in pieces is 0, or the bound beyond which it would be; from `at` on."""
-    for _ in range(80):
-        value, slope = function(at)
-        low, high = torch.where(value > 0.0, at, low), torch.where(value > 0.0, high, at)
-        step = at - value / slope
-        # A step onto a bound would be the way back to where the function was evaluated before.
-        step = torch.where((step > low) & (step < high), step, (low + high) / 2)
-        there = (step - at).abs() <= 1e-15 * at.abs()
-        there |= value.abs() <= 1e-15 * (at * slope).abs()
-        at = torch.where(there, at, step)
-        if at.is_cpu and bool(there.all()):
+    place = torch.arange(z.shape[1] + 1, dtype=z.dtype, device=z.device)
+    u = torch.zeros(len(z), 1, dtype=torch.int64, device=z.device)
+    for _ in range(min(k, _STEPS)):
+        count, left = place - u, (k - u).to(z.dtype)
+        averages = (sums - sums.gather(1, u) - left * height) / count
+        low = averages.masked_fill_(count <= 0.0, -torch.inf).amax(1, keepdim=True)
+        before, u = u, (z > low + height).sum(1, keepdim=True).clamp_(max=k - 1)
+        if z.is_cpu and torch.equal(u, before):
             break
-    return at
+    return low, u
+
+
+_STEPS = 64  # at most; a handful is needed
+
+
+def _free_levels(z: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Alpha's low and height where sum p < 1, and u (rows, 1).
+
+    With S(b) the sum of relu(z_j - b), the two levels t <= 0 and h obey S(h) = -k t and S(t) - S(h) = k (h - t): h is
+    the largest of the (z_1 + ... + z_u + k t) / u, and for a given u the second equation, too, is a largest average.
+    """
+    first, total = z[:, :1], z.relu().sum(1, keepdim=True)
+    place = torch.arange(z.shape[1] + 1, dtype=z.dtype, device=z.device)
+    some, low = sums[:, 1 : k + 1], torch.zeros_like(first)
+    for _ in range(min(k, _STEPS)):
+        u = ((some + k * low) / place[1 : k + 1]).argmax(1, keepdim=True) + 1
+        weight = (k - u) ** 2 + u * (place - u)
+        averages = ((u * sums - k * sums.gather(1, u)) / weight).masked_fill_(place < k, -torch.inf)
+        before, low = low, torch.where(u < k, torch.minimum(averages.amax(1, keepdim=True), low), low)
+        if z.is_cpu and torch.equal(low, before):
+            break
+    height = (sums.gather(1, u) + k * low) / u - low
+    uncut = total >= k * first  # no p_j is at s / k
+    low, height, u = low.masked_fill(uncut, 0.0), torch.where(uncut, total / k, height), u.masked_fill(uncut, 0)
+    pays = sums[:, k : k + 1] > 0.0
+    return torch.where(pays, low, first.relu()), torch.where(pays, height, 0.0), torch.where(pays, u, 0)
 
 
 # --- fast: the numbers of a row from its largest scores, the gradient from these numbers ---
@@ -219,110 +237,110 @@ def _root(function: Callable[[Tensor], tuple[Tensor, Tensor]], low: Tensor, high
 
 def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,) and for every k what `_field` needs, (rows, 5 ks)."""
-    ks, weights = options.ks, options.weights
-    count = min(scores.shape[1], max(4 * ks[-1], 24) + 1) if scores.is_cpu else scores.shape[1]
-    parts = [_numbers(scores, target, k, count, options) for k in ks]
-    largest, own = scores.amax(1), target_scores(scores, target)
-    bad, impossible = not_finite_above(largest), own == -torch.inf
-    loss = torch.stack([weight * part[0] for weight, part in zip(weights, parts, strict=True)]).sum(0)
-    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    table = torch.cat([part[1] for part in parts], 1)
-    table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
-    return loss.to(scores.dtype), table.to(scores.dtype)
+    most = options.ks[-1]
+    # Measured on normal scores: then few rows have more p_j > 0.
+    count = {"topk_entropy": most, "alpha_smooth": most + 8, "beta_smooth": most + 8}.get(options.variant, 4 * most + 4)
+    return _forward(scores, target, options, count + 1)
 
 
-def _numbers(scores: Tensor, target: Tensor, k: int, count: int, options: Options) -> tuple[Tensor, Tensor]:
-    """loss (rows,) and anchor, low, high, scale and the pull on y (rows, 5) in float64, from the `count` largest."""
-    _, _, variant, margin, smoothing = options
-    values, index = ordered_topk(scores, count)
-    own = finite_or_zero(target_scores(scores, target)).to(row_dtype(scores))
-    if variant in VARIANTS[:3]:
+def _forward(scores: Tensor, target: Tensor, options: Options, count: int) -> tuple[Tensor, Tensor]:
+    """The same from the `count` largest scores; of the rows for which they are too few, from all."""
+    count = min(count, scores.shape[1]) if scores.is_cpu else scores.shape[1]
+    values, index = largest(scores, count)
+    best, own = values[:, 0], target_scores(scores, target)
+    if options.variant in VARIANTS[:3]:
         values, index = without_target(values, index, target)
-    anchor = finite_or_zero(values[:, k - 1] if variant == "topk_entropy" else values[:, 0])
-    x = torch.where(values < torch.inf, values, 0.0).to(own.dtype) - anchor[:, None].to(own.dtype)
-    gap = anchor.to(own.dtype) - own  # of the anchor to y
+    parts = [_numbers(scores, target, values, index, own, k, options) for k in options.ks]
+    loss = torch.stack([weight * part[0] for weight, part in zip(options.weights, parts, strict=True)]).sum(0)
+    table = torch.cat([part[1] for part in parts], 1)
+    if not (scores.is_cpu and math.isfinite(float(best.sum()) + float(own.sum()))):
+        bad, impossible = not_finite_above(best), own == -torch.inf
+        loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+        table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
+    loss = loss.to(scores.dtype)
+    if count < scores.shape[1]:
+        short = torch.stack([part[2] for part in parts]).any(0)
+        if bool(short.any()):
+            loss[short], table[short] = _forward(scores[short], target[short], options, scores.shape[1])
+    return loss, table
+
+
+def _numbers(
+    scores: Tensor, target: Tensor, values: Tensor, index: Tensor, own: Tensor, k: int, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss (rows,), anchor, rest, bound, scale and the pull on y (rows, 5), and where more than `values` counts."""
+    _, _, variant, margin, gamma = options
+    dtype = row_dtype(scores)
+    anchor = values[:, k - 1] if variant == "topk_entropy" else values[:, 0]
+    last = values[:, {"beta_smooth": 0, "polyhedral": k, "polyhedral_smooth": k}.get(variant, k - 1)]
+    missing = None if scores.is_cpu and lowest(last) > -torch.inf else last == -torch.inf
+    anchor = anchor if missing is None else finite_or_zero(anchor)
+    wide = anchor.to(dtype)
+    x, gap = values.to(dtype) - wide[:, None], wide - own.to(dtype)
+    x = x if missing is None else torch.where(missing[:, None], 0.0, x)
+    pull, rest = torch.ones_like(gap), torch.zeros_like(gap)
     if variant == "topk_entropy":
-        beyond = sum_exponentials(scores, anchor, torch.cat((index[:, :k], target[:, None]), 1)).to(own.dtype)
-        found = _entropy_numbers(x[:, :k], gap, beyond)
-    elif variant in VARIANTS[1:3]:
-        found = _band_numbers(x, gap + margin, k, smoothing, variant)
+        beyond = sum_exponentials(scores, anchor, torch.cat((index[:, :k], target[:, None]), 1)).to(dtype)
+        loss, bound, scale, pull = _entropy_numbers(x[:, :k], gap, beyond)
+        low = torch.full_like(gap, torch.inf)
     elif variant == "polyhedral":
-        found = _flat_numbers(x, gap, k, margin)
+        top, low = _top_average(x, k, margin)
+        size = (x >= low[:, None]).sum(1, keepdim=True).clamp(min=1)
+        anchor = values.gather(1, size - 1)[:, 0]
+        loss, bound, scale = margin + top + gap, rest, 1.0 / size[:, 0].to(x.dtype)
+    elif variant == "polyhedral_smooth":
+        low = _levels(x, k, margin, "fixed sum")[0]
+        anchor, rest = _split(wide + low, scores)
+        bound = (-low - margin).relu()  # the largest x_j - m_j, relative to low
+        total = _sum_less_mask(scores, (anchor, rest, bound), options).to(dtype)
+        loss, scale = margin + gap + low + bound + gamma * total.log(), 1.0 / total
     else:
-        found = _soft_numbers(scores, x, anchor, gap, k, margin, smoothing)
-    loss, *table = found
-    missing = (x[:, k - 1] == -torch.inf) if variant in VARIANTS[:3] else x[:, : k + 1].amin(1) == -torch.inf
-    if variant != "beta_smooth":
-        loss = loss.masked_fill(missing, 0.0)
-        table[2:] = [each.masked_fill(missing, 0.0) for each in table[2:]]
-    if variant in VARIANTS[1:3]:  # a score next to the lower end keeps that end's digits
-        near = (x > table[0][:, None]).sum(1, keepdim=True).clamp(min=1) - 1
-        anchor, step = values.gather(1, near)[:, 0], x.gather(1, near)[:, 0]
-        table[:2] = [table[0] - step, table[1] - step]
-        x = x - step[:, None]
-    numbers = torch.stack((anchor.to(own.dtype), *table), 1)
-    if count < scores.shape[1] and variant != "topk_entropy":  # the list must hold all that is above `low`
-        short = (table[0] < x[:, -1]).nonzero().squeeze(1)
-        if len(short):
-            loss[short], numbers[short] = _numbers(scores[short], target[short], k, scores.shape[1], options)
-    return loss, numbers
+        z = x + (gap + margin)[:, None]
+        low, bound = _levels(z, k, gamma / k, variant)[:2]
+        p = torch.minimum((z - low[:, None]).relu_(), bound[:, None])
+        loss, pull = _squared(z, low, p, gamma)
+        low = low - gap - margin
+        scale, (anchor, rest) = torch.full_like(low, 1.0 / gamma), _split(wide + low, scores)
+    short = low <= x[:, -1]  # what ties with the last is not listed either
+    if missing is not None:
+        loss, bound, scale, pull, short = (e.masked_fill(missing, 0) for e in (loss, bound, scale, pull, short))
+    numbers = torch.stack((rest.to(dtype), bound, scale, pull), 1)
+    return loss, torch.cat((anchor[:, None], numbers.to(scores.dtype)), 1), short
 
 
-Numbers = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""The loss, low and high, the scale and the pull on y; scores are taken relative to an anchor."""
+def _split(level: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest number of the scores' type and what is left: a difference to both in turn keeps its digits."""
+    anchor = level.to(scores.dtype)
+    return anchor, level - anchor
 
 
-def _entropy_numbers(lead: Tensor, gap: Tensor, beyond: Tensor) -> Numbers:
-    """p = scale min(exp(x), exp(high)), relative to the k-th wrong score, which is never at its bound."""
+def _entropy_numbers(lead: Tensor, gap: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """loss, high, scale, s: p = scale min(exp(x), exp(high)), relative to the k-th wrong score, not at its bound."""
     k = lead.shape[1]
-    missing = lead[:, -1] == -torch.inf
-    lead = torch.where(missing[:, None], 0.0, lead)
     listed = torch.cat((torch.log1p(beyond)[:, None], lead[:, :-1].flip(1)), 1).logcumsumexp(1).flip(1)
-    average, u = capped_average(lead + gap[:, None], listed + gap[:, None])
-    rest = listed.gather(1, u)[:, 0]
-    others, loss = (k - u[:, 0]).to(rest.dtype), softplus(average, threshold=50.0)
+    average, u = capped_average(lead, listed)
+    average, others, rest = average + gap, (k - u[:, 0]).to(lead.dtype), listed.gather(1, u)[:, 0]
     s = average.sigmoid()
-    high = rest - others.log()
-    return loss, torch.zeros_like(s), high, s * others / k * (-rest).exp(), s
+    return softplus(average, threshold=50.0), rest - others.log(), s * others / k * (-rest).exp(), s
 
 
-def _band_numbers(x: Tensor, gap: Tensor, k: int, gamma: float, variant: str) -> Numbers:
-    """p = (clip(x, low, high) - low) scale."""
-    z = x + gap[:, None]
-    low, height, p = band(z, k, gamma / k, variant)
-    p = p / gamma
-    return _squared(z, p, gamma), low - gap, low + height - gap, torch.full_like(low, 1.0 / gamma), p.sum(1)
+def _less_mask(scores: Tensor, numbers: tuple[Tensor, ...], options: Options, out: Tensor, mask: Tensor) -> Tensor:
+    """exp((x - m) / gamma) up to a factor, into `out`; m is the sparse soft top-k of height `margin`."""
+    anchor, rest, bound = numbers
+    torch.sub(scores, anchor[:, None], out=out).sub_(rest[:, None])
+    out.sub_(torch.clamp(out, 0.0, options.margin, out=mask)).sub_(bound[:, None])
+    return exponentials(out if options.smoothing == 1.0 else out.div_(options.smoothing))
 
 
-def _flat_numbers(x: Tensor, gap: Tensor, k: int, margin: float) -> Numbers:
-    """p = scale on the classes of x >= low."""
-    top = _top_average(x, k, margin)
-    low = torch.where(top > -margin, top, 0.0)  # where the largest score decides alone
-    return margin + top + gap, low, top, torch.ones_like(low), torch.ones_like(low)
-
-
-def _soft_numbers(
-    scores: Tensor, x: Tensor, anchor: Tensor, gap: Tensor, k: int, margin: float, gamma: float
-) -> Numbers:
-    """p = scale exp((x - m - high) / gamma), with x - m = low + x - clip(x, low, low + margin), at most high."""
-    low = band(x, k, margin, "fixed sum")[0]
-    high = low.clamp(-margin, 0.0)
-    total = torch.empty_like(low)
-    (buffer,) = buffers(scores, 1)
+def _sum_less_mask(scores: Tensor, numbers: tuple[Tensor, ...], options: Options) -> Tensor:
+    """Its sum over the classes (rows,)."""
+    numbers, total = tuple(number.to(scores.dtype) for number in numbers), torch.empty_like(scores[:, 0])
+    out, mask = buffers(scores, 2)
     for part in chunks(scores):
-        field = buffer[: part.stop - part.start]
-        levels = low[part].to(scores.dtype), high[part].to(scores.dtype)
-        total[part] = _less_mask(scores[part], anchor[part], *levels, margin, gamma, field).sum(1).to(low.dtype)
-    return margin + gap + high + gamma * total.log(), low, high, 1.0 / total, torch.ones_like(low)
-
-
-def _less_mask(
-    scores: Tensor, anchor: Tensor, low: Tensor, high: Tensor, margin: float, gamma: float, out: Tensor
-) -> Tensor:
-    """exp((x - m - high) / gamma), written into `out`; m is the sparse soft top-k of height `margin`."""
-    torch.sub(scores, anchor[:, None], out=out)
-    out.sub_(torch.clamp(out, low[:, None], (low + margin)[:, None])).sub_((high - low)[:, None])
-    return exponentials(out if gamma == 1.0 else out.div_(gamma))
+        size = part.stop - part.start
+        field = _less_mask(scores[part], tuple(number[part] for number in numbers), options, out[:size], mask[:size])
+        torch.sum(field, 1, out=total[part])
+    return total
 
 
 def backward(
@@ -334,8 +352,7 @@ def backward(
 ) -> Tensor:
     """grad * d loss / d scores: p on the classes, less their sum on y."""
     result, pull = torch.empty_like(scores, memory_format=torch.contiguous_format), torch.zeros_like(grad)
-    tables = saved[0].split(5, 1)
-    for place, (table, weight) in enumerate(zip(tables, options.weights, strict=True)):
+    for place, (table, weight) in enumerate(zip(saved[0].split(5, 1), options.weights, strict=True)):
         field = result if place == 0 else torch.empty_like(result)
         for part in chunks(scores):
             _field(scores[part], table[part], grad[part] * weight, options, field[part])
@@ -349,19 +366,19 @@ def backward(
 
 def _field(scores: Tensor, table: Tensor, grad: Tensor, options: Options, out: Tensor) -> None:
     """grad p, written into `out`."""
-    anchor, low, high, scale, _ = table.unbind(1)
+    anchor, rest, bound, scale, _ = table.unbind(1)
     scale = (scale * grad)[:, None]
-    if options.variant == "polyhedral_smooth":
-        _less_mask(scores, anchor, low, high, options.margin, options.smoothing, out).mul_(scale)
-        return
-    torch.sub(scores, anchor[:, None], out=out)
-    if options.variant == "topk_entropy":
-        exponentials(torch.minimum(out, high[:, None], out=out)).mul_(scale)
-    elif options.variant == "polyhedral":
-        chosen = (out >= low[:, None]).to(out.dtype)
-        torch.mul(chosen, scale / chosen.sum(1, keepdim=True).clamp(min=1.0), out=out)
+    if options.variant == "polyhedral":
+        torch.ge(scores, anchor[:, None], out=out).mul_(scale)
+    elif options.variant == "polyhedral_smooth":
+        (mask,) = buffers(scores, 1)
+        _less_mask(scores, (anchor, rest, bound), options, out, mask).mul_(scale)
+    elif options.variant == "topk_entropy":
+        torch.sub(scores, anchor[:, None], out=out)
+        exponentials(torch.minimum(out, bound[:, None], out=out)).mul_(scale)
     else:
-        torch.clamp(out, low[:, None], high[:, None], out=out).sub_(low[:, None]).mul_(scale)
+        torch.sub(scores, anchor[:, None], out=out).sub_(rest[:, None]).relu_()
+        torch.minimum(out, bound[:, None], out=out).mul_(scale)
 
 
 LOSS = Loss("smooth_hinge", Options, definition, forward, backward)
