@@ -26,10 +26,10 @@ from topk.losses.imbalance import FocalLoss
 from topk.losses.transition import TransitionTopKLoss
 from topk.shards import ClassShard, few_of_slice, sliced_gradient, sliced_values
 
-CHUNK = 2**24
+CHUNK = 2**25
 """Scores made at a time, unless that were fewer than so many rows, for which W's gradient would be read too often."""
 
-_LEAST_ROWS = 64
+_LEAST_ROWS = 128
 _FEW_OF = 2000  # classes, below which products with all of them are quicker than gathering a few
 
 
@@ -70,7 +70,7 @@ def linear_loss(
             loss, for which a row's scores are made again for each of them.
         bias: (classes,), or None.
         cosine_scale: None, or a number > 0: the scores are so many times the cosines between features and weight.
-        chunk: how many rows are worked on at a time; None: as many as make 2^24 scores, and at least 64.
+        chunk: how many rows are worked on at a time; None: as many as make 2^25 scores, and at least 128.
         shard: which classes ``weight`` and ``bias`` are, where processes share them (see ``topk.sharded_loss``); the
             features are the same on all processes, and so is the gradient that they get.
         by_torch: runs ``F.linear_cross_entropy`` where torch has it; for ``torch.nn.CrossEntropyLoss`` alone.

@@ -39,13 +39,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from topk._cpu import buffers, chunks, exponentials, ordered_topk, sum_exponentials
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses.common import (
     finite_or_zero,
     largest_classes,
     not_finite_above,
     row_dtype,
     target_scores,
+    with_tail,
     without_target,
 )
 
@@ -63,7 +64,13 @@ class Options(NamedTuple):
 
 
 def definition(
-    scores: Tensor, target: Tensor, k: int, variant: str, margin: float = 1.0, smoothing: float = 1.0
+    scores: Tensor,
+    target: Tensor,
+    k: int,
+    variant: str,
+    margin: float = 1.0,
+    smoothing: float = 1.0,
+    tail: Tensor | None = None,  # (1, rows), for topk_entropy: the sum of exp(x - w_k) over classes not listed
 ) -> Tensor:
     """The loss of every row (rows,)."""
     order = largest_classes(scores, scores.shape[1])
@@ -77,7 +84,8 @@ def definition(
         loss = margin + smoothing * ((x - mask) / smoothing).logsumexp(1) - own
     elif variant == "topk_entropy":
         lead = torch.where(missing[:, None], 0.0, lead)
-        rests = lead[:, k - 1 :].logsumexp(1)[:, None]
+        kth = (lead[:, k - 1] + own).detach()
+        rests = with_tail(lead[:, k - 1 :].logsumexp(1), tail, kth - own)[:, None]
         for u in range(k - 2, -1, -1):
             rests = torch.cat((torch.logaddexp(lead[:, u], rests[:, 0])[:, None], rests), 1)
         loss = softplus(capped_average(lead[:, :k], rests)[0], threshold=50.0)
@@ -364,4 +372,11 @@ def _field(scores: Tensor, table: Tensor, grad: Tensor, options: Options, out: T
         torch.clamp(out, low[:, None], high[:, None], out=out).sub_(low[:, None]).mul_(scale)
 
 
-LOSS = Loss("smooth_hinge", Options, definition, forward, backward)
+def head(options: Options) -> Head:
+    """For the entropy as for Lapin's other; the others may have a slope on any number of classes."""
+    if options.variant != "topk_entropy":
+        raise ValueError(f"variant must not be {options.variant!r} where the classes are sharded")
+    return Head(options.ks[-1] + 1, [Tail(1.0, rank=k) for k in options.ks])
+
+
+LOSS = Loss("smooth_hinge", Options, definition, forward, backward, head=head)
