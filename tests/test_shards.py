@@ -6,8 +6,11 @@ Four processes are started once; each checks what it gets and counts what it sen
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +47,9 @@ def criteria() -> dict[str, nn.Module]:
         "softmax at k": topk.SoftmaxAtKLoss({1: 0.5, 3: 0.5}, temperature=0.8),
         "differentiable": topk.DifferentiableTopKLoss(3, m=6),
         "differentiable, all": topk.DifferentiableTopKLoss(3, m=40),
+        "differentiable, softmax over all": topk.DifferentiableTopKLoss(
+            {1: 0.5, 3: 0.5}, m=6, top1="cross_entropy", cross_entropy_over="all"
+        ),
         "no k counts": topk.SmoothTopKLoss(CLASSES),
         **{f"hinge, {name}": topk.TopKHingeLoss({1: 0.5, 3: 0.5}, variant=name) for name in VARIANTS},
     }
@@ -116,7 +122,7 @@ def noise_is_that_of_one_process(shard: topk.ClassShard, stop: int) -> None:
     """Against sorting the noised scores of all classes."""
     k, samples, epsilon, seed = {1: 0.5, 3: 0.5}, 5, 0.7, 11
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
-        scores, target, upstream = problem(dtype)
+        scores, target, _ = problem(dtype)
         loss = topk.NoisedTopKLoss(k, epsilon=epsilon, samples=samples, margins=2.0, scale=0.8, reduction="none")
         local = scores[:, shard.start : stop].clone().requires_grad_()
         torch.manual_seed(seed)
@@ -217,7 +223,8 @@ def dtensors_are_taken(shard: topk.ClassShard, stop: int) -> None:
     usual = [0, 1, 3, 4, 5, 6, 11]
     scores, target = scores[usual], target[usual]
     for name in ("smooth", "ldam", "hinge, kth"):
-        whole, cut = scores.clone().requires_grad_(), distribute_tensor(scores, mesh, [Shard(1)]).requires_grad_()
+        whole, along = scores.clone().requires_grad_(), Shard(-1) if name == "ldam" else Shard(1)
+        cut = distribute_tensor(scores, mesh, [along]).requires_grad_()
         loss = criteria()[name]
         expected, found = loss(whole, target), loss(cut, target)
         same(found.detach(), expected.detach(), 1e-12)
@@ -236,9 +243,6 @@ def what_cannot_be_is_refused(shard: topk.ClassShard, stop: int) -> None:
         "alpha must be None": topk.LDRLoss(alpha=2.0),
         "variant must not be 'alpha_smooth'": topk.TopKHingeLoss(3, variant="alpha_smooth"),
         "label_smoothing must be 0": topk.TransitionTopKLoss(3, label_smoothing=0.1),
-        "cross_entropy_over must be 'kept'": topk.DifferentiableTopKLoss(
-            1, m=6, top1="cross_entropy", cross_entropy_over="all"
-        ),
     }
     for message, loss in refused.items():
         with pytest.raises(ValueError, match=message):
@@ -276,6 +280,38 @@ def _process(rank: int, port: int) -> None:
                 except Exception as error:
                     raise AssertionError(f"{check.__name__} fails in process {rank} of {world}") from error
     dist.destroy_process_group()
+
+
+UNDER_TORCHRUN = """
+import torch, topk
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+rank, cuts = dist.get_rank(), (0, 7, 20)
+shard = topk.ClassShard(cuts[rank], 20)
+generator = torch.Generator().manual_seed(0)
+features, weight = torch.randn(6, 4, generator=generator), torch.randn(20, 4, generator=generator)
+target, loss = torch.arange(6) * 3, topk.SmoothTopKLoss(9)
+mine = weight[cuts[rank] : cuts[rank + 1]].clone().requires_grad_()
+whole = weight.clone().requires_grad_()
+found = topk.linear_loss(loss, features, mine, target, shard=shard)
+expected = loss(features @ whole.T, target)
+torch.testing.assert_close(found, expected)
+found.backward()
+expected.backward()
+torch.testing.assert_close(mine.grad, whole.grad[cuts[rank] : cuts[rank + 1]])
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+def test_torchrun_starts_them(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(UNDER_TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.count("equal") == 2
 
 
 def test_processes_together_equal_one() -> None:
