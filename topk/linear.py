@@ -251,27 +251,37 @@ def _passed(
     features, weight, bias = _in_type(layer, plan.dtype)
     values = torch.zeros(target.shape, dtype=_loss_dtype(plan), device=features.device)
     gradients: list[Tensor | None] | None = None
-    if factors is not None:
-        types = (features.dtype, *[values.dtype] * 2)
-        gradients = [
-            torch.zeros_like(tensor, dtype=dtype) if tensor is not None and want else None
-            for tensor, dtype, want in zip((features, weight, bias), types, wanted, strict=True)
-        ]
+    parts = list(_parts(plan, target))
     # One buffer for the scores of all chunks: fresh memory costs the CPU a microsecond for every page of it.
     buffer = features.new_empty((min(plan.chunk, features.shape[0]), weight.shape[0]))
     with torch.autocast(features.device.type, enabled=False):
-        for ordinal, part in enumerate(_parts(plan, target)):
+        for ordinal, part in enumerate(parts):
             own = _of_part(tensors, part, target.shape[0], ordinal)
             grad = None if factors is None else factors[part]
             scores = _scores(plan, features[part], weight, bias, buffer)
             values[part], slopes = _loss_and_slopes(plan, grad, scores, target[part], own)
-            if gradients is not None:
+            del scores  # or the next chunk's are made beside these
+            if ordinal == len(parts) - 1:
+                buffer = features.new_empty(0)  # before there are gradients, where one chunk is all
+            if factors is not None:
+                gradients = gradients or _zeros(plan, (features, weight, bias), wanted)
                 add = _add_few if isinstance(slopes, tuple) else _add_all
                 add(gradients, part, features[part], weight, slopes)
-            del slopes, scores  # or the next chunk's are made beside these
+            del slopes
+    if factors is not None and gradients is None:
+        gradients = _zeros(plan, (features, weight, bias), wanted)
     if plan.shard is not None and gradients is not None and gradients[0] is not None:
         plan.shard.added(gradients[0])
     return values, gradients
+
+
+def _zeros(plan: _Plan, layer: _Layer, wanted: tuple[bool, bool, bool]) -> list[Tensor | None]:
+    """Gradients to add to: the features' in their own type, as each row gets its one, the others' at least float32."""
+    types = (plan.dtype, *[_loss_dtype(plan)] * 2)
+    return [
+        torch.zeros_like(tensor, dtype=dtype) if tensor is not None and want else None
+        for tensor, dtype, want in zip(layer, types, wanted, strict=True)
+    ]
 
 
 def _scores(plan: _Plan, features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
