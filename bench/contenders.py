@@ -304,7 +304,7 @@ def _two_processes(setting: Setting, device: torch.device) -> LossCall:
 def _not_on_two(setting: Setting, device: torch.device) -> str | None:
     if device.type != "cpu":
         return "the two processes share a CPU"
-    return "noise is not drawn for sharded classes" if setting.family == "noised" else None
+    return "noise of sharded classes is counted, which is slow on a CPU" if setting.family == "noised" else None
 
 
 def _torchs_operator(setting: Setting, device: torch.device) -> LossCall:

@@ -53,14 +53,13 @@ def large() -> list[Setting]:
 
 def scale() -> list[Setting]:
     """Many minutes: last layers of 1000 to a million classes, and 4096 rows of 100,000."""
-    goals = [Setting("smooth", 64, 1_000_000, 5, features=128), Setting("smooth", 4096, 100_000, 5, features=32)]
-    over_classes = [
-        Setting(family, 256, n, 5, features=32)
-        for n in (1000, 10_000, 100_000, 1_000_000)
-        for family in ("smooth", "cross_entropy", "hinge")
-    ]
+    small, large = (
+        [Setting(family, 256, n, 5, features=32) for n in sizes for family in ("smooth", "cross_entropy", "hinge")]
+        for sizes in ((1000, 10_000, 100_000), (1_000_000,))
+    )
     few = [Setting(family, 4096, 100_000, 5, features=32) for family in ("hinge", "noised", "differentiable")]
-    return [*over_classes[:-3], *goals, *over_classes[-3:], *few]
+    goal = Setting("smooth", 4096, 100_000, 5, features=256)
+    return [*small, Setting("smooth", 64, 1_000_000, 5, features=128), *few, *reversed(large), goal]
 
 
 def gpu() -> list[Setting]:

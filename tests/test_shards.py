@@ -6,8 +6,11 @@ Four processes are started once; each checks what it gets and counts what it sen
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import topk
+from topk.losses.noised_sampling import counted_normals
+from topk.losses.ranking import SURROGATES
 
 CLASSES, ROWS, FEATURES = 29, 12, 5
 CUTS = {2: (0, 20, 29), 3: (0, 5, 5, 29), 4: (0, 1, 11, 12, 29)}  # uneven, and one of three is empty
-VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
+VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy", "topk_entropy")
 
 Check = Callable[[topk.ClassShard, int], None]  # of this process's slice, which ends before that class
 
@@ -32,11 +37,19 @@ def criteria() -> dict[str, nn.Module]:
         "smooth, many k": topk.SmoothTopKLoss({1: 0.5, 8: 0.5}, tau=0.3),
         "transition": topk.TransitionTopKLoss({1: 0.5, 3: 0.5}),
         "transition, fixed": topk.TransitionTopKLoss(3, transition=0.5),
+        "smooth, k > 8": topk.SmoothTopKLoss(9, tau=0.4),
+        "smooth, k above and below": topk.SmoothTopKLoss({2: 0.3, 10: 0.5, 27: 0.2}, tau=0.3),
         "noised, without noise": topk.NoisedTopKLoss(3, epsilon=0.0, margins=margins),
         "focal": topk.FocalLoss(),
         "ldam": topk.LDAMLoss(margins=margins, scale=3.0),
+        **{f"autkc, {name}": topk.AUTKCLoss({1: 0.5, 3: 0.5}, surrogate=name) for name in SURROGATES},
+        "ldr": topk.LDRLoss(temperature=0.7),
+        "softmax at k": topk.SoftmaxAtKLoss({1: 0.5, 3: 0.5}, temperature=0.8),
         "differentiable": topk.DifferentiableTopKLoss(3, m=6),
         "differentiable, all": topk.DifferentiableTopKLoss(3, m=40),
+        "differentiable, softmax over all": topk.DifferentiableTopKLoss(
+            {1: 0.5, 3: 0.5}, m=6, top1="cross_entropy", cross_entropy_over="all"
+        ),
         "no k counts": topk.SmoothTopKLoss(CLASSES),
         **{f"hinge, {name}": topk.TopKHingeLoss({1: 0.5, 3: 0.5}, variant=name) for name in VARIANTS},
     }
@@ -57,8 +70,10 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return scores.to(dtype), target, torch.randn(ROWS, dtype=torch.float64, generator=generator).to(dtype)
 
 
-def same(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+def same(found: Tensor, expected: Tensor, tolerance: float, name: str = "") -> None:
+    torch.testing.assert_close(
+        found, expected, rtol=tolerance, atol=tolerance, equal_nan=True, msg=lambda text: f"{name}: {text}"
+    )
 
 
 @contextmanager
@@ -87,20 +102,49 @@ def counted(operations: tuple[str, ...] = ("all_gather", "all_reduce")) -> Itera
 def losses_equal(shard: topk.ClassShard, stop: int) -> None:
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
         scores, target, upstream = problem(dtype)
-        for loss in criteria().values():
+        for name, loss in criteria().items():
             loss.reduction = "none"
             whole, local = (x.clone().requires_grad_() for x in (scores, scores[:, shard.start : stop]))
             expected, found = loss(whole, target), topk.sharded_loss(loss, local, target, shard)
-            same(found.detach(), expected.detach(), tolerance)
+            same(found.detach(), expected.detach(), tolerance, name)
             (gradient,) = torch.autograd.grad(expected, whole, upstream)
             gradient[10] = 0.0  # the loss of an impossible target is +inf; its slices get no gradient
-            same(torch.autograd.grad(found, local, upstream)[0], gradient[:, shard.start : stop], tolerance)
+            same(torch.autograd.grad(found, local, upstream)[0], gradient[:, shard.start : stop], tolerance, name)
     loss = topk.TransitionTopKLoss(3, weight=torch.linspace(0.5, 2.0, CLASSES))
     usual = [0, 1, 2, 3, 4, 5, 6, 11]
     for reduction in ("mean", "sum"):
         loss.reduction = reduction
         local = scores[usual, shard.start : stop]
         same(topk.sharded_loss(loss, local, target[usual], shard), loss(scores[usual], target[usual]), 2e-6)
+
+
+def noise_is_that_of_one_process(shard: topk.ClassShard, stop: int) -> None:
+    """Against sorting the noised scores of all classes."""
+    k, samples, epsilon, seed = {1: 0.5, 3: 0.5}, 5, 0.7, 11
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+        scores, target, _ = problem(dtype)
+        loss = topk.NoisedTopKLoss(k, epsilon=epsilon, samples=samples, margins=2.0, scale=0.8, reduction="none")
+        local = scores[:, shard.start : stop].clone().requires_grad_()
+        torch.manual_seed(seed)
+        drawn = torch.randint(2**63 - 1, (1,))[0]
+        torch.manual_seed(seed)
+        found = topk.sharded_loss(loss, local, target, shard)
+        whole = scores.clone().requires_grad_()
+        noise = epsilon * counted_normals(drawn, 0, ROWS, CLASSES, samples).to(dtype)
+        order = (whole + noise).sort(dim=2, descending=True).values
+        safe = target.clamp(min=0)
+        own = whole.gather(1, safe[:, None])[:, 0]
+        expected = sum(share * (0.8 * (2.0 + order[:, :, k].mean(0) - own)).relu() for k, share in loss.k.items())
+        broken = ~(whole.detach().amax(1) < torch.inf)
+        expected = torch.where(broken, torch.nan, expected)
+        expected = torch.where(target == -100, 0.0, expected)
+        same(found.detach(), expected.detach(), tolerance)
+        usual = ~broken & (target != -100) & (own > -torch.inf)
+        (gradient,) = torch.autograd.grad(expected[usual].sum() * 2.0, whole)
+        (slopes,) = torch.autograd.grad(2.0 * found.sum(), local)
+        same(slopes[usual], gradient[usual, shard.start : stop], tolerance)
+        assert slopes[broken & (target != -100)].isnan().all()
+        assert (slopes[target == -100] == 0).all()
 
 
 def messages_are_few(shard: topk.ClassShard, stop: int) -> None:
@@ -112,6 +156,20 @@ def messages_are_few(shard: topk.ClassShard, stop: int) -> None:
             topk.sharded_loss(loss[name], local, target, shard).backward()
         head = ("all_gather", 4 * ROWS * (2 * (k + 1) + 1))  # k + 1 scores and classes, and the target's score
         assert sent == [head, ("all_reduce", 4 * ROWS * reductions)][: 1 + (reductions > 0)]
+    usual = [0, 1, 3, 4, 5, 6, 11]
+    scores, target = scores[usual], target[usual]
+    rows, k = len(usual), 9
+    with counted() as sent:
+        topk.sharded_loss(loss["smooth, k > 8"], scores[:, shard.start : stop], target, shard)
+    head, *steps, last = sent
+    assert head == ("all_gather", 4 * rows * (2 * (2 * k + 1) + 1))
+    assert last == ("all_gather", 8 * rows * (k + 1))  # chances in float64
+    assert {*steps} == {("all_reduce", 4 * rows * 2)}
+    assert 4 <= len(steps) <= 8
+    with counted() as sent:
+        topk.sharded_loss(topk.NoisedTopKLoss(3, samples=5), scores[:, shard.start : stop], target, shard)
+    assert sent == [("all_gather", 4 * rows * (5 * 4 * 3 + 1))]  # score, noise and class of each sample's best
+    target = problem(torch.float32)[1]
     weight, features = torch.randn(stop - shard.start, FEATURES, requires_grad=True), torch.randn(ROWS, FEATURES)
     with counted() as sent:
         topk.linear_loss(loss["smooth"], features.requires_grad_(), weight, target, chunk=4, shard=shard).backward()
@@ -125,7 +183,7 @@ def last_layers_equal(shard: topk.ClassShard, stop: int) -> None:
     whole = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
     target, upstream = problem(torch.float64)[1:]
     mine = slice(shard.start, stop)
-    for name in ("smooth", "transition", "hinge, beta", "differentiable", "ldam"):
+    for name in ("smooth", "smooth, k > 8", "transition", "hinge, beta", "differentiable", "ldr"):
         for reduction in ("mean", "none"):
             loss = criteria()[name]
             loss.reduction = reduction
@@ -165,7 +223,8 @@ def dtensors_are_taken(shard: topk.ClassShard, stop: int) -> None:
     usual = [0, 1, 3, 4, 5, 6, 11]
     scores, target = scores[usual], target[usual]
     for name in ("smooth", "ldam", "hinge, kth"):
-        whole, cut = scores.clone().requires_grad_(), distribute_tensor(scores, mesh, [Shard(1)]).requires_grad_()
+        whole, along = scores.clone().requires_grad_(), Shard(-1) if name == "ldam" else Shard(1)
+        cut = distribute_tensor(scores, mesh, [along]).requires_grad_()
         loss = criteria()[name]
         expected, found = loss(whole, target), loss(cut, target)
         same(found.detach(), expected.detach(), 1e-12)
@@ -180,12 +239,10 @@ def what_cannot_be_is_refused(shard: topk.ClassShard, stop: int) -> None:
     scores, target, _ = problem(torch.float64)
     local = scores[:, shard.start : stop]
     refused = {
-        "k must be at most 8": topk.SmoothTopKLoss(9),
-        "epsilon must be 0": topk.NoisedTopKLoss(3),
+        "samples must be a number": topk.NoisedTopKLoss(3, samples=None),
+        "alpha must be None": topk.LDRLoss(alpha=2.0),
+        "variant must not be 'alpha_smooth'": topk.TopKHingeLoss(3, variant="alpha_smooth"),
         "label_smoothing must be 0": topk.TransitionTopKLoss(3, label_smoothing=0.1),
-        "cross_entropy_over must be 'kept'": topk.DifferentiableTopKLoss(
-            1, m=6, top1="cross_entropy", cross_entropy_over="all"
-        ),
     }
     for message, loss in refused.items():
         with pytest.raises(ValueError, match=message):
@@ -200,6 +257,7 @@ def what_cannot_be_is_refused(shard: topk.ClassShard, stop: int) -> None:
 
 CHECKS: tuple[Check, ...] = (
     losses_equal,
+    noise_is_that_of_one_process,
     messages_are_few,
     last_layers_equal,
     metrics_equal,
@@ -222,6 +280,38 @@ def _process(rank: int, port: int) -> None:
                 except Exception as error:
                     raise AssertionError(f"{check.__name__} fails in process {rank} of {world}") from error
     dist.destroy_process_group()
+
+
+UNDER_TORCHRUN = """
+import torch, topk
+import torch.distributed as dist
+
+dist.init_process_group("gloo")
+rank, cuts = dist.get_rank(), (0, 7, 20)
+shard = topk.ClassShard(cuts[rank], 20)
+generator = torch.Generator().manual_seed(0)
+features, weight = torch.randn(6, 4, generator=generator), torch.randn(20, 4, generator=generator)
+target, loss = torch.arange(6) * 3, topk.SmoothTopKLoss(9)
+mine = weight[cuts[rank] : cuts[rank + 1]].clone().requires_grad_()
+whole = weight.clone().requires_grad_()
+found = topk.linear_loss(loss, features, mine, target, shard=shard)
+expected = loss(features @ whole.T, target)
+torch.testing.assert_close(found, expected)
+found.backward()
+expected.backward()
+torch.testing.assert_close(mine.grad, whole.grad[cuts[rank] : cuts[rank + 1]])
+print("equal")
+dist.destroy_process_group()
+"""
+
+
+def test_torchrun_starts_them(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(UNDER_TORCHRUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert found.stdout.count("equal") == 2
 
 
 def test_processes_together_equal_one() -> None:

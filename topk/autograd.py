@@ -30,19 +30,25 @@ from topk.arguments import IGNORED, WRONG, check_targets
 class Tail(NamedTuple):
     """Sums over classes of exp(m rate (x - shift)), m = 1..powers, which is all that a loss asks of them.
 
-    The shift is the row's largest score, or that of `rank` among the classes other than y.
+    The shift is the row's largest score, or that of `rank` among the classes other than y. `counted`: instead of sums
+    the chances of 0..powers successes, where a class succeeds at the odds exp(rate (x - shift) + tilt), and the tilt.
     """
 
     rate: float
     powers: int = 1
     rank: int = 0
+    counted: bool = False
 
 
 class Head(NamedTuple):
-    """How many of the largest scores a loss looks at one by one, and the tails, one for every k, for all, or none."""
+    """How many of the largest scores a loss looks at one by one, and the tails, one for every k, for all, or none.
+
+    `noise`: epsilon and the number of samples where noise is added first, so that every sample has its own largest.
+    """
 
     depth: int
     tails: list[Tail]
+    noise: tuple[float, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,14 @@ from topk.losses.imbalance import FocalLoss
 from topk.losses.transition import TransitionTopKLoss
 from topk.shards import ClassShard, few_of_slice, sliced_gradient, sliced_values
 
-CHUNK = 2**24
+CHUNK = 2**25
 """Scores made at a time, unless that were fewer than so many rows, for which W's gradient would be read too often."""
 
-_LEAST_ROWS = 64
+_LEAST_ROWS = 128
 _FEW_OF = 2000  # classes, below which products with all of them are quicker than gathering a few
+
+
+_Layer = tuple[Tensor, Tensor, Tensor | None]  # features, weight, bias
 
 
 class _Plan(NamedTuple):
@@ -70,7 +73,7 @@ def linear_loss(
             loss, for which a row's scores are made again for each of them.
         bias: (classes,), or None.
         cosine_scale: None, or a number > 0: the scores are so many times the cosines between features and weight.
-        chunk: how many rows are worked on at a time; None: as many as make 2^24 scores, and at least 64.
+        chunk: how many rows are worked on at a time; None: as many as make 2^25 scores, and at least 128.
         shard: which classes ``weight`` and ``bias`` are, where processes share them (see ``topk.sharded_loss``); the
             features are the same on all processes, and so is the gradient that they get.
         by_torch: runs ``F.linear_cross_entropy`` where torch has it; for ``torch.nn.CrossEntropyLoss`` alone.
@@ -81,8 +84,7 @@ def linear_loss(
     if cosine_scale is not None:
         if bias is not None:
             raise ValueError("bias must be None where cosine_scale is given")
-        features = check_number("cosine_scale", cosine_scale, above=0.0) * F.normalize(features, dim=-1)
-        weight = F.normalize(weight, dim=-1)
+        features, weight = _cosine_factors(features, weight, check_number("cosine_scale", cosine_scale, above=0.0))
     flat = features.reshape(-1, features.shape[-1])
     target = target.reshape(flat.shape[0], *target.shape[features.dim() - 1 :])
     if shard is not None:
@@ -94,6 +96,10 @@ def linear_loss(
     else:
         value = criterion(_scores_to_come(flat, weight, bias, rows_at_once, shard), target)
     return value.reshape(features.shape[:-1]) if value.dim() > 0 else value
+
+
+def _cosine_factors(features: Tensor, weight: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    return scale * F.normalize(features, dim=-1), F.normalize(weight, dim=-1)
 
 
 def _criterion(loss: nn.Module) -> nn.Module:
@@ -174,11 +180,8 @@ class LinearLoss(torch.autograd.Function):
     """Inputs: plan, features, weight, bias, target, share, *tensors; gives the rows' losses, or their sum."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, plan: _Plan, *inputs: Any) -> Tensor:
         features, weight, bias, target, share, *tensors = inputs
-        assert features is not None
-        assert weight is not None
-        assert target is not None
         ctx.plan, ctx.wanted, ctx.gradients = plan, ctx.needs_input_grad[1:4], None
         ctx.save_for_backward(*inputs)
         factors = None
@@ -213,6 +216,11 @@ def _loss_dtype(plan: _Plan) -> torch.dtype:
     return torch.promote_types(plan.dtype, torch.float32)
 
 
+def _in_type(layer: _Layer, dtype: torch.dtype) -> _Layer:
+    features, weight, bias = layer
+    return features.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
 def _parts(plan: _Plan, target: Tensor) -> Iterator[slice | Tensor]:
     """Chunks of rows, all of about one size; on the CPU, where a look costs nothing, without those that are ignored."""
     used = (target != plan.call.ignore_index).nonzero().squeeze(1) if target.is_cpu else None
@@ -233,39 +241,47 @@ def _of_part(tensors: Any, part: slice | Tensor, rows: int, ordinal: int) -> tup
 
 def _passed(
     plan: _Plan,
-    layer: tuple[Tensor, Tensor, Tensor | None],
+    layer: _Layer,
     target: Tensor,
     tensors: Any,
     factors: Tensor | None,  # (rows,)
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, list[Tensor | None] | None]:
     """The loss of every row; with `factors` also the gradients of sum(factors * loss) that are wanted."""
-    features, weight, bias = (None if tensor is None else tensor.to(plan.dtype) for tensor in layer)
-    assert features is not None
-    assert weight is not None
+    features, weight, bias = _in_type(layer, plan.dtype)
     values = torch.zeros(target.shape, dtype=_loss_dtype(plan), device=features.device)
     gradients: list[Tensor | None] | None = None
-    if factors is not None:
-        types = (features.dtype, *[values.dtype] * 2)
-        gradients = [
-            torch.zeros_like(tensor, dtype=dtype) if tensor is not None and want else None
-            for tensor, dtype, want in zip((features, weight, bias), types, wanted, strict=True)
-        ]
+    parts = list(_parts(plan, target))
     # One buffer for the scores of all chunks: fresh memory costs the CPU a microsecond for every page of it.
     buffer = features.new_empty((min(plan.chunk, features.shape[0]), weight.shape[0]))
     with torch.autocast(features.device.type, enabled=False):
-        for ordinal, part in enumerate(_parts(plan, target)):
+        for ordinal, part in enumerate(parts):
             own = _of_part(tensors, part, target.shape[0], ordinal)
             grad = None if factors is None else factors[part]
             scores = _scores(plan, features[part], weight, bias, buffer)
             values[part], slopes = _loss_and_slopes(plan, grad, scores, target[part], own)
-            if gradients is not None:
+            del scores  # or the next chunk's are made beside these
+            if ordinal == len(parts) - 1:
+                buffer = features.new_empty(0)  # before there are gradients, where one chunk is all
+            if factors is not None:
+                gradients = gradients or _zeros(plan, (features, weight, bias), wanted)
                 add = _add_few if isinstance(slopes, tuple) else _add_all
                 add(gradients, part, features[part], weight, slopes)
-            del slopes, scores  # or the next chunk's are made beside these
+            del slopes
+    if factors is not None and gradients is None:
+        gradients = _zeros(plan, (features, weight, bias), wanted)
     if plan.shard is not None and gradients is not None and gradients[0] is not None:
         plan.shard.added(gradients[0])
     return values, gradients
+
+
+def _zeros(plan: _Plan, layer: _Layer, wanted: tuple[bool, bool, bool]) -> list[Tensor | None]:
+    """Gradients to add to: the features' in their own type, as each row gets its one, the others' at least float32."""
+    types = (plan.dtype, *[_loss_dtype(plan)] * 2)
+    return [
+        torch.zeros_like(tensor, dtype=dtype) if tensor is not None and want else None
+        for tensor, dtype, want in zip(layer, types, wanted, strict=True)
+    ]
 
 
 def _scores(plan: _Plan, features: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
@@ -333,7 +349,7 @@ def _add_few(
 
 def _differentiable_gradients(
     plan: _Plan,
-    layer: tuple[Tensor, Tensor, Tensor | None],
+    layer: _Layer,
     target: Tensor,
     tensors: Any,
     factors: Tensor,
@@ -342,9 +358,7 @@ def _differentiable_gradients(
     """The gradients as functions that can be differentiated again, from scores that are held."""
     if plan.shard is not None:
         raise RuntimeError("shard must be None where second derivatives are wanted")
-    features, weight, bias = (None if tensor is None else tensor.to(plan.dtype) for tensor in layer)
-    assert features is not None
-    assert weight is not None
+    features, weight, bias = _in_type(layer, plan.dtype)
     total = features[:0].sum(dtype=factors.dtype) + weight[:0].sum(dtype=factors.dtype)
     for ordinal, part in enumerate(_parts(plan, target)):
         own = _of_part(tensors, part, target.shape[0], ordinal)
@@ -383,12 +397,12 @@ class LinearTopKLoss(nn.Module):
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss of these features."""
         weight, bias = self.linear.weight, self.linear.bias
-        keywords: dict[str, Any] = {"cosine_scale": self.cosine_scale, "chunk": self.chunk}
-        return linear_loss(self.loss, features, weight, target, bias=bias, **keywords)
+        scale = self.cosine_scale
+        return linear_loss(self.loss, features, weight, target, bias=bias, cosine_scale=scale, chunk=self.chunk)
 
     def scores(self, features: Tensor) -> Tensor:
         """The scores (..., classes)."""
-        if self.cosine_scale is None:
-            scores: Tensor = self.linear(features)
-            return scores
-        return F.linear(self.cosine_scale * F.normalize(features, dim=-1), F.normalize(self.linear.weight, dim=-1))
+        weight, bias = self.linear.weight, self.linear.bias
+        if self.cosine_scale is not None:
+            features, weight = _cosine_factors(features, weight, self.cosine_scale)
+        return F.linear(features, weight, bias)

@@ -6,8 +6,13 @@ sums of powers of exp(rate (x - shift)) alone. So with P slices
 1. every process sends the `depth` largest scores of its slice, with their classes, and the target's score: one
    all_gather, after which all know the row's head, of equals the lower class first;
 2. the sums over the slices' tails are added: one all_reduce of a few numbers a row, or none where a loss has no tail;
+   of the smooth loss with k > 8 the slices' chances of 0..k successes are multiplied as polynomials, for which one more
+   all_gather brings them, and before it a tilt is agreed upon in a few small all_reduces;
 3. every process computes the loss of (head, sums) with the loss's own definition, and its slopes in both; from these
    the gradient of its slice follows without a message: a polynomial in exp(rate (x - shift)), and the head's slopes.
+
+Noise is a function of (seed, row, class among all, sample), and every sample has its own largest scores, all sent in
+the first step: so it does not depend on who holds which class, where all processes draw the same seed.
 
 Rows, targets, weights and margins are the same on all processes; a target, a weight or a margin counts in all classes.
 A row whose target is masked (-inf) has the loss +inf, and here no gradient.
@@ -15,6 +20,7 @@ A row whose target is masked (-inf) has the loss +inf, and here no gradient.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,12 +29,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from topk._cpu import buffers, chunks, exponentials, exponents, ordered_topk
+from topk._cpu import CHUNK, buffers, chunks, exponentials, exponents, ordered_topk, row_chunks
 from topk.arguments import check_count, check_targets
 from topk.autograd import Call, Tail, compute_dtype, settled
+from topk.losses import noised, polynomials
 from topk.losses.common import PendingScores, finite_or_zero, row_dtype
+from topk.losses.noised_sampling import counted_normals
 
 _MESSAGES = {torch.float32: torch.int32, torch.float64: torch.int64}  # scores travel as bits, beside class numbers
+_TILT_STEPS = 16
+_LANES = 2**13  # polynomials advanced together
+_COUNT_CHUNK = 2**17  # scores whose chances are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ def sharded_loss(loss: nn.Module, scores: Tensor, target: Tensor, shard: ClassSh
     A DTensor with the placement Shard(1) may be given to a loss itself.
 
     Args:
-        loss: a loss module of this package. Hinges and transition, LDAM, focal and differentiable (but for a softmax
-            over all scores or smoothed labels), smooth with k <= 8, noised without noise.
+        loss: a loss module of this package; those that need to know more of a row than its largest scores and a few
+            sums say so.
         scores: (rows, classes of the slice).
         target: (rows,), class indices among all classes, or (rows, all classes), probabilities with few above 0.
         shard: which classes these are.
@@ -140,22 +151,38 @@ def sliced_values(
     """
     if call.loss.head is None:
         raise ValueError(f"loss must have a form for sharded classes, which {call.loss.name} has not")
-    depth, tails = call.loss.head(call.options)
+    depth, tails, noise = call.loss.head(call.options)
     rows, state = scores.to(compute_dtype(scores)), check_targets(target, shard.total, call.ignore_index)[0]
+    if noise is not None:
+        depth = min(depth, shard.total)
+        loss, classes, at_head = _noised_values(call.options, shard, rows, state.clamp(min=0), depth, noise, tensors)
+        return settled(loss.to(rows.dtype), state), _places(classes, rows, shard), settled(at_head, state)
     values, classes, own = _head(rows, state.clamp(min=0), min(depth, shard.total), shard)
-    local = classes - shard.start
-    places = torch.where((local >= 0) & (local < rows.shape[1]), local, rows.shape[1])
+    places = _places(classes, rows, shard)
     shifts = [_shift(values, own, tail).to(rows.dtype) for tail in tails]
-    sums = [_power_sums(rows, places, shift, tail) for shift, tail in zip(shifts, tails, strict=True)]
-    if sums:
-        sums = list(shard.added(torch.cat(sums)).split([tail.powers for tail in tails]))
+    both = list(zip(shifts, tails, strict=True))
+    summed = [_power_sums(rows, places, shift, tail) for shift, tail in both if not tail.counted]
+    added = iter(shard.added(torch.cat(summed)).split([len(each) for each in summed]) if summed else ())
+    at_target = places.gather(1, own[:, None])
+    sums = [
+        _counts(rows, places, at_target, shift, tail, shard) if tail.counted else next(added) for shift, tail in both
+    ]
     with torch.enable_grad():
         inputs = [tensor.to(row_dtype(rows)).requires_grad_() for tensor in (values, *sums)]
         loss = call.loss.formula(inputs[0], own, call.options, *tensors, tails=inputs[1:])
         slopes = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
-    at_head, *at_sums = (settled(slope if place == 0 else slope.T, state) for place, slope in enumerate(slopes))
-    pairs = [tensor for pair in zip(shifts, at_sums, strict=True) for tensor in pair]
-    return settled(loss.detach().to(rows.dtype), state), places, at_head, *pairs
+    at_head, *at_sums = slopes
+    pairs = []
+    for shift, tail, slope, numbers in zip(shifts, tails, at_sums, inputs[1:], strict=True):
+        slope = _in_powers(slope, numbers.detach()) if tail.counted else slope
+        pairs += [shift, settled(slope.T, state)]
+    return settled(loss.detach().to(rows.dtype), state), places, settled(at_head, state), *pairs
+
+
+def _places(classes: Tensor, scores: Tensor, shard: ClassShard) -> Tensor:
+    """Where the slice has these of all classes, or its size where it has not."""
+    local, size = classes - shard.start, scores.shape[1]
+    return torch.where((local >= 0) & (local < size), local, size)
 
 
 def _head(scores: Tensor, target: Tensor, depth: int, shard: ClassShard) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,22 +197,150 @@ def _head(scores: Tensor, target: Tensor, depth: int, shard: ClassShard) -> tupl
     values = scores.new_full((rows, depth + 1), -torch.inf)
     classes = torch.full((rows, depth), shard.total, device=scores.device)
     values[:, : found.shape[1]], classes[:, : found.shape[1]] = found, index + shard.start
-    local = target - shard.start
-    mine = ((local >= 0) & (local < slice_classes)).nonzero().squeeze(1)
-    values[mine, depth] = scores[mine, local[mine]]
+    values[:, depth] = _own_scores(scores, target, shard)
     bits = _MESSAGES[scores.dtype]
     messages = torch.stack(shard.gathered(torch.cat((values.view(bits), classes.to(bits)), 1)), 1)
     values = messages[:, :, : depth + 1].contiguous().view(scores.dtype)
     own, values, classes = values[:, :, depth].amax(1), values[:, :, :depth].flatten(1), messages[:, :, depth + 1 :]
-    classes, order = classes.flatten(1).long().sort(1)
-    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    values, classes = values[:, :depth], classes.gather(1, order)[:, :depth]
+    classes = classes.flatten(1).long()
+    order = _first(values, classes, depth)
+    values, classes = values.gather(1, order), classes.gather(1, order)
     if depth < shard.total:
         listed = (classes == target[:, None]).any(1)
         values = torch.cat((values, own.masked_fill(listed, -torch.inf)[:, None]), 1)
         classes = torch.cat((classes, target.masked_fill(listed, shard.total)[:, None]), 1)
     classes, order = classes.sort(1)
     return values.gather(1, order), classes, (classes == target[:, None]).to(torch.uint8).argmax(1)
+
+
+def _first(values: Tensor, classes: Tensor, depth: int) -> Tensor:
+    """Where the `depth` largest are along the last axis, of equals those of the lower classes."""
+    by_class = classes.argsort(dim=-1)
+    order = values.gather(-1, by_class).argsort(stable=True, dim=-1, descending=True)
+    return by_class.gather(-1, order)[..., :depth]
+
+
+def _noised_values(
+    options: noised.Options,
+    shard: ClassShard,
+    scores: Tensor,
+    target: Tensor,
+    depth: int,
+    noise_of: tuple[float, int],
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The noised loss of every row, the classes that were (k+1)-th in some sample and y, and their slopes."""
+    (epsilon, samples), (margins, seeds) = noise_of, tensors
+    (rows, slice_classes), dtype = scores.shape, scores.dtype
+    few = min(depth, slice_classes)
+    found = scores.new_full((rows, samples, 2, depth), -torch.inf)  # scores and their noise
+    classes = torch.full((rows, samples, depth), shard.total, device=scores.device)
+    for part in row_chunks(rows, slice_classes * samples, CHUNK if scores.is_cpu else 64 * CHUNK) if few else ():
+        x = scores[part]
+        normals = counted_normals(seeds[0], part.start, x.shape[0], slice_classes, samples, shard.start)
+        noise = normals.to(dtype).mul_(epsilon).transpose(0, 1)
+        middle = finite_or_zero(x.topk(few, dim=1).values[:, -1:])
+        index = ordered_topk((noise + (x - middle)[:, None]).flatten(0, 1), few)[1].view(-1, samples, few)
+        found[part, :, 0, :few] = x.gather(1, index.flatten(1)).view(index.shape)
+        found[part, :, 1, :few] = noise.gather(2, index)
+        classes[part, :, :few] = index + shard.start
+    own = _own_scores(scores, target, shard)
+    bits = _MESSAGES[dtype]
+    message = torch.cat((found.flatten(1).view(bits), own[:, None].view(bits), classes.flatten(1).to(bits)), 1)
+    messages = torch.stack(shard.gathered(message), 1)
+    numbers, which = messages.split((2 * samples * depth + 1, samples * depth), 2)
+    numbers = numbers.contiguous().view(dtype).to(row_dtype(scores))
+    own = numbers[:, :, -1].amax(1)
+    x, noise = (
+        each.flatten(2) for each in numbers[:, :, :-1].unflatten(2, (samples, 2, depth)).permute(3, 0, 2, 1, 4)
+    )  # (rows, samples, processes * depth)
+    classes = which.long().unflatten(2, (samples, depth)).transpose(1, 2).flatten(2)
+    order = _first(x + noise, classes, depth)[:, :, options.ks]
+    centre = finite_or_zero(x.gather(2, order)[:, 0])
+    rise = (x.gather(2, order) - centre[:, None] + noise.gather(2, order)).mean(1)
+    best = x.flatten(1).amax(1)
+    loss, slopes = noised.hinges(best, centre, rise, own, margins, options)
+    push = slopes.masked_fill((own == -torch.inf)[:, None], 0.0)
+    spread = (push / samples)[:, None].expand(order.shape).flatten(1)
+    listed = torch.cat((classes.gather(2, order).flatten(1), target[:, None]), 1)
+    return loss, listed, torch.cat((spread, -push.sum(1, keepdim=True)), 1)
+
+
+def _counts(scores: Tensor, places: Tensor, at_target: Tensor, shift: Tensor, tail: Tail, shard: ClassShard) -> Tensor:
+    """Pr[S = 0..k] over all slices without `places`, and the tilt (k + 2, rows): the slices' counts are multiplied."""
+    k, (rows, classes) = tail.powers, scores.shape
+    tilt = _tilt(scores, at_target, shift, tail, shard)
+    counts = scores.new_zeros((k + 1, rows), dtype=row_dtype(scores))
+    counts[0] = 1.0
+    for part in row_chunks(rows, classes, _COUNT_CHUNK) if classes else ():
+        lanes = max(1, min(classes // (4 * k), _LANES // (part.stop - part.start)))
+        width = -(-classes // lanes) * lanes
+        chances = _chances(scores[part], places[part], shift[part], tilt[part], tail, width)
+        trials = chances.view(-1, lanes, width // lanes).permute(2, 1, 0).contiguous()
+        counts[:, part] = polynomials.success_counts(trials, k, counts.dtype)
+    first, *others = shard.gathered(counts)
+    for other in others:
+        first = polynomials.product(first, other)
+    return torch.cat((first, tilt[None].to(first.dtype)))
+
+
+def _tilt(scores: Tensor, at_target: Tensor, shift: Tensor, tail: Tail, shard: ClassShard) -> Tensor:
+    """The tilt (rows,) at which about k - 1/2 of the wrong classes succeed, as `smooth._balance` finds it.
+
+    The slices' sums are added, two numbers a row and step.
+    """
+    k, (rows, classes) = tail.powers, scores.shape
+
+    def moments(tilt: Tensor) -> Tensor:
+        """Mean and variance (2, rows) of the number of successes."""
+        found = scores.new_zeros((2, rows))
+        for part in row_chunks(rows, classes, _COUNT_CHUNK) if classes else ():
+            chances = _chances(scores[part], at_target[part], shift[part], tilt[part], tail, classes)
+            found[0, part] = chances.sum(1)
+            found[1, part] = found[0, part] - torch.linalg.vecdot(chances, chances)
+        return shard.added(found)
+
+    goal = k - 0.5
+    low = torch.full_like(shift, -math.log(max(1, 2 * (shard.total - k) + 1)))
+    high = torch.full_like(shift, math.log(2 * k - 1))
+    tilt = torch.zeros_like(shift)
+    for done in range(_TILT_STEPS):
+        mean, variance = moments(tilt)
+        low, high = torch.where(mean < goal, tilt, low), torch.where(mean > goal, tilt, high)
+        if done >= 3 and not bool(((mean - goal) ** 2 > 4 * variance + 0.25).any()):
+            break  # the sums, and so the answer, are the same on all processes
+        step = tilt - (mean - goal) / variance
+        tilt = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
+    return tilt
+
+
+def _chances(scores: Tensor, hidden: Tensor, shift: Tensor, tilt: Tensor, tail: Tail, width: int) -> Tensor:
+    """Of every class, success's; 0 at the places that are hidden, of which the slice's size stands for elsewhere."""
+    rows, classes = scores.shape
+    chances = scores.new_zeros((rows, max(width, classes + 1)))
+    odds = exponents(scores, shift, tail.rate, chances[:, :classes])
+    odds.add_(tilt[:, None]).sigmoid_()
+    return chances.scatter_(1, hidden, 0.0)[:, :width]
+
+
+def _in_powers(slopes: Tensor, counts: Tensor) -> Tensor:
+    """Slopes in the power sums, and below them the tilt (k + 1, rows), from slopes in the counts (both (k + 2, rows)).
+
+    Up to a common factor, which changes no loss, counts are elementary symmetric polynomials e_j of the tilted odds,
+    and the derivative of e_j in the m-th power sum is (-1)^(m-1) e_{j-m} / m.
+    """
+    k = slopes.shape[0] - 2
+    powers = [(slopes[m:-1] * counts[: k + 1 - m]).sum(0) * ((-1) ** (m - 1) / m) for m in range(1, k + 1)]
+    return torch.stack((*powers, counts[-1]))
+
+
+def _own_scores(scores: Tensor, target: Tensor, shard: ClassShard) -> Tensor:
+    """x_y (rows,) where the slice has y, else -inf."""
+    local = _places(target, scores, shard)
+    mine = (local < scores.shape[1]).nonzero().squeeze(1)
+    own = scores.new_full(target.shape, -torch.inf)
+    own[mine] = scores[mine, local[mine]]
+    return own
 
 
 def _shift(values: Tensor, own: Tensor, tail: Tail) -> Tensor:
@@ -224,16 +379,19 @@ def sliced_gradient(call: Call, grad: Tensor, scores: Tensor, saved: Sequence[Te
     result = torch.where(broken, torch.nan, 0.0).to(compute_dtype(scores))[:, None].repeat(1, classes + 1)
     scale = grad.to(at_head.dtype)[:, None]
     for tail, shift, slopes in zip(tails, pairs[::2], pairs[1::2], strict=True):
+        slopes, tilt = (slopes[:, :-1], slopes[:, -1:].to(result.dtype)) if tail.counted else (slopes, None)
         degree = torch.arange(1, tail.powers + 1, device=scores.device)
         columns = (slopes * scale * degree * tail.rate).to(result.dtype).unsqueeze(-1).unbind(1)
         for part in chunks(scores) if classes else ():
-            odds = (scores[part].to(result.dtype) - shift[part, None]).mul_(tail.rate).clamp_(max=0.0)
-            odds = exponentials(odds)
+            odds = (scores[part].to(result.dtype) - shift[part, None]).mul_(tail.rate)
+            odds = odds if tilt is None else odds.add_(tilt[part])
+            odds = exponentials(odds.clamp_(max=0.0))
             field = odds * columns[-1][part]
             for column in columns[-2::-1]:
                 field.add_(column[part]).mul_(odds)
             result[part, :classes] += field
-    return result.scatter_(1, places, (at_head * scale).to(result.dtype))[:, :classes]
+    result.scatter_(1, places, torch.where(broken, torch.nan, 0.0).to(result.dtype)[:, None].expand(places.shape))
+    return result.scatter_add_(1, places, (at_head * scale).to(result.dtype))[:, :classes]
 
 
 def few_of_slice(grad: Tensor, scores: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:

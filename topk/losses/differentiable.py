@@ -30,8 +30,16 @@ from torch import Tensor
 
 from topk._cpu import ordered_topk, row_chunks
 from topk.arguments import KArgument, check_choice, check_count, check_k, check_number, check_scores
-from topk.autograd import Head, Loss
-from topk.losses.common import LossModule, largest_classes, not_finite_above, reduced_loss, row_dtype, target_scores
+from topk.autograd import Head, Loss, Tail
+from topk.losses.common import (
+    LossModule,
+    largest_classes,
+    not_finite_above,
+    reduced_loss,
+    row_dtype,
+    target_scores,
+    with_tail,
+)
 from topk.losses.networks import network
 from topk.losses.soft import takes_probabilities
 
@@ -62,6 +70,7 @@ class Options(NamedTuple):
 def definition(
     scores: Tensor,  # (rows, classes)
     target: Tensor,  # (rows,)
+    tail: Tensor | None = None,  # (1, rows), for a softmax over all: the sum of exp(x) over classes not listed
     **keywords: Any,  # those of `Options`
 ) -> Tensor:
     """The loss of every row (rows,)."""
@@ -83,6 +92,8 @@ def definition(
     else:
         over = scores if options.top1 == "cross_entropy" and options.cross_entropy_over == "all" else values
         log_softmax = target_scores(over.to(values.dtype).log_softmax(1), target if over is scores else own)
+        if tail is not None:  # the others have their share
+            log_softmax = log_softmax - with_tail(torch.zeros_like(log_softmax), tail, -over.logsumexp(1))
         if options.top1 == "softmax":
             loss = -log1(first * log_softmax.exp() + beyond)
         else:
@@ -616,10 +627,9 @@ def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, 
 
 
 def head(options: Options) -> Head:
-    """The kept scores."""
-    if options.top1 == "cross_entropy" and options.cross_entropy_over == "all":
-        raise ValueError("cross_entropy_over must be 'kept' where the classes are sharded, got 'all'")
-    return Head(options.kept, [])
+    """The kept scores, and for a softmax over all scores the sum of exponentials."""
+    over_all = options.top1 == "cross_entropy" and options.cross_entropy_over == "all"
+    return Head(options.kept, [Tail(1.0)] if over_all else [])
 
 
 LOSS = Loss("differentiable", Options, definition, forward, backward, sparse, head, joint=True)

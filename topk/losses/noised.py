@@ -120,7 +120,7 @@ def forward(scores: Tensor, target: Tensor, options: Options, margins: Tensor, s
 
     Several k share the draws. Levels are taken relative to a score nearby, so that they keep their digits.
     """
-    ks, weights, epsilon, samples, scale = options
+    ks, _, epsilon, samples, _ = options
     dtype = row_dtype(scores)
     if epsilon > 0 and samples is not None:
         best, centre, noised, kept = draw(scores, seeds, ks, epsilon, samples)
@@ -132,14 +132,26 @@ def forward(scores: Tensor, target: Tensor, options: Options, margins: Tensor, s
             rise, kept = expected_order(scores, order, centre, ks, epsilon)
         else:
             rise, kept = order[:, ks].to(dtype) - centre.to(dtype), index[:, None, ks]
-    x_target = target_scores(scores, target)
+    loss, slopes = hinges(best, centre, rise, target_scores(scores, target), margins, options)
+    return loss.to(scores.dtype), slopes, kept
+
+
+def hinges(
+    best: Tensor,  # (rows,)
+    centre: Tensor,  # (rows, ks)
+    rise: Tensor,  # (rows, ks): the mean of the (k+1)-th largest noised score, less the centre
+    x_target: Tensor,  # (rows,)
+    margins: Tensor,  # (rows,)
+    options: Options,
+) -> tuple[Tensor, Tensor]:
+    """loss (rows,) and the hinges' slopes (rows, ks)."""
+    weights, scale, dtype = options.weights, options.scale, rise.dtype
     # Where there is no (k+1)-th score the rise is -inf, and so is the gap, or NaN if y is impossible as well.
     gap = margins.to(dtype)[:, None] + ((centre.to(dtype) - x_target[:, None]) + rise)
     bad, impossible = not_finite_above(best), x_target == -torch.inf
-    rates = scale * torch.tensor(weights, dtype=dtype, device=scores.device)
+    rates = scale * torch.tensor(weights, dtype=dtype, device=rise.device)
     loss = (gap.relu() * rates).sum(1).masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    slopes = ((gap > 0) * rates).masked_fill(bad[:, None], torch.nan)
-    return loss.to(scores.dtype), slopes, kept
+    return loss, ((gap > 0) * rates).masked_fill(bad[:, None], torch.nan)
 
 
 def backward(
@@ -184,10 +196,10 @@ def _push_and_pull(grad: Tensor, scores: Tensor, target: Tensor, slopes: Tensor)
 
 
 def head(options: Options) -> Head:
-    """Without noise the largest scores."""
-    if options.epsilon > 0.0:
-        raise ValueError(f"epsilon must be 0 where the classes are sharded, got {options.epsilon}")
-    return Head(options.ks[-1] + 1, [])
+    """The largest scores, of every sample where there is noise."""
+    if options.samples is None:
+        raise ValueError("samples must be a number where the classes are sharded, got None")
+    return Head(options.ks[-1] + 1, [], (options.epsilon, options.samples) if options.epsilon > 0.0 else None)
 
 
 LOSS = Loss("noised", Options, definition, forward, backward, sparse, head)

@@ -238,7 +238,9 @@ def _counted(
     return order[:, 0], middle, value, index
 
 
-def counted_normals(seed: Tensor, first_row: int, rows: int, classes: int, samples: int) -> Tensor:
+def counted_normals(
+    seed: Tensor, first_row: int, rows: int, classes: int, samples: int, first_class: int = 0
+) -> Tensor:
     """Normals (samples, rows, classes) by Philox 4x32-10 and Box-Muller, in float32.
 
     The key is the seed's low and high 32 bits, the counter (class, row, samples // 4, 0); of its four words the first
@@ -247,7 +249,7 @@ def counted_normals(seed: Tensor, first_row: int, rows: int, classes: int, sampl
     device = seed.device
     block = torch.arange((samples + 3) // 4, device=device)[:, None, None]
     row = torch.arange(first_row, first_row + rows, device=device)[:, None]
-    column = torch.arange(classes, device=device)
+    column = torch.arange(first_class, first_class + classes, device=device)
     shape = (block.shape[0], rows, classes)
     words = [column.expand(shape), row.expand(shape), block.expand(shape), torch.zeros_like(block).expand(shape)]
     key = [seed & _WORD, (seed >> 32) & _WORD]

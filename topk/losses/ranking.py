@@ -38,7 +38,7 @@ from topk._cpu import (
     sum_exponentials,
 )
 from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -48,6 +48,7 @@ from topk.losses.common import (
     reduced_loss,
     row_dtype,
     target_scores,
+    with_tail,
     without_target,
 )
 from topk.losses.soft import takes_probabilities
@@ -84,7 +85,14 @@ def _places(options: AUTKCOptions, like: Tensor) -> Tensor:
     return torch.tensor(counts, dtype=like.dtype, device=like.device)
 
 
-def autkc_definition(scores: Tensor, target: Tensor, ks: list[int], weights: list[float], surrogate: str) -> Tensor:
+def autkc_definition(
+    scores: Tensor,
+    target: Tensor,
+    ks: list[int],
+    weights: list[float],
+    surrogate: str,
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(x) over classes that are not listed
+) -> Tensor:
     """The loss of every row (rows,)."""
     places = _places(AUTKCOptions(ks, weights, surrogate), scores)
     if len(places) == 0:
@@ -92,7 +100,7 @@ def autkc_definition(scores: Tensor, target: Tensor, ks: list[int], weights: lis
     wrong, own = largest_wrong_and_own(scores, target, len(places))
     exists = wrong > -torch.inf
     if surrogate != "hinge":
-        total = scores.logsumexp(1)
+        total = with_tail(scores.logsumexp(1), tail)
         wrong, own = (wrong - total[:, None]).exp(), (own - total).exp()
     lead = torch.where(exists, wrong - own[:, None], 0.0)
     return (places * torch.where(exists, SURROGATES[surrogate](lead), 0.0)).sum(1)
@@ -140,7 +148,12 @@ def autkc_backward(
     return result.scatter_(1, index, grad[:, None] * slopes)
 
 
-AUTKC = Loss("autkc", AUTKCOptions, autkc_definition, autkc_forward, autkc_backward, joint=True)
+def autkc_head(options: AUTKCOptions) -> Head:
+    """The best classes, and for probabilities the sum of exponentials."""
+    return Head(options.ks[-1] + 1, [] if options.surrogate == "hinge" else [Tail(1.0)])
+
+
+AUTKC = Loss("autkc", AUTKCOptions, autkc_definition, autkc_forward, autkc_backward, head=autkc_head, joint=True)
 
 
 @takes_probabilities
@@ -185,13 +198,20 @@ class LDROptions(NamedTuple):
     temperature: float
     margin: float
     alpha: float | None
+    classes: int | None = None
 
 
 def ldr_definition(
-    scores: Tensor, target: Tensor, temperature: float = 1.0, margin: float = 1.0, alpha: float | None = None
+    scores: Tensor,
+    target: Tensor,
+    temperature: float = 1.0,
+    margin: float = 1.0,
+    alpha: float | None = None,
+    classes: int | None = None,  # how many there are, where not all are listed
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(x / temperature) over those that are not
 ) -> Tensor:
     """The loss of every row (rows,)."""
-    n, own = scores.shape[1], target_scores(scores, target)
+    n, own = classes or scores.shape[1], target_scores(scores, target)
     lead = (scores - own[:, None] + margin).scatter(1, target[:, None], 0.0)
     t, price = torch.full_like(own, temperature), torch.zeros_like(own)
     if alpha is not None and n > 1:
@@ -201,7 +221,7 @@ def ldr_definition(
             t = _next(t, _moments(lead.detach(), shift, t), n, temperature, strength)
         t = _next(t, _moments(lead, shift, t), n, temperature, strength)  # and the derivatives of the solution
         price = strength / 2 * (t - temperature).square()
-    return t * ((lead / t[:, None]).logsumexp(1) - math.log(n)) - price
+    return t * (with_tail((lead / t[:, None]).logsumexp(1), tail, (margin - own) / t) - math.log(n)) - price
 
 
 _STEPS = 30  # of a compiler; others stop when they are there
@@ -230,7 +250,7 @@ def _next(t: Tensor, moments: tuple[Tensor, Tensor, Tensor], n: int, start: floa
 
 def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Tensor, ...]:
     """loss (rows,) and shift, 1 / t, the slope of a class that has the shift's score, and y's (rows, 4)."""
-    temperature, margin, alpha = options
+    temperature, margin, alpha, _ = options
     n, dtype = scores.shape[1], row_dtype(scores)
     largest = scores.scatter(1, target[:, None], -torch.inf).amax(1)
     own, shift = target_scores(scores, target), finite_or_zero(largest)
@@ -309,7 +329,14 @@ def ldr_backward(
     return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
 
 
-LDR = Loss("ldr", LDROptions, ldr_definition, ldr_forward, ldr_backward)
+def ldr_head(options: LDROptions) -> Head:
+    """One sum of exponentials; a row's own temperature would need new sums at every step."""
+    if options.alpha is not None:
+        raise ValueError(f"alpha must be None where the classes are sharded, got {options.alpha}")
+    return Head(1, [Tail(1.0 / options.temperature)])
+
+
+LDR = Loss("ldr", LDROptions, ldr_definition, ldr_forward, ldr_backward, head=ldr_head)
 
 
 @takes_probabilities
@@ -341,12 +368,12 @@ def ldr_loss(
         reduction: "mean", "sum" or "none".
         backend: None (choose), "torch" or "compiled".
     """
-    check_scores(scores, target)
+    classes = check_scores(scores, target)
     temperature = check_number("temperature", temperature, above=0.0)
     margin = check_number("margin", margin, least=0.0)
     alpha = None if alpha is None else check_number("alpha", alpha, above=1.0)
     tail = {"weight": weight, "ignore_index": ignore_index, "reduction": reduction, "backend": backend}
-    return reduced_loss(LDR, LDROptions(temperature, margin, alpha), scores, target, **tail)
+    return reduced_loss(LDR, LDROptions(temperature, margin, alpha, classes), scores, target, **tail)
 
 
 # --- softmax at K ----------------------------------------------------------------------------------------------------
@@ -362,13 +389,18 @@ class SoftmaxAtKOptions(NamedTuple):
 
 
 def softmax_at_k_definition(
-    scores: Tensor, target: Tensor, k: int, temperature: float = 1.0, weight_temperature: float = 1.0
+    scores: Tensor,
+    target: Tensor,
+    k: int,
+    temperature: float = 1.0,
+    weight_temperature: float = 1.0,
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(x / temperature) over classes that are not listed
 ) -> Tensor:
     """The loss of every row (rows,)."""
     own = target_scores(scores, target)
     border = scores.detach().gather(1, largest_classes(scores, k)[:, -1:])[:, 0]
     share = torch.where(border == -torch.inf, 1.0, ((own - border) / weight_temperature).sigmoid())
-    return share * ((scores / temperature).logsumexp(1) - own / temperature)
+    return share * (with_tail((scores / temperature).logsumexp(1), tail) - own / temperature)
 
 
 def softmax_at_k_forward(scores: Tensor, target: Tensor, options: SoftmaxAtKOptions) -> tuple[Tensor, ...]:
@@ -404,7 +436,12 @@ def softmax_at_k_backward(
 
 
 SOFTMAX_AT_K = Loss(
-    "softmax_at_k", SoftmaxAtKOptions, softmax_at_k_definition, softmax_at_k_forward, softmax_at_k_backward
+    "softmax_at_k",
+    SoftmaxAtKOptions,
+    softmax_at_k_definition,
+    softmax_at_k_forward,
+    softmax_at_k_backward,
+    head=lambda options: Head(options.ks[-1], [Tail(1.0 / options.temperature)]),
 )
 
 

@@ -82,7 +82,7 @@ def definition(
     k: int,
     tau: float = 1.0,
     margin: float = 1.0,
-    tail: Tensor | None = None,  # (k, rows): power sums of classes that are not listed
+    tail: Tensor | None = None,  # of classes not listed: power sums (k, rows), or counts and the tilt (k + 2, rows)
 ) -> Tensor:
     """The loss of every row (rows,)."""
     rate = 1.0 / (k * tau)
@@ -98,7 +98,7 @@ def log_ratio(
     head: Tensor,  # (rows, k), the largest scores of classes other than y, descending
     own: Tensor,  # (rows,), x_y
     rate: float,
-    tail: Tensor | None = None,  # (k, rows)
+    tail: Tensor | None = None,  # (k, rows) or (k + 2, rows)
 ) -> Tensor:
     """log e_k - log e_{k-1} of exp(rate x) over the classes other than y (rows,); -inf where fewer than k exist.
 
@@ -116,10 +116,12 @@ def log_ratio(
         tilt = torch.zeros_like(lower)
     else:
         log_odds = ((scores - about) * rate).scatter(1, target[:, None], -torch.inf)
-        tilt = _balance(log_odds.detach(), k)
+        tilt = _balance(log_odds.detach(), k) if tail is None else tail[-1].detach()
         tilted = log_odds + tilt[:, None]
         counts = polynomials.tree(torch.stack((torch.sigmoid(-tilted), torch.sigmoid(tilted))), k)
         lower, upper = counts[k - 1].to(row_dtype(scores)), counts[k].to(row_dtype(scores))
+        if tail is not None:
+            lower, upper = ((counts[: j + 1] * tail[: j + 1].flip(0)).sum(0) for j in (k - 1, k))
     lower, upper = torch.where(absent, 1.0, lower), torch.where(absent, 1.0, upper)
     rho = rate * about.squeeze(1).to(lower.dtype) - tilt + (upper / lower).log()
     return torch.where(absent, -torch.inf, rho)
@@ -509,10 +511,9 @@ def _add_one_k(
 
 
 def head(options: Options) -> Head:
-    """The power sums of every k are relative to its k-th largest wrong score."""
-    if options.ks[-1] > POWER_SUM_LIMIT:
-        raise ValueError(f"k must be at most {POWER_SUM_LIMIT} where the classes are sharded, got {options.ks[-1]}")
-    return Head(options.ks[-1] + 1, [Tail(1.0 / (k * options.tau), k, k) for k in options.ks])
+    """The sums or counts of every k are relative to its k-th largest wrong score; none of their odds exceeds 1."""
+    tails = [Tail(1.0 / (k * options.tau), k, k, counted=k > POWER_SUM_LIMIT) for k in options.ks]
+    return Head(max(2 * k if k > POWER_SUM_LIMIT else k for k in options.ks) + 1, tails)
 
 
 def saved_by_compiling(options: Options) -> float:

@@ -38,13 +38,14 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from topk._cpu import buffers, chunks, exponentials, largest, lowest, sum_exponentials
-from topk.autograd import Loss
+from topk.autograd import Head, Loss, Tail
 from topk.losses.common import (
     finite_or_zero,
     largest_classes,
     not_finite_above,
     row_dtype,
     target_scores,
+    with_tail,
     without_target,
 )
 
@@ -62,7 +63,13 @@ class Options(NamedTuple):
 
 
 def definition(
-    scores: Tensor, target: Tensor, k: int, variant: str, margin: float = 1.0, smoothing: float = 1.0
+    scores: Tensor,
+    target: Tensor,
+    k: int,
+    variant: str,
+    margin: float = 1.0,
+    smoothing: float = 1.0,
+    tail: Tensor | None = None,  # (1, rows), for topk_entropy: the sum of exp(x - w_k) over classes not listed
 ) -> Tensor:
     """The loss of every row (rows,)."""
     order = largest_classes(scores, scores.shape[1])
@@ -76,7 +83,8 @@ def definition(
         mask = band(x, k, margin, "fixed sum")[2]
         loss = margin + smoothing * ((x - mask) / smoothing).logsumexp(1) - own
     elif variant == "topk_entropy":
-        rests = x[:, k - 1 :].logsumexp(1)[:, None]
+        kth = (x[:, k - 1] + own).detach()
+        rests = with_tail(x[:, k - 1 :].logsumexp(1), tail, kth - own)[:, None]
         for u in range(k - 2, -1, -1):
             rests = torch.cat((torch.logaddexp(x[:, u], rests[:, 0])[:, None], rests), 1)
         loss = softplus(capped_average(x[:, :k], rests)[0], threshold=50.0)
@@ -381,4 +389,11 @@ def _field(scores: Tensor, table: Tensor, grad: Tensor, options: Options, out: T
         torch.minimum(out, bound[:, None], out=out).mul_(scale)
 
 
-LOSS = Loss("smooth_hinge", Options, definition, forward, backward)
+def head(options: Options) -> Head:
+    """For the entropy as for Lapin's other; the others may have a slope on any number of classes."""
+    if options.variant != "topk_entropy":
+        raise ValueError(f"variant must not be {options.variant!r} where the classes are sharded")
+    return Head(options.ks[-1] + 1, [Tail(1.0, rank=k) for k in options.ks])
+
+
+LOSS = Loss("smooth_hinge", Options, definition, forward, backward, head=head)
