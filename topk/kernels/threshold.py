@@ -10,6 +10,8 @@ Bytes a row, with n scores of s bytes: forward reads n s and writes 4 n; backwar
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -71,10 +73,11 @@ def backward(
     return result, of_k, of_temperature
 
 
-def _constants(tiling: common.Tiling, scores: Tensor) -> dict[str, object]:
+def _constants(tiling: common.Tiling, scores: Tensor) -> dict[str, Any]:
+    """Half as many scores a thread as elsewhere, since a step holds several numbers for each."""
     return {
         "ROWS": tiling.rows, "BLOCK": tiling.block, "STREAMS": tiling.streams, "ALIGN": common.alignment(scores),
-        "warps": tiling.warps,
+        "warps": min(16, 2 * tiling.warps),
     }  # fmt: skip
 
 
@@ -210,9 +213,7 @@ def _forward(
         level = tl.where(waiting, middle, level)
         steps = 0
         while (tl.max(waiting.to(tl.int32), 0) > 0) & (steps < _MOST):
-            excess, slope = _excess_and_slope(
-                x, source, anchor, level, rate, whole, part, METHOD, ROWS, BLOCK, STREAMS
-            )
+            excess, slope = _excess_and_slope(x, source, anchor, level, rate, whole, part, METHOD, ROWS, BLOCK, STREAMS)
             low = tl.where(excess > 0.0, level, low)
             high = tl.where(excess < 0.0, level, high)
             step = newton(excess, slope, k, others, METHOD)
@@ -261,9 +262,12 @@ def _backward(
     rate = 1.0 / heat
     anchor = tl.load(anchor_ptr + row, mask=inside, other=0.0)
     level = tl.load(offset_ptr + row, mask=inside, other=0.0) * rate
-    total = tl.zeros((ROWS,), tl.float32)
-    pulled = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, n if STREAMS else BLOCK, BLOCK):
+    density, direct, z = _pulls(
+        starts, grads, 0, class_stride, grad_class_stride, n, inside, anchor, level, rate, METHOD, BLOCK
+    )
+    total = tl.sum(density, 1)
+    pulled = tl.sum(direct, 1)
+    for start in range(BLOCK, n if STREAMS else BLOCK, BLOCK):
         density, direct, z = _pulls(
             starts, grads, start, class_stride, grad_class_stride, n, inside, anchor, level, rate, METHOD, BLOCK
         )

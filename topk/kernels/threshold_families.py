@@ -1,6 +1,6 @@
 """Distribution functions of the threshold masks in Triton, and a Newton step for b.
 
-All are symmetric. Shares near 1 are told by what they lack, so that a sum of them has the digits of what is not settled.
+All are symmetric. Shares near 1 are told by what they lack, so that a sum has the digits of what is not settled.
 """
 
 from __future__ import annotations

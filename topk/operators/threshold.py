@@ -32,8 +32,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from topk import kernels
 from topk._cpu import buffers, chunks
-from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics
+from topk.backend import choose
+from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
@@ -86,6 +88,7 @@ def threshold_mask(
     k: float | Tensor,  # a number, or (rows,)
     temperature: Tensor,  # (rows,)
     method: str,
+    backend: str | None = None,
 ) -> Tensor:
     """The mask (rows, n)."""
     if method == "fixed":
@@ -95,20 +98,34 @@ def threshold_mask(
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
         z = (scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None]
         return torch.sigmoid(z) + torch.where(broken, torch.nan, 0.0)[:, None]
-    return threshold(scores, k, temperature, method)[0]
+    return threshold(scores, k, temperature, method, backend)[0]
 
 
-def threshold(scores: Tensor, k: float | Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
+def threshold(
+    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The mask (rows, n), b - anchor and the anchor (rows,)."""
+    kernel = choose(backend, scores.device, scores.dtype, "threshold") == "triton"
     fixed, goal = (None, k) if isinstance(k, Tensor) else (k, torch.full_like(temperature, k))
-    mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(scores, goal, temperature, fixed, method)
+    mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(
+        scores, goal, temperature, fixed, method, kernel
+    )
     return mask, offset, anchor
 
 
 def _solve(
-    scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str, mask: Tensor | None = None
+    scores: Tensor,
+    k: Tensor,
+    temperature: Tensor,
+    fixed: float | None,
+    method: str,
+    kernel: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """anchor and (b - anchor) / T (rows,), +-inf or nearly so where it is settled; writes the mask, if one is given."""
+    if kernel:
+        anchor, level = kernels.of("threshold").forward(scores, k, temperature, method, mask)
+        return anchor, level
     anchor, level = torch.empty_like(temperature), torch.empty_like(temperature)
     for part in chunks(scores):
         u, *space = buffers(scores, 1 if mask is not None else 2)
@@ -122,13 +139,13 @@ def _solve(
 
 
 @torch.library.custom_op("topk::threshold_level", mutates_args=())
-def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str, kernel: bool) -> tuple[Tensor, Tensor]:
     """anchor and (b - anchor) / T (rows,), without a derivative: one opaque step to a compiler."""
-    return _solve(scores, k, temperature, None, method)
+    return _solve(scores, k, temperature, None, method, kernel)
 
 
 @threshold_level.register_fake
-def _(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+def _(scores: Tensor, k: Tensor, temperature: Tensor, method: str, kernel: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(temperature), torch.empty_like(temperature)
 
 
@@ -142,15 +159,15 @@ class _Mask(Function):
 
     @staticmethod
     def forward(
-        scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str
+        scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str, kernel: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         if compiled():
-            anchor, level = threshold_level(scores, k, temperature, method)
+            anchor, level = threshold_level(scores, k, temperature, method, kernel)
             u = (scores - anchor[:, None]).clamp(min=LOWEST) / temperature[:, None]
             mask = FAMILIES[method].cdf(u - level[:, None])
         else:
             mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
-            anchor, level = _solve(scores, k, temperature, fixed, method, mask)
+            anchor, level = _solve(scores, k, temperature, fixed, method, kernel, mask)
         return mask, level * temperature, anchor
 
     @staticmethod
@@ -158,7 +175,7 @@ class _Mask(Function):
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(inputs[0], inputs[2], *output)
         ctx.save_for_forward(inputs[0], inputs[2], *output)
-        ctx.method = inputs[4]
+        ctx.method, ctx.kernel = inputs[4:]
 
     @staticmethod
     def slopes(ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,12 +190,16 @@ class _Mask(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor, grad_offset: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        if ctx.kernel and plain(grad):
+            scores, temperature, _, offset, anchor = ctx.saved_tensors
+            each = kernels.of("threshold").backward(grad, grad_offset, scores, temperature, offset, anchor, ctx.method)
+            return *each, None, None, None
         density, z, temperature, inverse = _Mask.slopes(ctx)
         direct = density * grad / temperature
         share = (grad_offset[:, None] - direct.sum(1, keepdim=True)) * inverse
         gradient = direct + share * density
         for_temperature = -(gradient * z).sum(1) if ctx.needs_input_grad[2] else None
-        return gradient, -(share * temperature)[:, 0], for_temperature, None, None
+        return gradient, -(share * temperature)[:, 0], for_temperature, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
