@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import mask_and_gradient
 from torch import Tensor
 
 import topk
@@ -23,13 +24,6 @@ METHODS = ("subset", *FAMILIES)
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
         monkeypatch.setattr(common, "WIDEST", 32)
-
-
-def mask_and_gradient(scores: Tensor, k: Any, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    leaf = scores.detach().requires_grad_()
-    mask = topk.soft_topk(leaf, k, **options)
-    (gradient,) = torch.autograd.grad(mask, leaf, weight.to(mask.dtype))
-    return mask.detach(), gradient
 
 
 def compare(scores: Tensor, k: Any, method: str, **options: Any) -> None:

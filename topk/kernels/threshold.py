@@ -220,8 +220,10 @@ def _forward(
             there = arrived(excess, step, allowed, METHOD)
             moved = level + step
             within = (moved > low) & (moved < high)
-            moved = tl.where(within, moved, tl.where(there, level, (low + high) * 0.5))
+            stays = there & ((METHOD == "sparse") | (tl.abs(step) <= 4e-6))
+            moved = tl.where(within, moved, tl.where(stays, level, (low + high) * 0.5))
             level = tl.where(waiting, moved, level)
+            there = there & (within | stays)
             waiting = waiting & (there == 0)
             steps += 1
 
