@@ -38,7 +38,9 @@ def compare(scores: Tensor, k: Any, method: str, **options: Any) -> None:
 
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("n", "k"), [(33, 1), (33, 5), (70, 69), (70, 30)])
+@pytest.mark.parametrize(
+    ("n", "k"), [(33, 5), (33, 32), *(pytest.param(70, k, marks=pytest.mark.slow) for k in (1, 69, 30))]
+)
 def test_masks_and_gradients(method: str, n: int, k: int) -> None:
     for scale, offset in ((1e-3, 0.0), (1.0, 1e4), (5.0, 0.0)):
         scores = offset + scale * torch.randn(3, n)
