@@ -146,3 +146,11 @@ def compare_special_rows(function: Callable[..., Tensor], classes: int, dtype: t
     """`compare` on `special_rows`."""
     scores, target = special_rows(classes, dtype)
     compare(function, scores, target, **keywords)
+
+
+def mask_and_gradient(scores: Tensor, k: Any, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """An operator's mask, and the gradient of sum(weight * mask)."""
+    leaf = scores.detach().requires_grad_()
+    mask = topk.soft_topk(leaf, k, **options)
+    (gradient,) = torch.autograd.grad(mask, leaf, weight.to(mask.dtype))
+    return mask.detach(), gradient

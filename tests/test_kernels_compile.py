@@ -34,7 +34,7 @@ def _check(rows: list[dict[str, str]]) -> None:
         assert int(row["shared"]) <= 48 * 1024, row
 
 
-@pytest.mark.parametrize("loss", kernels.NAMES)
+@pytest.mark.parametrize("loss", kernels.NAMES + kernels.OPERATORS)
 def test_kernels_compile_for_capability_9(loss: str) -> None:
     _check(_compiled(loss, "--classes", "20000", "--types", "bfloat16", "--capabilities", "90"))
 
@@ -42,7 +42,7 @@ def test_kernels_compile_for_capability_9(loss: str) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("capability", ["75", "80", "90"])
-@pytest.mark.parametrize("loss", kernels.NAMES)
+@pytest.mark.parametrize("loss", kernels.NAMES + kernels.OPERATORS)
 def test_kernels_compile_for_every_size_type_and_capability(loss: str, capability: str) -> None:
     sizes = ["--classes", "10", "33", "101", "1000", "8192", "20001"]
     _check(_compiled(loss, *sizes, "--types", "float32", "float16", "bfloat16", "--capabilities", capability))

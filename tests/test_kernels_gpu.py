@@ -8,9 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import GPU_CASES, TYPES, compare, losses_and_gradient, random_scores, special_rows
+from kernel_cases import (
+    GPU_CASES,
+    TYPES,
+    compare,
+    losses_and_gradient,
+    mask_and_gradient,
+    random_scores,
+    special_rows,
+)
 from torch import Tensor
 
+import topk
 from topk import backend
 
 pytestmark = [
@@ -217,3 +226,24 @@ def test_on_a_device_that_is_not_the_current_one(loss: Loss, keywords: Mapping[s
     scores, target = (t.to("cuda:1") for t in _problem(5, 300))
     assert torch.cuda.current_device() == 0
     compare(loss, scores, target, torch.ones(5, device="cuda:1"), **keywords)
+
+
+# --- operators -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["subset", "logistic", "sparse", "laplace", "gaussian"])
+@pytest.mark.parametrize(("n", "k"), [(65, 3), (1000, 5), (1000, 50), (8193, 20), (21841, 5000)])
+def test_masks_of_operators(method: str, n: int, k: int) -> None:
+    """Against float64 on the CPU, and rows of NaN stay alone."""
+    scores, weight = 2.0 * torch.randn(7, n), torch.randn(7, n)
+    scores[1, n // 2 :], scores[2] = -torch.inf, 0.5
+    found, exact = (
+        mask_and_gradient(x, min(k, n), weight.to(x), method=method, backend=backend)
+        for x, backend in ((scores.cuda(), "triton"), (scores.double(), "torch"))
+    )
+    for ours, expected in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), expected, rtol=0, atol=1e-5)
+    scores[0, 3] = torch.nan
+    mask = topk.soft_topk(scores.cuda(), min(k, n), method=method, backend="triton")
+    assert mask[0].isnan().all()
+    assert mask[1:].isfinite().all()

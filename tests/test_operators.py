@@ -72,6 +72,14 @@ def test_masks_sum_to_k_in_float32(method: str, n: int, scale: float) -> None:
         assert ((mask.double().sum(1) - k).abs() <= 1e-5 * k).all()
 
 
+@pytest.mark.parametrize("method", FAMILIES)
+def test_masks_of_ties_and_of_leaders_sum_to_k_in_float32(method: str) -> None:
+    """Errors of equal scores add up; far leaders leave little between the k-th score and the next."""
+    for n, scale, k in ((1000, 0.3, 1), (20_000, 0.3, 1), (30, 1000.0, 3), (1000, 1000.0, 20)):
+        mask = topk.soft_topk((scale * torch.randn(20, n)).round(), k, method=method)
+        assert ((mask.double().sum(1) - k).abs() <= 1e-5 * k).all()
+
+
 def test_the_logistic_mask_is_entropic_optimal_transport() -> None:
     """Sinkhorn's iterations for anchors 0 and 1, squared cost and regularisation 2 T, n times the plan's column 1."""
     scores, k, temperature = torch.randn(3, 12, dtype=torch.float64), 4, 0.3

@@ -1,4 +1,4 @@
-"""Which backend runs a loss, and why the others cannot."""
+"""Which backend runs a loss or an operator, and why the others cannot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def why_not_triton(
     Below compute capability 8.0, which Triton does not promise to serve, the first question of a device runs the
     kernels on small cases and compares them with the torch path; the answer is remembered.
     """
-    if name is not None and name not in kernels.NAMES:
+    if name is not None and name not in (*kernels.NAMES, *kernels.OPERATORS):
         return f"{name} has no Triton kernel"
     if dtype not in _KERNEL_TYPES:
         return f"the Triton kernels compute in float32, for float32, float16 and bfloat16 scores; these are {dtype}"
@@ -46,7 +46,8 @@ def why_not_triton(
     capability = torch.cuda.get_device_capability(device)
     if capability >= _PROMISED:
         return None
-    reasons = [_self_check(each, device, dtype) for each in ([name] if name is not None else kernels.NAMES)]
+    names = (name,) if name is not None else kernels.NAMES + kernels.OPERATORS
+    reasons = [_self_check(each, device, dtype) for each in names]
     wrong = next((reason for reason in reasons if reason is not None), None)
     return None if wrong is None else f"on {device}, of capability {capability[0]}.{capability[1]}, {wrong}"
 
@@ -120,6 +121,8 @@ def _self_check(name: str, device: torch.device, dtype: torch.dtype) -> str | No
 def _agrees(name: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether kernel and torch path agree on the kernel's examples, for rows that fit a tile and rows that stream."""
     generator = torch.Generator().manual_seed(0)
+    if name in kernels.OPERATORS:
+        return _operator_agrees(name, device, dtype, generator)
     loss = importlib.import_module(f"topk.losses.{name}").LOSS
     relative = 1e-3 if dtype == torch.float32 else 1e-2
     for rows, classes in ((5, 37), (2, 9000)):
@@ -131,6 +134,24 @@ def _agrees(name: str, device: torch.device, dtype: torch.dtype) -> bool:
                 x = scores.detach().requires_grad_()
                 value = row_loss(Call(loss, options, -100, backend), x, target, *tensors)
                 results.append((value.detach(), torch.autograd.grad(value.sum(), x)[0]))
+            if not all(torch.allclose(a, b, relative, 1e-4) for a, b in zip(*results, strict=True)):
+                return False
+    return True
+
+
+def _operator_agrees(name: str, device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> bool:
+    """The same for the masks of an operator; half types reach its kernels as float32."""
+    soft_topk = importlib.import_module("topk.operators").soft_topk
+    for rows, n in ((5, 37), (2, 9000)):
+        scores = (2.0 * torch.randn(rows, n, generator=generator)).to(device, dtype)
+        weight = torch.randn(rows, n, generator=generator).to(device, dtype)
+        for method in ("subset",) if name == "subset" else ("logistic", "sparse", "laplace", "gaussian"):
+            results = []
+            for backend in ("torch", "triton"):
+                x = scores.detach().requires_grad_()
+                mask = soft_topk(x, 5, method=method, backend=backend)
+                results.append((mask.detach(), torch.autograd.grad((mask * weight).sum(), x)[0]))
+            relative = 1e-3 if dtype == torch.float32 else 1e-2
             if not all(torch.allclose(a, b, relative, 1e-4) for a, b in zip(*results, strict=True)):
                 return False
     return True

@@ -1,4 +1,4 @@
-"""The losses' kernels in Triton, one file a loss, imported only when one of them runs.
+"""The kernels in Triton, one file a loss or operator, imported only when one of them runs.
 
 `topk.kernels.<loss>` offers what follows; `topk.autograd` calls it in the place of the loss's own forward and backward.
 `options` is the loss's NamedTuple, and `tensors` are those that it takes besides, as `topk.autograd.Loss` has them.
@@ -36,7 +36,10 @@ from types import ModuleType
 NAMES = ("smooth", "transition", "noised", "differentiable", "hinge")
 """The losses that have kernels."""
 
+OPERATORS = ("threshold", "subset")
+"""The soft top-k operators that do; in each file `forward` is the operator, and `trial(scores)` launches everything."""
+
 
 def of(name: str) -> ModuleType:
-    """The module with a loss's kernels; imports triton."""
+    """The module with a loss's or an operator's kernels; imports triton."""
     return importlib.import_module(f"topk.kernels.{name}")

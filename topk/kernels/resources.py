@@ -91,7 +91,9 @@ def launches_of(name: str, classes: int, dtype: torch.dtype, rows: int = 64) -> 
     scores = torch.zeros(rows, classes, dtype=dtype)
     target, grad = torch.zeros(rows, dtype=torch.int64), torch.ones(rows)
     with recorded_launches() as launches:
-        for tensors, options in loss.examples(rows, classes, scores.device):
+        if name in kernels.OPERATORS:
+            loss.trial(scores.float())
+        for tensors, options in () if name in kernels.OPERATORS else loss.examples(rows, classes, scores.device):
             _, *saved = loss.forward(scores, target, options, -100, *tensors)
             loss.backward(grad, scores, target, options, -100, tuple(saved), *tensors)
     different = {(launch.kernel, str(specialised(launch)), launch.warps): launch for launch in launches}
@@ -154,7 +156,7 @@ COLUMNS = "loss,kernel,classes,type,capability,constants,registers,spilled,share
 def main() -> None:
     """The table, printed."""
     parser = argparse.ArgumentParser(prog="python -m topk.kernels.resources", description=__doc__)
-    parser.add_argument("losses", nargs="*", default=kernels.NAMES, help="all if none is named")
+    parser.add_argument("losses", nargs="*", default=kernels.NAMES + kernels.OPERATORS, help="all if none is named")
     parser.add_argument("--classes", nargs="+", type=int, default=[1000, 20000])
     parser.add_argument("--types", nargs="+", choices=_TYPES, default=["float32"])
     parser.add_argument("--capabilities", nargs="+", type=int, default=[90], help="90 for 9.0")

@@ -85,8 +85,9 @@ def _store_powers(record, here, real, imag, steps, circle, count, up, down, k, R
         sine, rest = sine_and_cosine(turns(m * turn, size))
         chances += twice * (node_real - (node_real * rest + node_imag * sine))
         chances_less += twice * (next_real - (next_real * rest + next_imag * sine))
-    chances = tl.where(head | (j < k), chances, 0.0)
-    chances_less = tl.where(head | (j < k - 1), chances_less, 0.0)
+    room = (k - tl.zeros_like(steps))[:, None] - j  # k: one for all rows, or one a row
+    chances = tl.where(head | (room > 0), chances, 0.0)
+    chances_less = tl.where(head | (room > 1), chances_less, 0.0)
     sign = tl.where((lanes % 2 == 1) != head, -1.0, 1.0)
     values = sign * (chances * up[:, None] - chances_less * down[:, None]) / size
     kept = here[:, None] & (j < TERMS)
@@ -99,7 +100,8 @@ def slopes_of(record, x, used, tau, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     center = tl.load(record, mask=used, other=0.0)
     shift = tl.load(record + 1, mask=used, other=0.0)
     terms = tl.load(record + 2, mask=used, other=0.0).to(tl.int32)
-    log_odds = (x - center[:, None]) * (1.0 / (k * tau)) + shift[:, None]
+    rate = 1.0 / (k * tau) + tl.zeros_like(center)  # tau: one for all rows, or one a row
+    log_odds = (x - center[:, None]) * rate[:, None] + shift[:, None]
     odds = exponential(-tl.abs(log_odds))
     head = log_odds > 0.0
     slopes = tl.zeros((ROWS, BLOCK), tl.float32)

@@ -55,8 +55,8 @@ def near_kth(x, source, bottom, top, rate, k, BLOCK: tl.constexpr, STREAMS: tl.c
 
 @triton.jit
 def signed_odds(x, center, shift, rate):
-    """q = min(P, 1 - P) with the sign of 1/2 - P, and whether P > 1/2."""
-    log_odds = (x - center[:, None]) * rate + shift[:, None]
+    """q = min(P, 1 - P) with the sign of 1/2 - P, and whether P > 1/2. rate: one for all rows, or one a row."""
+    log_odds = (x - center[:, None]) * (rate + tl.zeros_like(center))[:, None] + shift[:, None]
     odds = exponential(-tl.abs(log_odds))
     q = odds / (1.0 + odds)
     head = log_odds > 0.0

@@ -15,6 +15,7 @@ from topk.operators.perturbed import noised_kth, perturbed_topk
 from topk.operators.rows import as_rows, as_scores, check_k, check_scores, check_temperature, hard_mask, per_row
 from topk.operators.subset import KSubset, subset_loss, subset_mask
 
+BACKENDS = (None, "torch", "triton")
 METHODS = ("subset", "logistic", "sparse", "laplace", "gaussian", "fixed", "perturbed", "sort")
 
 __all__ = ["KSubset", "noised_kth", "perturbed_topk", "soft_permutation", "soft_topk", "subset_loss"]
@@ -28,6 +29,7 @@ def soft_topk(
     temperature: float | Tensor = 1.0,
     hard: bool = False,
     dim: int = -1,
+    backend: str | None = None,
     **options: Any,
 ) -> Tensor:
     """A mask in [0, 1] that sums to k and tends to the indicator of the k largest scores as the temperature falls.
@@ -53,6 +55,7 @@ def soft_topk(
             gradient.
         hard: whether the value is the hard mask, of equal scores those that come first, with the soft mask's gradient.
         dim: where the elements are.
+        backend: None (choose), "torch" or "triton", which serves "subset" and the four methods of the second line.
         **options: ``noise``, ``samples`` and ``generator`` of ``perturbed_topk``; ``distribution``, ``art_lambda``,
             ``iterations`` and ``tolerance`` of ``soft_permutation``, and as ``sorter`` its ``method``.
     """
@@ -64,7 +67,8 @@ def soft_topk(
     for name in options:
         if name not in known:
             raise TypeError(f"{name} is no option of method={method!r}, expected {', '.join(known) or 'none'}")
-    mask = _soft(scores, k, method, temperature, dim, options)
+    check_choice("backend", backend, BACKENDS)
+    mask = _soft(scores, k, method, temperature, dim, backend, options)
     if not hard:
         return mask
     counts = per_row("k", k, scores, dim) if isinstance(k, Tensor) else k
@@ -82,8 +86,16 @@ _OPTIONS = {
 
 
 def _soft(
-    scores: Tensor, k: float | Tensor, method: str, temperature: float | Tensor, dim: int, options: dict[str, Any]
+    scores: Tensor,
+    k: float | Tensor,
+    method: str,
+    temperature: float | Tensor,
+    dim: int,
+    backend: str | None,
+    options: dict[str, Any],
 ) -> Tensor:
+    if backend == "triton" and method not in ("subset", *threshold.FAMILIES):
+        raise RuntimeError(f"backend='triton' cannot run: method={method!r} has no Triton kernel")
     if method == "perturbed":
         return perturbed_topk(scores, int(k), temperature=temperature, dim=dim, **options)
     if method == "sort":
@@ -95,6 +107,6 @@ def _soft(
     rows, scale = as_rows(scores, dim), per_row("temperature", temperature, scores, dim)
     if method == "subset":
         counts = torch.full_like(scale, int(k)).to(torch.int64)
-        return as_scores(subset_mask(rows, counts, scale, int(k))[0], scores, dim)
+        return as_scores(subset_mask(rows, counts, scale, int(k), backend)[0], scores, dim)
     per_k = per_row("k", k, scores, dim) if isinstance(k, Tensor) else k
-    return as_scores(threshold.threshold_mask(rows, per_k, scale, method), scores, dim)
+    return as_scores(threshold.threshold_mask(rows, per_k, scale, method, backend), scores, dim)

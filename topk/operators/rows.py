@@ -96,6 +96,12 @@ def compiled() -> bool:
     return torch.compiler.is_compiling()
 
 
+def plain(grad: Tensor) -> bool:
+    """Whether a backward pass need not have a derivative, nor be traced, nor run for a batch: a kernel may do it."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    return not (torch.is_grad_enabled() or compiled() or wrapped)
+
+
 def order_statistics(scores: Tensor, k: float | Tensor) -> Tensor:
     """x_[ceil k], x_[floor k + 1] and x_[1] (rows, 3); NaN counts as the largest."""
     n = scores.shape[1]

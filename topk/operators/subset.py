@@ -31,8 +31,10 @@ from torch.autograd import Function
 from torch.distributions import Distribution, constraints, register_kl
 from torch.nn.functional import pad, softplus
 
+from topk import kernels
 from topk._cpu import CHUNK, SMALLEST, buffers, chunks, exponentials, largest
 from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
+from topk.backend import choose
 from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
 from topk.losses.smooth import POWER_SUM_LIMIT, _left_out, _newton_identities, _with_head
@@ -184,10 +186,10 @@ def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) ->
 # --- mask and log e_k ------------------------------------------------------------------------------------------------
 
 
-def _level(scores: Tensor, k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+def _level(scores: Tensor, k: Tensor, temperature: Tensor, kernel: bool) -> tuple[Tensor, Tensor]:
     """Of every row the pivot where P is 1/2, and 0, _SETTLED or _BROKEN (rows,): constants to every derivative."""
     scores, temperature = scores.detach(), temperature.detach()
-    anchor, level = threshold_level(scores, k.to(scores.dtype), temperature, "logistic")
+    anchor, level = threshold_level(scores, k.to(scores.dtype), temperature, "logistic", kernel)
     status = torch.where(level.abs() > abs(LOWEST / 20) / temperature, _SETTLED, 0.0).to(scores.dtype)
     status = status.masked_fill(level.isnan(), _BROKEN)
     return anchor + torch.where(status > 0, 0.0, level) * temperature, status
@@ -215,17 +217,22 @@ class _Subset(Function):
     """pi (rows, n) and log e_k(exp u) (rows,), u = (x - pivot) / T, differentiable; and the pivot, a constant."""
 
     @staticmethod
-    def forward(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        scores: Tensor, k: Tensor, temperature: Tensor, most: int, kernel: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if kernel and not compiled():
+            mask, total, pivot = kernels.of("subset").forward(scores, k, temperature, most)
+            return mask, total, pivot
         if scores.is_cpu and not compiled() and most <= POWER_SUM_LIMIT:
             return _by_power_sums(scores, k, temperature, most)
-        pivot, status = _level(scores, k, temperature)
+        pivot, status = _level(scores, k, temperature, kernel)
         index = largest_classes(scores, min(2 * most, scores.shape[1]))
         mask, total = _inclusion(standardised(scores, pivot, temperature), None, k, index, most)
         return *_settled(mask, total, scores, k, temperature, pivot, status), pivot
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        scores, k, temperature, ctx.most = inputs
+        scores, k, temperature, ctx.most, ctx.kernel = inputs
         mask, _, pivot = output
         ctx.mark_non_differentiable(pivot)
         ctx.set_materialize_grads(False)
@@ -236,7 +243,7 @@ class _Subset(Function):
     def along(ctx: Context, v: Tensor) -> Tensor:
         """The derivative of pi along v, in units of u."""
         scores, k, temperature, _, _ = ctx.saved_tensors
-        pivot, status = _level(scores, k, temperature)
+        pivot, status = _level(scores, k, temperature, ctx.kernel)
         index = largest_classes(scores, min(2 * ctx.most, scores.shape[1]))
         derivative = _inclusion(standardised(scores, pivot, temperature), v, k, index, ctx.most)[0]
         return torch.where((status == _SETTLED)[:, None], 0.0, derivative)
@@ -250,7 +257,7 @@ class _Subset(Function):
         gradient, for_temperature = pull / temperature[:, None], None
         if ctx.needs_input_grad[2]:
             for_temperature = -(gradient * standardised(scores, pivot, temperature)).sum(1)
-        return gradient, None, for_temperature, None
+        return gradient, None, for_temperature, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -259,7 +266,7 @@ class _Subset(Function):
 
 class _ForwardSubset(_Subset):
     @staticmethod
-    def jvp(ctx: Context, push: Tensor | None, _: Any, heat: Tensor | None, __: Any) -> tuple[Tensor, Tensor, None]:
+    def jvp(ctx: Context, push: Tensor | None, _: Any, heat: Tensor | None, *__: Any) -> tuple[Tensor, Tensor, None]:
         scores, _, temperature, mask, pivot = ctx.saved_tensors
         move = torch.zeros_like(mask) if push is None else push
         if heat is not None:
@@ -274,9 +281,11 @@ def subset_mask(
     k: Tensor,  # (rows,), whole numbers
     temperature: Tensor,  # (rows,)
     most: int,  # the largest k
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pi (rows, n), log e_k(exp u) (rows,) of u = (x - pivot) / T, and the pivot (rows,)."""
-    mask, total, pivot = (_Subset if compiled() else _ForwardSubset).apply(scores, k, temperature, most)
+    kernel = choose(backend, scores.device, scores.dtype, "subset") == "triton"
+    mask, total, pivot = (_Subset if compiled() else _ForwardSubset).apply(scores, k, temperature, most, kernel)
     return mask, total, pivot
 
 

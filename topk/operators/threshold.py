@@ -32,8 +32,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from topk import kernels
 from topk._cpu import buffers, chunks
-from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics
+from topk.backend import choose
+from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
@@ -70,10 +72,15 @@ def _laplace_quantile(p: Tensor) -> Tensor:
     return torch.where(p < 0.5, (2.0 * p).log(), -(2.0 - 2.0 * p).log())
 
 
+def _normal_cdf(z: Tensor) -> Tensor:
+    """torch's ndtr in float32 has no digits where F is small: an error of 3e-8, which n scores add up."""
+    return torch.erfc(z * -math.sqrt(0.5)) * 0.5
+
+
 FAMILIES = {
     "logistic": Family(torch.sigmoid, lambda z, m: torch.addcmul(m, m, m, value=-1.0), torch.logit, math.pi**2 / 3.0),
     "laplace": Family(_laplace_cdf, lambda z, m: _laplace_tail(z), _laplace_quantile, 2.0),
-    "gaussian": Family(torch.special.ndtr, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
+    "gaussian": Family(_normal_cdf, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
     "sparse": Family(
         lambda z: z.clamp(0.0, 1.0), lambda z, m: ((z >= 0) & (z <= 1)).to(z.dtype), lambda p: p, None, steps=24
     ),
@@ -86,6 +93,7 @@ def threshold_mask(
     k: float | Tensor,  # a number, or (rows,)
     temperature: Tensor,  # (rows,)
     method: str,
+    backend: str | None = None,
 ) -> Tensor:
     """The mask (rows, n)."""
     if method == "fixed":
@@ -95,20 +103,34 @@ def threshold_mask(
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
         z = (scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None]
         return torch.sigmoid(z) + torch.where(broken, torch.nan, 0.0)[:, None]
-    return threshold(scores, k, temperature, method)[0]
+    return threshold(scores, k, temperature, method, backend)[0]
 
 
-def threshold(scores: Tensor, k: float | Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
+def threshold(
+    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The mask (rows, n), b - anchor and the anchor (rows,)."""
+    kernel = choose(backend, scores.device, scores.dtype, "threshold") == "triton"
     fixed, goal = (None, k) if isinstance(k, Tensor) else (k, torch.full_like(temperature, k))
-    mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(scores, goal, temperature, fixed, method)
+    mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(
+        scores, goal, temperature, fixed, method, kernel
+    )
     return mask, offset, anchor
 
 
 def _solve(
-    scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str, mask: Tensor | None = None
+    scores: Tensor,
+    k: Tensor,
+    temperature: Tensor,
+    fixed: float | None,
+    method: str,
+    kernel: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """anchor and (b - anchor) / T (rows,), +-inf or nearly so where it is settled; writes the mask, if one is given."""
+    if kernel:
+        anchor, level = kernels.of("threshold").forward(scores, k, temperature, method, mask)
+        return anchor, level
     anchor, level = torch.empty_like(temperature), torch.empty_like(temperature)
     for part in chunks(scores):
         u, *space = buffers(scores, 1 if mask is not None else 2)
@@ -122,13 +144,13 @@ def _solve(
 
 
 @torch.library.custom_op("topk::threshold_level", mutates_args=())
-def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str, kernel: bool) -> tuple[Tensor, Tensor]:
     """anchor and (b - anchor) / T (rows,), without a derivative: one opaque step to a compiler."""
-    return _solve(scores, k, temperature, None, method)
+    return _solve(scores, k, temperature, None, method, kernel)
 
 
 @threshold_level.register_fake
-def _(scores: Tensor, k: Tensor, temperature: Tensor, method: str) -> tuple[Tensor, Tensor]:
+def _(scores: Tensor, k: Tensor, temperature: Tensor, method: str, kernel: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(temperature), torch.empty_like(temperature)
 
 
@@ -142,15 +164,15 @@ class _Mask(Function):
 
     @staticmethod
     def forward(
-        scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str
+        scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str, kernel: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         if compiled():
-            anchor, level = threshold_level(scores, k, temperature, method)
+            anchor, level = threshold_level(scores, k, temperature, method, kernel)
             u = (scores - anchor[:, None]).clamp(min=LOWEST) / temperature[:, None]
             mask = FAMILIES[method].cdf(u - level[:, None])
         else:
             mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
-            anchor, level = _solve(scores, k, temperature, fixed, method, mask)
+            anchor, level = _solve(scores, k, temperature, fixed, method, kernel, mask)
         return mask, level * temperature, anchor
 
     @staticmethod
@@ -158,7 +180,7 @@ class _Mask(Function):
         ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(inputs[0], inputs[2], *output)
         ctx.save_for_forward(inputs[0], inputs[2], *output)
-        ctx.method = inputs[4]
+        ctx.method, ctx.kernel = inputs[4:]
 
     @staticmethod
     def slopes(ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,12 +195,16 @@ class _Mask(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor, grad_offset: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        if ctx.kernel and plain(grad):
+            scores, temperature, _, offset, anchor = ctx.saved_tensors
+            each = kernels.of("threshold").backward(grad, grad_offset, scores, temperature, offset, anchor, ctx.method)
+            return *each, None, None, None
         density, z, temperature, inverse = _Mask.slopes(ctx)
         direct = density * grad / temperature
         share = (grad_offset[:, None] - direct.sum(1, keepdim=True)) * inverse
         gradient = direct + share * density
         for_temperature = -(gradient * z).sum(1) if ctx.needs_input_grad[2] else None
-        return gradient, -(share * temperature)[:, 0], for_temperature, None, None
+        return gradient, -(share * temperature)[:, 0], for_temperature, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -217,17 +243,20 @@ class Rows(NamedTuple):
             self.u.div_(self.temperature[:, None])
 
     def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The next level, the sum S at this one, and |S - k| / min(k, n - k), in float64 where there is any."""
+        """The next level, the sum S at this one, and how far off that is, in float64 where there is any."""
         n = self.u.shape[1]
         torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.z)
         total, slope = (each.to(level.dtype) for each in self.family.sums(self.z))
         share = total / n
         link = self.family.quantile(share)
         gain = n * self.family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
-        return level + (link - aim) * gain, total, (total - k).abs() / torch.minimum(k, n - k)
+        excess = (total - k).abs() / torch.minimum(k, n - k)
+        # Where the sum's own rounding is all there is to see, a step would follow it.
+        step = torch.where(excess <= 4.0 * torch.finfo(self.u.dtype).eps, 0.0, (link - aim) * gain)
+        return level + step, total, excess if self.family.variance is None else torch.maximum(excess, step.abs())
 
     def enough(self) -> float:
-        """An excess after which one more step is exact; F that is linear in pieces has no such thing."""
+        """An excess and a step whose squares do not count; where F is linear in pieces, an excess that is rounding."""
         eps = torch.finfo(self.u.dtype).eps
         return 4.0 * eps if self.family.variance is None else 2.0 * math.sqrt(eps)
 
@@ -250,8 +279,8 @@ def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
     rows.standardize(anchor)
     level = torch.zeros_like(k)
     for _ in range(4):
-        level, _, excess = rows.newton(level, k, aim)
-        if bool(((excess <= rows.enough()) & (level.abs() < torch.inf) & (temperature > 0)).all()):
+        level, _, off = rows.newton(level, k, aim)
+        if bool(((off <= rows.enough()) & (level.abs() < torch.inf) & (temperature > 0)).all()):
             return anchor, level.to(u.dtype)
     return None
 
@@ -274,12 +303,12 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
     aim = family.quantile(goal / n)
     rows.standardize(anchor)
     for _ in range(family.steps):
-        step, total, excess = rows.newton(level, goal, aim)
+        step, total, off = rows.newton(level, goal, aim)
         low, high = torch.where(total > goal, level, low), torch.where(total < goal, level, high)
         inside = (step > low) & (step < high)
-        there = excess <= 16.0 * torch.finfo(u.dtype).eps
+        there = off <= 64.0 * torch.finfo(u.dtype).eps
         level = torch.where(inside, step, torch.where(there, level, (low + high) / 2.0))
-        if u.is_cpu and not bool(((excess > rows.enough()) & ~settled).any()):
+        if u.is_cpu and not bool((((off > rows.enough()) | ~(inside | there)) & ~settled).any()):
             break
     # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
     far = LOWEST / temperature
