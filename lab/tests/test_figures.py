@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topk_lab import figures
+from topk_lab import diagrams, figures
 from topk_lab.figures import Band, Panel
 from topk_lab.study.statistics import Interval
 
@@ -58,6 +58,7 @@ DRAWN: dict[str, Callable[[], None]] = {
     "scatter, diagonal": lambda: figures.scatter({"p": {"smooth": ([1, 2], [3, 4])}}, "words", guides="diagonal"),
     "scatter, frames": lambda: figures.scatter({f"{i}": {"a": ([1], [3])} for i in range(5)}, "words", guides=""),
     "diagram": lambda: figures.diagram({"a": (0.2, 0.2, "k"), "b": (0.8, 0.8, "r")}, [("a", "b", "to")], "words"),
+    "round trips": lambda: diagrams.round_trips({"p": [("add", 2, 1)], "q": [("mul", 1, 0), ("sum", 0, 1)]}, "words"),
     "two wrong scores": lambda: figures.over_two_wrong_scores(LOSS, "words"),
     "simplex": lambda: figures.on_the_simplex(LOSS, "words", steps=12),
 }  # fmt: skip

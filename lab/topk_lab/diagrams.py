@@ -1,12 +1,13 @@
-"""Diagrams of structures, each one call like those of `figures`: a comparator network, and a tree.
+"""Diagrams of structures, each one call like those of `figures`: a comparator network, a tree, and trips to memory.
 
 comparators(layers, values, chances, alt="...")     # a network, one score's way through it as the width of a wire
 tree([["a", "b"], ["ab"]], alt="...")               # leaves below, each two of them under their product
+round_trips({"torch": [("add", 2, 1)]}, alt="...")  # operations above, memory below, arrows as wide as what they move
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
@@ -97,3 +98,38 @@ def tree(levels: Sequence[Sequence[str]], alt: str, title: str = "", size: figur
     axis.set(title=title, xlim=(0, 1), ylim=(-0.5, len(levels) - 0.5))
     axis.axis("off")
     figures.show(figure, alt, {f"level {height}": list(words) for height, words in enumerate(levels)})
+
+
+_LEAST = 0.1  # passes that are drawn
+
+
+def round_trips(programs: Mapping[str, Sequence[tuple[str, float, float]]], alt: str) -> None:
+    """One panel a program: its operations (name, passes read, passes written) above the memory that they go to.
+
+    An arrow is as wide as what it moves, and the number beside it says how many passes; less than a tenth is left out.
+    """
+    figure, axes = plt.subplots(len(programs), 1, figsize=(7.8, 1.75 * len(programs)), squeeze=False)
+    most = max(map(len, programs.values()))
+    for axis, (title, operations) in zip(axes[:, 0], programs.items(), strict=True):
+        axis.fill_between([-0.5, most - 0.5], 0, 0.3, color="#D9D9D9", linewidth=0)
+        axis.text(most / 2 - 0.5, 0.13, "memory: all scores", ha="center", va="center", fontsize=8.5)
+        for x, (name, read, written) in enumerate(operations):
+            axis.text(x, 1.3, name, ha="center", va="center", fontsize=9, bbox={
+                "boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": figures.BLUE})  # fmt: skip
+            apart = 0.2 if min(read, written) >= _LEAST else 0.0
+            _trip(axis, x - apart, 0.3, 1.08, read, figures.BLUE)
+            _trip(axis, x + apart, 1.08, 0.3, written, figures.VERMILION)
+        axis.set(title=title, xlim=(-0.5, most - 0.5), ylim=(0, 1.55))
+        axis.axis("off")
+    rows = [(title, *operation) for title, operations in programs.items() for operation in operations]
+    columns = map(list, zip(*rows, strict=True))
+    names = ("program", "operation", "passes read", "passes written")
+    figures.show(figure, alt, dict(zip(names, columns, strict=True)))
+
+
+def _trip(axis: Axes, x: float, start: float, end: float, passes: float, colour: str) -> None:
+    """An arrow to or from memory."""
+    if passes >= _LEAST:
+        arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.5 * passes, "shrinkA": 0, "shrinkB": 0}
+        axis.annotate("", (x, end), (x, start), arrowprops=arrow)
+        axis.text(x + 0.09, 0.7, f"{passes:.1f}".removesuffix(".0"), fontsize=8.5, color=colour, va="center")

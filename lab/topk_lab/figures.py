@@ -496,7 +496,7 @@ def bars(
         axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     axis.margins(y=0.01)
     axis.invert_yaxis()
-    if len(series) > 1:
+    if len(series) > 1 and any([*values] != [label] for label, values in series.items()):  # else the axis names them
         axis.legend()
     show(figure, alt, {"": names, **{label: [values.get(n) for n in names] for label, values in series.items()}})
 
