@@ -1,4 +1,4 @@
-"""Three uses of a soft top-k, measured (chapter "Three uses"): feature choice, experts, nearest neighbours.
+"""Three uses of a soft top-k (chapter 20 shows the first): feature choice, experts, nearest neighbours.
 
     python -m topk_lab.study.uses run                  # what has no record yet; interrupt it and call it again
     python -m topk_lab.study.uses reproduce KEY
