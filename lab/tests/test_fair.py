@@ -80,7 +80,8 @@ def test_answers_are_told_with_their_numbers() -> None:
     wide = frame({"cross-entropy": ranks(10, 3000, 0.4), "smooth, k = 1 and 5": ranks(10, 3000, 0.0)})
     rows = fair.answers({"fair.linear": wide})
     held = fair.told("S1", rows)
-    assert held.startswith("**S1**, linear head, all images: is *smooth, k = 1 and 5* ahead of *cross-entropy* in top-5?")
+    asked = "**S1**, linear head, all images: is *smooth, k = 1 and 5* ahead of *cross-entropy* in top-5?"
+    assert held.startswith(asked)
     assert "**Held**: the difference is +" in held
     assert "10 seeds" in held
     assert "lose less than 0.3 points of top-1 against *cross-entropy*? **Held**" in fair.told("S2", rows)
