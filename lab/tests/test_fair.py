@@ -83,7 +83,7 @@ def test_answers_are_told_with_their_numbers() -> None:
     asked = "**S1**, linear head, all images: is *smooth, k = 1 and 5* ahead of *cross-entropy* in top-5?"
     assert held.startswith(asked)
     assert "**Held**: the difference is +" in held
-    assert "10 seeds" in held
+    assert "points (95 % interval +" in held
     assert "lose less than 0.3 points of top-1 against *cross-entropy*? **Held**" in fair.told("S2", rows)
     unknown = fair.told("S10", rows)
     assert "does *transition* need fewer guesses than *cross-entropy* for 99 %?" in unknown

@@ -286,11 +286,10 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     asked = f"**{name}**, {CONDITIONS.get(sentence.sweep, sentence.sweep)}: {_question(sentence)}"
     if "difference" not in row:
         return f"{asked} **Open**: the runs are not finished."
-    found, unit = row["difference"], "guesses" if sentence.metric.startswith("candidates") else "points"
-    return (
-        f"{asked} **{row['answer'].capitalize()}**: the difference is {found.mean:+.2f} {unit} "
-        f"({found.low:+.2f} to {found.high:+.2f}, {row['seeds']} seeds and the test images)."
-    )
+    found = row["difference"]
+    size = f"{found.mean:+.2f}"
+    size = f"it saves {size}" if sentence.metric.startswith("candidates") else f"the difference is {size} points"
+    return f"{asked} **{row['answer'].capitalize()}**: {size} (95 % interval {found.low:+.2f} to {found.high:+.2f})."
 
 
 def _question(sentence: Sentence) -> str:
