@@ -27,8 +27,8 @@ CONDITIONS = {
     "fair.mlp": "512 hidden units, all images",
     "fair.few_linear": "linear head, 25 images per class",
     "fair.few_mlp": "512 hidden units, 25 images per class",
-    "fair.noise_mlp": "512 hidden units, 80 % wrong labels, noisy selection",
-    "fair.noise_mlp_clean": "512 hidden units, 80 % wrong labels, clean selection",
+    "fair.noise_mlp": "512 hidden units, noise 0.8, noisy selection",
+    "fair.noise_mlp_clean": "512 hidden units, noise 0.8, clean selection",
     "fair.tails": "long tail of imbalance 100",
 }
 """{sweep: what it is about}, in the order of the tables."""
