@@ -84,6 +84,7 @@ def test_answers_are_told_with_their_numbers() -> None:
     assert held.startswith(asked)
     assert "**Held**: the difference is +" in held
     assert "points (95 % interval +" in held
+    assert held.endswith(", 10 seeds).")
     assert "lose less than 0.3 points of top-1 against *cross-entropy*? **Held**" in fair.told("S2", rows)
     unknown = fair.told("S10", rows)
     assert "does *transition* need fewer guesses than *cross-entropy* for 99 %?" in unknown

@@ -289,7 +289,8 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     found = row["difference"]
     size = f"{found.mean:+.2f}"
     size = f"it saves {size}" if sentence.metric.startswith("candidates") else f"the difference is {size} points"
-    return f"{asked} **{row['answer'].capitalize()}**: {size} (95 % interval {found.low:+.2f} to {found.high:+.2f})."
+    around = f"95 % interval {found.low:+.2f} to {found.high:+.2f}, {row['seeds']} seeds"
+    return f"{asked} **{row['answer'].capitalize()}**: {size} ({around})."
 
 
 def _question(sentence: Sentence) -> str:
