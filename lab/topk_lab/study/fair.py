@@ -142,7 +142,7 @@ def judged(frames: Mapping[str, pd.DataFrame], shown: Iterable[str]) -> list[dic
 
 def _cell(row: Mapping[str, Any]) -> str:
     around = row["over seeds and images"]
-    return f"{row['difference']:+.2f} [{around.low:+.2f}, {around.high:+.2f}], {row['verdict']}"
+    return f"{row['verdict']} {row['difference']:+.2f} [{around.low:+.2f},\u00a0{around.high:+.2f}]"
 
 
 def _difference(first: Array, second: Array, metric: str) -> Array:
