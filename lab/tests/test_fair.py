@@ -76,6 +76,31 @@ def test_sentences_hold_fail_or_stay_open() -> None:
     assert found == {"right": "held", "wrong": "failed", "level": "open", "unknown": "open: runs are missing"}
 
 
+def test_answers_are_told_with_their_numbers() -> None:
+    wide = frame({"cross-entropy": ranks(10, 3000, 0.4), "smooth, k = 1 and 5": ranks(10, 3000, 0.0)})
+    rows = fair.answers({"fair.linear": wide})
+    held = fair.told("S1", rows)
+    asked = "**S1**, linear head, all images: is *smooth, k = 1 and 5* ahead of *cross-entropy* in top-5?"
+    assert held.startswith(asked)
+    assert "**Held**: the difference is +" in held
+    assert "points (95 % interval +" in held
+    assert held.endswith(", 10 seeds).")
+    assert "lose less than 0.3 points of top-1 against *cross-entropy*? **Held**" in fair.told("S2", rows)
+    unknown = fair.told("S10", rows)
+    assert "does *transition* need fewer guesses than *cross-entropy* for 99 %?" in unknown
+    assert unknown.endswith("**Open**: the runs are not finished.")
+
+
+def test_verdicts_are_shown_for_some_conditions_and_judged_over_all() -> None:
+    one = frame({"cross-entropy": ranks(10, 3000, 0.4), "smooth": ranks(10, 3000, 0.0)})
+    rows = fair.judged({"fair.linear": one, "fair.mlp": one}, ["fair.mlp"])
+    assert [(row["condition"], row["loss"]) for row in rows] == [("512 hidden units, all images", "smooth")]
+    assert rows[0]["top-5 against cross-entropy"].startswith("ahead +")
+    along = fair.along_k(one, (1, 5))["smooth"]
+    assert along[1] == fair.compared(one, "top5")["smooth"]
+    assert len(along) == 2
+
+
 def test_only_choices_at_an_end_are_near_it() -> None:
     rates = {"training.learning_rate": {"log": [1e-4, 1.0]}}
     contenders = [

@@ -27,8 +27,8 @@ CONDITIONS = {
     "fair.mlp": "512 hidden units, all images",
     "fair.few_linear": "linear head, 25 images per class",
     "fair.few_mlp": "512 hidden units, 25 images per class",
-    "fair.noise_mlp": "512 hidden units, 80 % wrong labels, noisy selection",
-    "fair.noise_mlp_clean": "512 hidden units, 80 % wrong labels, clean selection",
+    "fair.noise_mlp": "512 hidden units, noise 0.8, noisy selection",
+    "fair.noise_mlp_clean": "512 hidden units, noise 0.8, clean selection",
     "fair.tails": "long tail of imbalance 100",
 }
 """{sweep: what it is about}, in the order of the tables."""
@@ -100,6 +100,12 @@ def compared(frame: pd.DataFrame, metric: str, baseline: str = "cross-entropy") 
     }
 
 
+def along_k(frame: pd.DataFrame, numbers: Iterable[int]) -> dict[str, list[Interval]]:
+    """{loss: for each number of guesses the interval of its accuracy less that of cross-entropy}."""
+    found = [compared(frame, f"top{k}") for k in numbers]
+    return {loss: [at[loss] for at in found] for loss in found[0]}
+
+
 def verdicts(frames: Mapping[str, pd.DataFrame], metric: str, level: float = 0.05) -> list[dict[str, Any]]:
     """A row for every sweep and loss: ahead of cross-entropy, level or behind, by Benjamini and Hochberg over all rows.
 
@@ -120,6 +126,23 @@ def verdicts(frames: Mapping[str, pd.DataFrame], metric: str, level: float = 0.0
     for row, apart in zip(rows, sure, strict=True):
         row["verdict"] = words.get(int(apart) * int(np.sign(row["difference"])), "level")
     return rows
+
+
+def judged(frames: Mapping[str, pd.DataFrame], shown: Iterable[str]) -> list[dict[str, Any]]:
+    """`verdicts` in top-5 and in top-1 over all conditions together, as rows of a table for those that are shown."""
+    first = {(row["sweep"], row["loss"]): row for row in verdicts(frames, "top1")}
+    rows, wanted = [], set(shown)
+    for row in verdicts(frames, "top5"):
+        if row["sweep"] in wanted:
+            both = {"top-5": row, "top-1": first[row["sweep"], row["loss"]]}
+            cells = {f"{metric} against {report.BASELINE}": _cell(found) for metric, found in both.items()}
+            rows.append({"condition": CONDITIONS[row["sweep"]], "loss": row["loss"], **cells})
+    return rows
+
+
+def _cell(row: Mapping[str, Any]) -> str:
+    around = row["over seeds and images"]
+    return f"{row['verdict']} {row['difference']:+.2f} [{around.low:+.2f},\u00a0{around.high:+.2f}]"
 
 
 def _difference(first: Array, second: Array, metric: str) -> Array:
@@ -249,6 +272,38 @@ def answers(frames: Mapping[str, pd.DataFrame], sentences: Iterable[Sentence] = 
                     "p": against[name][0], "seeds": len(_seeds(frames[sentence.sweep], sentence))}  # fmt: skip
         rows.append(row)
     return rows
+
+
+def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """A sentence as a question, with its answer and the numbers behind it where there are runs.
+
+    Args:
+        name: "S1" and the like.
+        rows: of `answers`.
+    """
+    sentence = next(sentence for sentence in SENTENCES if sentence.name == name)
+    row = next(row for row in rows if row["sentence"] == name)
+    asked = f"**{name}**, {CONDITIONS.get(sentence.sweep, sentence.sweep)}: {_question(sentence)}"
+    if "difference" not in row:
+        return f"{asked} **Open**: the runs are not finished."
+    found = row["difference"]
+    size = f"{found.mean:+.2f}"
+    size = f"it saves {size}" if sentence.metric.startswith("candidates") else f"the difference is {size} points"
+    around = f"95 % interval {found.low:+.2f} to {found.high:+.2f}, {row['seeds']} seeds"
+    return f"{asked} **{row['answer'].capitalize()}**: {size} ({around})."
+
+
+def _question(sentence: Sentence) -> str:
+    first, second = f"*{sentence.first}*", f"*{sentence.second}*"
+    if sentence.metric.startswith("candidates"):
+        return f"does {second} need fewer guesses than {first} for {sentence.metric.removeprefix('candidates_')} %?"
+    if sentence.least:
+        return f"does {first} lose less than {-sentence.least:g} points of {_words(sentence)} against {second}?"
+    return f"is {first} ahead of {second} in {_words(sentence)}?"
+
+
+def _words(sentence: Sentence) -> str:
+    return report.metric_name(sentence.metric)
 
 
 def _seeds(runs: pd.DataFrame, sentence: Sentence) -> set[int]:
