@@ -262,13 +262,14 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
         others = _sums(scores, target, shift, 1.0 / t, powers=1)[0]
     else:
         strength = alpha * math.log(n) / temperature
+        enough = 2e-5 if scores.dtype == torch.float64 else 2e-3  # the next step would be about its square
         for _ in range(_STEPS):
             before, sums = t, _sums(scores, target, shift, 1.0 / t, powers=3)
             t = _next(t, _with_target(sums, -gap / t), n, temperature, strength)
             step = before / t - 1.0
-            if t.is_cpu and not bool((step.abs() * math.log(n) > 2e-3).any()):
+            if t.is_cpu and not bool((step.abs() * math.log(n) > enough).any()):
                 break
-        # After so short a step two cumulants give the sum to 1e-9: u has a spread of about log n at most.
+        # After so short a step two cumulants give the sum to 1e-9, in float64 to 1e-15: u spreads over some log n.
         total, first, second = sums
         mean = first / total.clamp(min=1.0)
         others = total * (mean * step + (second / total.clamp(min=1.0) - mean * mean) * step * step / 2).exp()

@@ -83,7 +83,7 @@ def descend(
     epochs = [torch.randperm(rows).split(batch)[: rows // batch] for _ in range(-(-steps * batch // rows) + 1)]
     for chosen in [chosen for epoch in epochs for chosen in epoch][:steps]:
         optimiser.zero_grad()
-        loss(chosen).backward()  # type: ignore[no-untyped-call]
+        loss(chosen).backward()
         optimiser.step()
         schedule.step()
 
@@ -151,10 +151,10 @@ def fitted(inputs: Tensor, labels: Tensor) -> nn.Linear:
     def closure() -> Tensor:
         optimiser.zero_grad()
         loss = F.cross_entropy(head(inputs), labels) + 1e-4 * head.weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    optimiser.step(closure)
     return head
 
 
@@ -290,7 +290,7 @@ def candidates(use: str, contender: str) -> list[Run]:
     if contender in it.untuned:
         return []
     knobs = PENALTIES if contender == "L1" else it.knobs
-    pairs = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(CANDIDATES).tolist()  # type: ignore[no-untyped-call]
+    pairs = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(CANDIDATES).tolist()
     return [Run(use, contender, it.rates.at(a), knobs.at(b), TUNING_SEED) for a, b in pairs]
 
 
@@ -324,7 +324,7 @@ def record(run: Run) -> records.Row:
     if not path.is_file():
         tuning = run.seed == TUNING_SEED
         began = time.monotonic()
-        found = {"final": result(run, "validation" if tuning else "test"), "epochs": []}
+        found: dict[str, Any] = {"final": result(run, "validation" if tuning else "test"), "epochs": []}
         found["seconds"] = time.monotonic() - began
         name = f"{CHAPTER}.{run.use}" + ".tuning" * tuning
         records.save(records.row(run.config, found, None, train.provenance("full"), sweep=name), path)
