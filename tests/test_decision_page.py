@@ -97,6 +97,30 @@ def test_the_decision_page_on_long_tails() -> None:
         assert "imbalanced noised" not in of(frame, "macro_top1")[0]
 
 
+def test_the_decision_page_on_wrong_labels_and_rare_classes() -> None:
+    final = fair.final_runs(fair.runs())
+    for name in ("fair.noise_mlp", "fair.noise_mlp_clean"):
+        gain = {metric: fair.compared(final[name], metric)["smooth"] for metric in ("top5", "top1", "candidates_99")}
+        assert 0.95 < gain["top5"].mean < 1.45
+        assert gain["top5"].low > 0
+        assert gain["top1"].high < -5
+        assert 5.5 < gain["candidates_99"].mean < 7
+    tails = final["fair.tails"]
+    first = ["balanced softmax", "LDAM deferred"]
+    top_k = [name for name in tails["loss"].unique() if name.split(",")[0].endswith(("smooth", "transition", "noised"))]
+    assert len(top_k) == 4
+    for metric, lead in (("top5", 0.9), ("top1", 1.5)):
+        plain = fair.compared(tails, metric)
+        weights = fair.compared(tails, metric, baseline="weighted cross-entropy")
+        assert min(plain[name].mean for name in first) > 7
+        assert min(weights[name].mean for name in first) > lead
+        assert min(weights[name].low for name in first) > 0
+        assert max(plain[name].mean for name in top_k) < min(plain[name].mean for name in first)
+    noised = fair.compared(tails, "top5")["imbalanced noised"], fair.compared(tails, "top5", "weighted cross-entropy")
+    assert 0 < noised[0].mean < 1
+    assert round(noised[1]["imbalanced noised"].mean) == -5
+
+
 def leads(chapter: str, setting: str, head: str, loss: str) -> pd.DataFrame:
     """A loss's mean top-1 and top-5 less those of cross-entropy, in points, by a setting."""
     frame = runs(chapter)
