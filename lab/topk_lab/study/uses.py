@@ -1,4 +1,4 @@
-"""Three uses of a soft top-k (chapter 20 shows the first): feature choice, experts, nearest neighbours.
+"""Three uses of a soft top-k (chapter 20): feature choice, experts, nearest neighbours.
 
     python -m topk_lab.study.uses run                  # what has no record yet; interrupt it and call it again
     python -m topk_lab.study.uses reproduce KEY
@@ -31,7 +31,7 @@ from tqdm import tqdm
 import topk
 from topk_lab import data, records, sweep, train
 
-CHAPTER = "28_uses"
+CHAPTER = "uses"
 FEATURES = "cifar100-mobilenet_v2-96px-bd2900e0f611"
 OPERATORS = ("logistic", "subset", "sparse", "laplace", "gaussian", "perturbed", "sort")
 STEEPNESS = {"sparse": 4.0, "laplace": 2.0, "gaussian": 4 / math.sqrt(2 * math.pi)}
@@ -64,7 +64,7 @@ class Run:
     @property
     def config(self) -> dict[str, Any]:
         """What its record's key hashes."""
-        return {"notebook": f"{CHAPTER}.ipynb", "parameters": {**vars(self), "rows": ROWS, "set": USES[self.use].set}}
+        return {"notebook": "20_soft_topk.ipynb", "parameters": {**vars(self), "rows": ROWS, "set": USES[self.use].set}}
 
 
 def soft(scores: Tensor, k: int, run: Run) -> Tensor:
@@ -281,7 +281,7 @@ USES = {
         sweep.Range(log=(0.001, 0.03)), sweep.Range(log=(0.01, 0.3)), ("raw features",),
     ),
 }  # fmt: skip
-PENALTIES = sweep.Range(log=(1e-5, 1e-2))
+PENALTIES = sweep.Range(log=(1e-4, 1e-1))
 
 
 def candidates(use: str, contender: str) -> list[Run]:
