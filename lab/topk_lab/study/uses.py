@@ -281,7 +281,8 @@ USES = {
         sweep.Range(log=(0.001, 0.03)), sweep.Range(log=(0.01, 0.3)), ("raw features",),
     ),
 }  # fmt: skip
-PENALTIES = sweep.Range(log=(1e-4, 1e-1))
+PENALTIES = (sweep.Range(log=(1e-5, 1e-2)), sweep.Range(log=(1e-4, 1e-1)))
+"""Of the L1 head, which searches both: after the first alone its choice lay near the upper end."""
 
 
 def candidates(use: str, contender: str) -> list[Run]:
@@ -289,9 +290,9 @@ def candidates(use: str, contender: str) -> list[Run]:
     it = USES[use]
     if contender in it.untuned:
         return []
-    knobs = PENALTIES if contender == "L1" else it.knobs
     pairs = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(CANDIDATES).tolist()
-    return [Run(use, contender, it.rates.at(a), knobs.at(b), TUNING_SEED) for a, b in pairs]
+    ranges = PENALTIES if contender == "L1" else (it.knobs,)
+    return [Run(use, contender, it.rates.at(a), knobs.at(b), TUNING_SEED) for knobs in ranges for a, b in pairs]
 
 
 @cache
