@@ -358,7 +358,9 @@ def frame() -> pd.DataFrame:
     """The records, one column for each setting and each result; `loss` names the contender, as tables expect."""
     runs = records.load(CHAPTER)
     parts = [json.loads(p) | json.loads(r) for p, r in zip(runs["notebook_parameters"], runs["result"], strict=True)]
-    return runs.join(pd.DataFrame(parts, index=runs.index)).rename(columns={"contender": "loss"})
+    found = runs.join(pd.DataFrame(parts, index=runs.index)).rename(columns={"contender": "loss"})
+    place = {name: number for use in USES.values() for number, name in enumerate(use.contenders)}
+    return found.sort_values("loss", key=lambda names: names.map(place), kind="stable", ignore_index=True)
 
 
 def reproduce(key: str) -> pd.DataFrame:
