@@ -65,6 +65,7 @@ def test_colab_folds_the_explanations() -> None:
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with two quizzes, made with the book's own extensions, script and style."""
     from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace
 
     folder = tmp_path_factory.mktemp("quiz")
     (folder / "page.md").write_text(f"# A page\n\n{QUIZ}\n\n{QUIZ}\n")
@@ -77,7 +78,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         f"extensions = ['myst_parser', 'formulas', 'quiz']\nglobals().update({settings!r})\n"
     )
     out = folder / "html"
-    Sphinx(folder, folder, out, folder / "doctrees", "html", status=None, warningiserror=True).build()
+    with docutils_namespace():  # so that another test's build in this process is none of ours
+        Sphinx(folder, folder, out, folder / "doctrees", "html", status=None, warningiserror=True).build()
     return out
 
 
