@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("jupytext")
 pytest.importorskip("playwright")
 pytest.importorskip("PIL")
+import small_site
 from PIL import Image, ImageChops, ImageDraw, ImageStat
 
 from book.pipeline import browser, layout, printing, speed
@@ -190,21 +191,12 @@ def test_a_launch_button_names_this_repository_and_a_notebook() -> None:
 
 def test_formulas_are_typeset_without_a_network(tmp_path: Path, opened_browser: Any) -> None:
     """With the book's own extension and settings; `\\boldsymbol` and `\\cancel` are loaded on demand."""
-    from sphinx.application import Sphinx
-    from sphinx.util.docutils import docutils_namespace
-
     own = layout.config()["sphinx"]["config"]
     settings = {name: own[name] for name in ("mathjax_path", "mathjax3_config")}
     (tmp_path / "page.rst").write_text(
         "A page\n======\n\n.. math:: \\boldsymbol{x} + \\cancel{\\mathbb{E}} = \\mathcal{L}\n"
     )
-    (tmp_path / "conf.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(layout.ROOT / 'book' / '_ext')!r})\nroot_doc = 'page'\n"
-        f"extensions = ['sphinx.ext.mathjax', 'formulas']\nglobals().update({settings!r})\n"
-    )
-    out = tmp_path / "html"
-    with docutils_namespace():  # so that another test's build in this process is none of ours
-        Sphinx(tmp_path, tmp_path, out, tmp_path / "doctrees", "html", status=None, warningiserror=True).build()
+    out = small_site.built(tmp_path, "page", extensions=["sphinx.ext.mathjax", "formulas"], **settings)
     with browser.served(out) as root:
         page = opened_browser.new_page()
         failures: list[str] = []

@@ -105,6 +105,11 @@ def test_the_decision_page_on_wrong_labels_and_rare_classes() -> None:
         assert gain["top5"].low > 0
         assert gain["top1"].high < -5
         assert 5.5 < gain["candidates_99"].mean < 7
+    budget = fair.expected_best(fair.runs()["fair.noise_mlp.tuning"], "top5")
+    lead = [smooth - plain for smooth, plain in zip(budget["smooth"], budget["cross-entropy"], strict=True)]
+    assert lead[3] < -0.3 < -0.2 < lead[7] < 0.2 < 0.8 < lead[31], "a wide search"
+    budget = fair.expected_best(fair.runs()["fair.tails.tuning"], "top5")
+    assert max(budget, key=lambda loss: budget[loss][3]) == "balanced softmax"
     tails = final["fair.tails"]
     first = ["balanced softmax", "LDAM deferred"]
     top_k = [name for name in tails["loss"].unique() if name.split(",")[0].endswith(("smooth", "transition", "noised"))]

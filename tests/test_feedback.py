@@ -11,6 +11,8 @@ import yaml
 
 pytest.importorskip("sphinx")
 
+import small_site
+
 from book.pipeline import layout
 
 GISCUS = {"repo_id": "R_1", "category": "Comments", "category_id": "DIC_1"}
@@ -18,23 +20,14 @@ GISCUS = {"repo_id": "R_1", "category": "Comments", "category_id": "DIC_1"}
 
 def built(folder: Path, feedback: dict[str, Any]) -> dict[str, str]:
     """The pages of a small site, made with the book's own extension."""
-    from sphinx.application import Sphinx
-    from sphinx.util.docutils import docutils_namespace
-
     names = ("book/index", "book/api", "notebooks/06_smooth")
     for name in names:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / f"{name}.rst").write_text("A page\n======\n")
     (folder / "book" / "index.rst").write_text("A page\n======\n\n.. toctree::\n\n   api\n   ../notebooks/06_smooth\n")
     options = {"repository_url": layout.address(), "repository_branch": "main"}
-    (folder / "conf.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(layout.ROOT / 'book' / '_ext')!r})\nroot_doc = 'book/index'\n"
-        f"extensions = ['feedback']\nhtml_theme = 'sphinx_book_theme'\nhtml_theme_options = {options!r}\n"
-        f"feedback = {feedback!r}\n"
-    )
-    out = folder / "html"
-    with docutils_namespace():  # so that another test's build in this process is none of ours
-        Sphinx(folder, folder, out, folder / "doctrees", "html", status=None).build()
+    theme = {"html_theme": "sphinx_book_theme", "html_theme_options": options}
+    out = small_site.built(folder, "book/index", strict=False, extensions=["feedback"], feedback=feedback, **theme)
     return {name: (out / f"{name}.html").read_text() for name in names}
 
 

@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("jupytext")
 pytest.importorskip("playwright")
 
+import small_site
+
 from book.pipeline import browser, chapters, layout, printing, quiz
 
 CHROMIUM = browser.find_chromium()
@@ -64,23 +66,13 @@ def test_colab_folds_the_explanations() -> None:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with two quizzes, made with the book's own extensions, script and style."""
-    from sphinx.application import Sphinx
-    from sphinx.util.docutils import docutils_namespace
-
     folder = tmp_path_factory.mktemp("quiz")
     (folder / "page.md").write_text(f"# A page\n\n{QUIZ}\n\n{QUIZ}\n")
     own = layout.config()["sphinx"]["config"]
     settings = {name: own[name] for name in ("mathjax_path", "mathjax3_config", "html_css_files", "html_js_files")}
     settings["html_static_path"] = [str(layout.ROOT / "book" / "_static")]
     settings["myst_enable_extensions"] = ["colon_fence", "dollarmath", "tasklist"]
-    (folder / "conf.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(layout.ROOT / 'book' / '_ext')!r})\nroot_doc = 'page'\n"
-        f"extensions = ['myst_parser', 'formulas', 'quiz']\nglobals().update({settings!r})\n"
-    )
-    out = folder / "html"
-    with docutils_namespace():  # so that another test's build in this process is none of ours
-        Sphinx(folder, folder, out, folder / "doctrees", "html", status=None, warningiserror=True).build()
-    return out
+    return small_site.built(folder, "page", extensions=["myst_parser", "formulas", "quiz"], **settings)
 
 
 @pytest.fixture

@@ -445,7 +445,7 @@ def gather(chapter: str, sweeps: Mapping[str, Sweep]) -> tuple[Path, int]:
     rows = {row["key"]: row for row in [*before, *files.values()]}
     for key in titles.keys() & rows.keys():
         rows[key]["sweep"] = titles[key]
-    about = {item["sweep"]: item for item in [*tables.sweeps(chapter), *pending(sweeps, known(chapter))]}
+    about = {item["sweep"]: item for item in [*tables.sweeps(chapter), *pending(sweeps, found)]}
     path = tables.write(chapter, list(rows.values()), list(about.values()))
     for file in files:
         file.unlink()

@@ -294,16 +294,12 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _question(sentence: Sentence) -> str:
-    first, second = f"*{sentence.first}*", f"*{sentence.second}*"
+    first, second, words = f"*{sentence.first}*", f"*{sentence.second}*", report.metric_name(sentence.metric)
     if sentence.metric.startswith("candidates"):
         return f"does {second} need fewer guesses than {first} for {sentence.metric.removeprefix('candidates_')} %?"
     if sentence.least:
-        return f"does {first} lose less than {-sentence.least:g} points of {_words(sentence)} against {second}?"
-    return f"is {first} ahead of {second} in {_words(sentence)}?"
-
-
-def _words(sentence: Sentence) -> str:
-    return report.metric_name(sentence.metric)
+        return f"does {first} lose less than {-sentence.least:g} points of {words} against {second}?"
+    return f"is {first} ahead of {second} in {words}?"
 
 
 def _seeds(runs: pd.DataFrame, sentence: Sentence) -> set[int]:

@@ -334,7 +334,7 @@ def record(run: Run) -> records.Row:
 
 @cache
 def _committed() -> dict[str, records.Row]:
-    return {row["key"]: row for row in records.rows_of(records.load(CHAPTER))}
+    return {row["key"]: row for row in records.rows(CHAPTER)}
 
 
 def chosen(use: str, contender: str) -> tuple[float, float]:
