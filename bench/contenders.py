@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import topk
+from bench import operators
+from bench.operators import OPERATORS
 from topk import backend
 from topk.autograd import Loss
 from topk_lab.study.timing import Work
@@ -472,6 +474,19 @@ def _last_layers(family: str) -> tuple[Contender, ...]:
     )
 
 
+def _operators(family: str) -> tuple[Contender, ...]:
+    """A soft top-k operator and what it is measured against."""
+    mine = Contender(f"topk soft_topk {family}", family, operators.ours, operators.truth)
+    floor = Contender("softmax + topk", family, operators.softmax_and_topk)
+    match family:
+        case "logistic":
+            return mine, floor, Contender("Sinkhorn", family, operators.sinkhorn, operators.truth, largest=15_000_000)
+        case "subset":
+            return mine, floor, Contender("topk smooth, the same k", family, operators.smooth_loss)
+        case _:
+            return mine, floor
+
+
 CONTENDERS = (
     Contender(CROSS_ENTROPY, "any", _cross_entropy, _cross_entropy_truth),
     Contender(f"{CROSS_ENTROPY} compiled", "any", _compiled(_cross_entropy), _cross_entropy_truth, compiled=True),
@@ -479,6 +494,7 @@ CONTENDERS = (
     Contender(PLAIN_COPY, "any", _plain_copy, backward=False, passes=2),
     *(contender for family in _TRUTHS for contender in _ours_on_every_backend(family)),
     *(Contender(f"topk {family}", family, _relative, _relative_truth) for family in RELATIVES),
+    *(contender for family in OPERATORS for contender in _operators(family)),
     *(contender for family in (*_TRUTHS, CROSS_ENTROPY) for contender in _last_layers(family)),
     Contender(
         "F.linear_cross_entropy", CROSS_ENTROPY, _torchs_operator, _layer_truth, runs_on=_no_operator, layer=True

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bench.contenders import RELATIVES, Setting
+from bench.operators import OPERATORS
 
 FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
 LARGE = 2**26
@@ -87,12 +88,20 @@ def relatives() -> list[Setting]:
     return [Setting(family, 256, 1000, 5) for family in RELATIVES]
 
 
+def soft_topk() -> list[Setting]:
+    """A minute or two: the soft top-k operators at 256 x 1000, k = 10 and other k, and on long rows."""
+    every = [Setting(family, 256, 1000, 10) for family in OPERATORS]
+    over_k = [Setting(family, 256, 1000, k) for family in ("subset", "logistic") for k in (2, 5, 8, 50)]
+    return every + over_k + [Setting(family, 16, 100_000, 10) for family in ("logistic", "subset")]
+
+
 SUITES = {
     "smoke": Suite(smoke, seconds=0.5),
     "headline": Suite(headline, seconds=10.0),  # a peer takes 0.1 s a call
     "cpu": Suite(cpu, compiles=lambda s: (s.batch, s.classes) == (256, 1000) and s.dtype == "float32"),
     "large": Suite(large),
     "relatives": Suite(relatives),
+    "operators": Suite(soft_topk),
     "scale": Suite(scale),
     "gpu": Suite(
         gpu, "cuda", 0.5, compiles=lambda s: s in [Setting(s.family, rows, 1000, 5) for rows in (256, 65_536)]
