@@ -1,4 +1,4 @@
-"""`python -m bench --suite smoke|headline|cpu|large|relatives|operators|scale|gpu` measures; `... show`, `... ship` read records.
+"""`python -m bench --suite SUITE` measures, for instance headline, operators, gpu; `... show`, `... ship` read records.
 
 `python -m bench expect [FAMILY ...] [CLASSES ...]` works out, without a GPU, what the kernels should take on one.
 """
