@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+import math
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -43,19 +44,19 @@ def smooth_loss(setting: Setting, device: torch.device) -> LossCall:
 
 
 def sinkhorn(setting: Setting, device: torch.device) -> LossCall:
-    """The logistic mask as entropic optimal transport to the anchors 0 and 1, differentiated through its iterations."""
+    """The logistic mask as entropic optimal transport to the anchors 0 and 1, and the derivative of its fixed point."""
 
-    def call(x: Tensor, y: Tensor) -> Tensor:
-        n = x.shape[1]
-        cost = torch.stack((torch.zeros_like(x), x), 2)  # log of the kernel, up to factors that scaling takes out
-        goal = torch.tensor([n - setting.k, setting.k], dtype=x.dtype, device=x.device).log()
+    @torch.no_grad()
+    def level(x: Tensor) -> Tensor:
+        costs = torch.stack((torch.zeros_like(x), x), 2)  # minus the costs, up to factors that scaling takes out
+        goal = torch.tensor([x.shape[1] - setting.k, setting.k], dtype=x.dtype, device=x.device).log()
         column = torch.zeros_like(goal)
         for _ in range(_SINKHORN):
-            row = -torch.logsumexp(cost + column, 2)
-            column = goal - torch.logsumexp(cost + row[:, :, None], 1, keepdim=True)
-        return _chosen(torch.sigmoid(x + column[..., 1] - column[..., 0]), y)
+            row = torch.logsumexp(costs + column, 2)
+            column = goal - torch.logsumexp(costs - row[:, :, None], 1, keepdim=True)
+        return column[..., 0] - column[..., 1]
 
-    return call
+    return lambda x, y: _chosen(_by_implicit_function(x, level(x), setting), y)
 
 
 # --- truths ----------------------------------------------------------------------------------------------------------
@@ -74,21 +75,27 @@ def _cdf(family: str, z: Tensor) -> Tensor:
         case "laplace":
             return torch.where(z < 0, 0.5 * torch.exp(-z.abs()), 1.0 - 0.5 * torch.exp(-z.abs()))
         case "gaussian":
-            return torch.special.ndtr(z)
+            return 0.5 * torch.erfc(-z * math.sqrt(0.5))
         case _:
             return z.clamp(0.0, 1.0)
 
 
 def _threshold(scores: Tensor, setting: Setting) -> Tensor:
-    """b by bisection, then one Newton step, whose derivative is that of the implicit function theorem."""
+    """b by bisection."""
     fixed = scores.detach()
     low, high = fixed.amin(1, keepdim=True) - 50.0, fixed.amax(1, keepdim=True) + 50.0
     for _ in range(100):
         middle = (low + high) / 2
         above = _cdf(setting.family, fixed - middle).sum(1, keepdim=True) > setting.k
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return _by_implicit_function(scores, middle, setting)
+
+
+def _by_implicit_function(scores: Tensor, level: Tensor, setting: Setting) -> Tensor:
+    """One more Newton step from the root (rows, 1): its derivative is that of the implicit function theorem."""
+    fixed = scores.detach()
     with torch.enable_grad():
-        level = middle.requires_grad_()
+        level = level.requires_grad_()
         (slope,) = torch.autograd.grad(_cdf(setting.family, fixed - level).sum(), level)
     level = level.detach()
     level = level - (_cdf(setting.family, scores - level).sum(1, keepdim=True) - setting.k) / slope
@@ -102,4 +109,5 @@ def _subsets(scores: Tensor, k: int) -> Tensor:
         sums = F.pad(torch.ones_like(inner[:, :1]), (0, k))
         for weight in inner.exp().unbind(1):
             sums = sums + weight[:, None] * F.pad(sums[:, :-1], (1, 0))
-        return cast(Tensor, torch.autograd.grad(sums[:, k].log().sum(), inner, create_graph=True)[0])
+        (mask,) = torch.autograd.grad(sums[:, k].log().sum(), inner, create_graph=True)
+    return mask

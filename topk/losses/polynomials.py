@@ -15,6 +15,15 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return result
 
 
+LANES = 2**13
+"""Polynomials that the CPU advances together by one step of a recursion."""
+
+
+def lanes_for(rows: int, classes: int, k: int) -> int:
+    """In how many lanes to deal the classes of a row: enough work for a call, but long lanes."""
+    return min(max(1, LANES // rows), max(1, classes // (4 * k)))
+
+
 def success_counts(trials: Tensor, k: int, dtype: torch.dtype) -> Tensor:
     """Pr[S = j], j = 0..k (k + 1, rows), with S the successes of all trials (steps, lanes, rows) of a row.
 

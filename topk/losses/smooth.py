@@ -59,7 +59,6 @@ POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
 
 _NEWTON_STEPS = (3, 16)  # usually, and at most: a step divides an excess of the mean by e, and it is below n
-_LANES = 2**13  # polynomials advanced together by one step of the recursion
 _SUM_CHUNK = 2**17  # elements worked on at a time: buffers stay in cache, far below the size of the scores
 _LANE_CHUNK = 2**17  # larger, since every step of the recursion costs one call
 
@@ -329,7 +328,7 @@ def _newton_identities(sums: Tensor) -> Tensor:
 def _lanes(scores: Tensor, target: Tensor, index: Tensor, kth: Tensor, k: int, rate: float) -> tuple[Tensor, Tensor]:
     """The tilt and Pr[S = j], j = 0..k, over the tail: a recursion over lanes of classes, then truncated products."""
     rows, classes = scores.shape
-    lanes = min(max(1, _LANES // rows), max(1, classes // (4 * k)))
+    lanes = polynomials.lanes_for(rows, classes, k)
     steps = -(-classes // lanes)
     log_odds, buffer = buffers(scores, 2, _LANE_CHUNK, lanes * steps)
     log_odds, buffer = log_odds[:rows], buffer[:rows]

@@ -98,8 +98,10 @@ def compiled() -> bool:
 
 def plain(grad: Tensor) -> bool:
     """Whether a backward pass need not have a derivative, nor be traced, nor run for a batch: a kernel may do it."""
+    if torch.is_grad_enabled() or compiled():
+        return False
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(grad)
-    return not (torch.is_grad_enabled() or compiled() or wrapped)
+    return not wrapped
 
 
 def order_statistics(scores: Tensor, k: float | Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from topk import kernels
 from topk._cpu import CHUNK, SMALLEST, buffers, chunks, exponentials, largest
 from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
 from topk.backend import choose
+from topk.losses import polynomials
 from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
 from topk.losses.smooth import POWER_SUM_LIMIT, _left_out, _newton_identities, _with_head
@@ -50,6 +51,7 @@ from topk.operators.rows import (
     fold,
     hard_mask,
     per_row,
+    plain,
 )
 from topk.operators.threshold import threshold_level, threshold_mask
 
@@ -62,10 +64,10 @@ _SETTLED, _BROKEN = 1.0, 2.0
 
 def _dual_product(left: Tensor, right: Tensor) -> Tensor:
     """Truncated to the length of `right`."""
-    value = product(left[0], right[0])
+    value = product(left[0][:, None], right.transpose(0, 1)).transpose(0, 1)
     if left.shape[0] == 1:
-        return value[None]
-    return torch.stack((value, product(left[0], right[1]) + product(left[1], right[0])))
+        return value
+    return torch.stack((value[0], value[1] + product(left[1], right[0])))
 
 
 def _tree(factors: Tensor, degree: int) -> Tensor:
@@ -82,13 +84,49 @@ def _tree(factors: Tensor, degree: int) -> Tensor:
     return pad(result, (0, 0, 0, degree + 1 - result.shape[1]))
 
 
-def _with_factor(polynomial: Tensor, factor: Tensor) -> Tensor:
-    """Times the linear factor (1 or 2, 2, rows)."""
-    shifted = pad(polynomial[:, :-1], (0, 0, 1, 0))
-    value = polynomial * factor[:1, :1] + shifted * factor[:1, 1:]
+def _tail(u: Tensor, v: Tensor | None, degree: int) -> Tensor:
+    """The product over all elements of 1 - P + P z (1 or 2, degree + 1, rows), u = log w."""
+    if not (u.is_cpu and plain(u) and (v is None or plain(v))):
+        return _tree(_factors(u, v), degree)
+    parts = [_in_lanes(u[part], None if v is None else v[part], degree) for part in chunks(u)]
+    return torch.cat(parts, 2)
+
+
+def _in_lanes(u: Tensor, v: Tensor | None, degree: int) -> Tensor:
+    """The same by a recursion over lanes of elements, then the product of the lanes: few calls, in cache."""
+    rows, n = u.shape
+    lanes = polynomials.lanes_for(rows, n, degree)
+    steps = -(-n // lanes)
+
+    def dealt(field: Tensor) -> Tensor:
+        return pad(field, (0, lanes * steps - n)).view(rows, lanes, steps).permute(2, 1, 0).contiguous()
+
+    success = torch.sigmoid(u)
+    trials, duals = dealt(success), 1 if v is None else 2
+    moves = trials if v is None else dealt(success * v)
+    now = u.new_zeros((duals, degree + 2, lanes, rows))  # one row of zeros above the constants
+    now[0, 1] = 1.0
+    then = torch.zeros_like(now)
+    for trial, move in zip(trials.unbind(0), moves.unbind(0), strict=True):
+        torch.lerp(now[:, 1:], now[:, :-1], trial, out=then[:, 1:])
+        if v is not None:
+            then[1, 1:].addcmul_(now[0, :-1], move)
+        now, then = then, now
+    merged = now[:, 1:].to(float_type(u))
+    while merged.shape[2] > 1:
+        half = merged.shape[2] // 2
+        pairs = _dual_product(merged[:, :, :half], merged[:, :, half : 2 * half])
+        merged = torch.cat((pairs, merged[:, :, 2 * half :]), 2)
+    return merged[:, :, 0]
+
+
+def _with_factor(polynomial: Tensor, factor: Tensor, *, falling: bool = False) -> Tensor:
+    """Times the linear factor (1 or 2, 2, rows); `falling`: the highest coefficient comes first."""
+    shifted = pad(polynomial[:, 1:], (0, 0, 0, 1)) if falling else pad(polynomial[:, :-1], (0, 0, 1, 0))
+    value = torch.addcmul(polynomial * factor[:1, :1], shifted, factor[:1, 1:])
     if factor.shape[0] == 1:
         return value
-    return torch.stack((value[0], value[1] + shifted[0] * factor[1, 1]))
+    return torch.stack((value[0], torch.addcmul(value[1], shifted[0], factor[1, 1])))
 
 
 def _up_to(polynomial: Tensor, k: Tensor) -> Tensor:
@@ -106,30 +144,28 @@ def _factors(u: Tensor, v: Tensor | None) -> Tensor:
 
 
 def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """pi (rows, n), or its derivative along v, and log e_k(w) (rows,); u = log w."""
+    """pi (rows, n) and log e_k(w) (rows,), u = log w, or the derivatives of both along v."""
     head = u.gather(1, index)
     head_factors = _factors(head, None if v is None else v.gather(1, index)).to(float_type(u))
     tail = u.scatter(1, index, -torch.inf)
-    behind, odds = _tree(_factors(tail, v), most), tail.exp()
-    one = torch.zeros_like(behind)
-    one[0, 0] = 1.0
-    before = [one + 0.0 * behind]  # as many dimensions as `behind` has under vmap
+    odds = tail.exp()
+    behind = _up_to(_tail(tail, v, most), k).flip(1)  # from the k-th coefficient down
+    first = torch.zeros_like(behind[:, :-1])
+    first[0, 0] = 1.0
+    before = [first + 0.0 * behind[:, :-1]]  # as many dimensions as `behind` has under vmap
     for factor in head_factors[..., :-1].unbind(-1):
         before.append(_with_factor(before[-1], factor))
     left_out = []
     for i in range(index.shape[1] - 1, -1, -1):
-        other = pad(_up_to(behind, k), (0, 0, 1, 0))[:, :-1].flip(1)
-        pairs = before[i][:1] * other
-        value = pairs.sum(1)
+        others = (before[i] * behind[:1, 1:]).sum(1)
         if v is not None:
-            value = torch.stack((value[0], value[1] + (before[i][1] * other[0]).sum(0)))
-        left_out.append(value)
-        behind = _with_factor(behind, head_factors[..., i])
+            others = torch.stack((others[0], others[1] + (before[i][0] * behind[1, 1:]).sum(0)))
+        left_out.append(others)
+        behind = _with_factor(behind, head_factors[..., i], falling=True)
     at_head = torch.stack(left_out[::-1], -1)  # (1 or 2, rows, size): Pr[k - 1 of the others succeed]
-    full = _up_to(behind, k)
+    full = behind.flip(1)
     chance = torch.where(full[0, -1] > 0, full[0, -1], 1.0)
     full = full / chance
-    log_sum = chance.log().to(u.dtype) + softplus(u, threshold=40.0).sum(1)
     at_head = (at_head * (head_factors[0, 1] / chance[:, None])).to(u.dtype)
     coefficients = full[:, :-1, :, None].to(u.dtype)
     alpha = coefficients[0, 0].expand_as(odds)
@@ -137,16 +173,17 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
         alpha = alpha.clone()
         for coefficient in coefficients[0, 1:].unbind(0):
             torch.addcmul(coefficient, alpha, odds, value=-1.0, out=alpha)
+        log_sum = chance.log().to(u.dtype) + softplus(u, threshold=40.0).sum(1)
         return alpha.mul_(odds).scatter_(1, index, at_head[0]), log_sum
     moved = odds * v
     slope = coefficients[1, 0].expand_as(odds)
     for value, derivative in zip(coefficients[0, 1:].unbind(0), coefficients[1, 1:].unbind(0), strict=True):
-        slope = derivative - odds * slope - moved * alpha
-        alpha = value - odds * alpha
+        slope = torch.addcmul(torch.addcmul(derivative, odds, slope, value=-1.0), moved, alpha, value=-1.0)
+        alpha = torch.addcmul(value, odds, alpha, value=-1.0)
     drift = full[1, -1, :, None].to(u.dtype)
     at_tail = moved * alpha + odds * slope - odds * alpha * drift
     of_head = at_head[0] * (v.gather(1, index) - drift) + at_head[1]
-    return at_tail.scatter(1, index, of_head), log_sum
+    return at_tail.scatter(1, index, of_head), drift[:, 0]
 
 
 def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

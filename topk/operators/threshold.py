@@ -183,10 +183,12 @@ class _Mask(Function):
         ctx.method, ctx.kernel = inputs[4:]
 
     @staticmethod
-    def slopes(ctx: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def slopes(ctx: Context, *, with_z: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """f and z (rows, n), the temperature and 1 / <f, 1> (rows, 1), the latter 0 where nothing moves."""
         scores, temperature, mask, offset, anchor = ctx.saved_tensors
-        z = ((scores - anchor[:, None]).clamp(min=LOWEST) - offset[:, None]) / temperature[:, None]
+        z = mask  # where neither the density nor the caller needs it
+        if with_z or ctx.method != "logistic":
+            z = ((scores - anchor[:, None]).clamp(min=LOWEST) - offset[:, None]) / temperature[:, None]
         density = FAMILIES[ctx.method].density(z, mask)
         total = density.sum(1, keepdim=True)
         moves = total > torch.finfo(total.dtype).tiny
@@ -199,10 +201,9 @@ class _Mask(Function):
             scores, temperature, _, offset, anchor = ctx.saved_tensors
             each = kernels.of("threshold").backward(grad, grad_offset, scores, temperature, offset, anchor, ctx.method)
             return *each, None, None, None
-        density, z, temperature, inverse = _Mask.slopes(ctx)
-        direct = density * grad / temperature
-        share = (grad_offset[:, None] - direct.sum(1, keepdim=True)) * inverse
-        gradient = direct + share * density
+        density, z, temperature, inverse = _Mask.slopes(ctx, with_z=ctx.needs_input_grad[2])
+        share = (grad_offset[:, None] - torch.linalg.vecdot(density, grad)[:, None] / temperature) * inverse
+        gradient = density * (grad / temperature + share)
         for_temperature = -(gradient * z).sum(1) if ctx.needs_input_grad[2] else None
         return gradient, -(share * temperature)[:, 0], for_temperature, None, None, None
 
@@ -214,7 +215,7 @@ class _Mask(Function):
 class _ForwardMask(_Mask):
     @staticmethod
     def jvp(ctx: Context, scores: Tensor | None, k: Tensor | None, temperature: Tensor | None, *_: Any) -> Any:
-        density, z, scale, inverse = _Mask.slopes(ctx)
+        density, z, scale, inverse = _Mask.slopes(ctx, with_z=temperature is not None)
         push = torch.zeros_like(z) if scores is None else scores
         if temperature is not None:
             push = push - z * temperature[:, None]
