@@ -58,7 +58,7 @@ def elsewhere() -> dict[str, pd.DataFrame]:
     for chapter, sweep in sorted({(s.chapter, s.sweep) for s in SENTENCES if s.chapter != "fair"}):
         frame = report.of_sweep(report.runs(chapter), sweep) if chapter in chapters() else pd.DataFrame()
         if len(frame):
-            found[sweep] = frame
+            found[sweep] = frame.assign(loss=[_contender(row) for row in rows_of(frame)])
     return found
 
 
