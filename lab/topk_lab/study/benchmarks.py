@@ -79,7 +79,7 @@ def by_machine(frame: pd.DataFrame) -> list[dict[str, Any]]:
     for name, mine in usual(frame[frame["p50_ms"].notna()]).groupby("machine"):
         first, times = mine.iloc[0], mine.set_index("family")["times_ce"]
         machine = str(first["processor"] or name)
-        threads = "" if first["device"] == "cuda" else f", {first['threads']:.0f} threads"
+        threads = "" if first["device"] == "cuda" else f", threads: {first['threads']:.0f}"
         found = {_named(family): f"{times[family]:.1f}" for family in FAMILIES if family in times}
         rows.append({"machine": machine + threads} | found)
     return rows
