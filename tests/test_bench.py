@@ -508,6 +508,13 @@ def test_ratios_of_the_tidy_table(records: Any) -> None:
     assert len(benchmarks.sweep(records, "hinge", "k")) == 0
 
 
+def test_the_usual_problem_on_every_machine() -> None:
+    rows = benchmarks.by_machine(benchmarks.load())
+    assert {"machine", "calibrated hinge", *benchmarks.FAMILIES} - {"hinge"} in [set(row) for row in rows]
+    peers = benchmarks.usual(benchmarks.against_peers(benchmarks.measured(benchmarks.load(), "cpu")))
+    assert {"smooth", "noised"} <= set(peers["family"])
+
+
 def test_the_summary_tells_both_clocks(tmp_path: Path) -> None:
     cold = {CROSS_ENTROPY: 1.0, "topk smooth": 4.0, "difftopk smooth": 80.0}
     warm = {CROSS_ENTROPY: "0.5", "topk smooth": "3.0", "difftopk smooth": "75.0"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -99,6 +100,23 @@ def test_verdicts_are_shown_for_some_conditions_and_judged_over_all() -> None:
     along = fair.along_k(one, (1, 5))["smooth"]
     assert along[1] == fair.compared(one, "top5")["smooth"]
     assert len(along) == 2
+
+
+def test_variances_of_seeds_images_and_the_rest() -> None:
+    random = np.random.default_rng(0)
+    parts = 3.0 * random.normal(size=(500, 1)), 2.0 * random.normal(size=(1, 500)), random.normal(size=(500, 500))
+    assert fair.variances(sum(parts[1:], parts[0])) == pytest.approx((9.0, 4.0, 1.0), rel=0.2)
+    assert fair.variances(np.ones((3, 4))) == (0.0, 0.0, 0.0)
+
+
+def test_a_chart_writes_what_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, Any] = {}
+    monkeypatch.setattr(fair.figures, "heat", lambda *args, **options: shown.update(maps=args[0], **options))
+    row = {"sweep": "fair.linear", "loss": "smooth", "difference": 1.26, "verdict": "ahead"}
+    other = row | {"sweep": "fair.tails", "loss": "noised", "verdict": "level"}
+    fair.chart({"top-5": [row, other], "top-1": [row, other]}, "alt")
+    assert shown["marks"]["top-5"].tolist() == [["+1.3", ""], ["", "•"]]
+    assert np.isnan(shown["maps"]["top-1"]).tolist() == [[False, True], [True, False]]
 
 
 def test_only_choices_at_an_end_are_near_it() -> None:

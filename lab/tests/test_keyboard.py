@@ -78,6 +78,8 @@ def test_differences_are_paired_by_seed_and_by_row(monkeypatch: pytest.MonkeyPat
     assert both.high < 0
     assert (draws < 0).all()
     assert found["keystrokes saved"][0].mean == pytest.approx(-100 * lost * 3 / 4)
+    told = keyboard.told("smooth, k = 3", {"smooth, k = 3": found}, "top3")
+    assert told.startswith(f"*smooth, k = 3* is behind cross-entropy in top-3: {both.mean:+.2f} points (")
     assert keyboard.differences(part[part["loss"] != "cross-entropy"], ["top3"]) == {}
     assert len(keyboard.alike(frame.assign(**{"model.hidden": 5}), part)) == 0
 

@@ -491,7 +491,8 @@ def bars(
         axis.axvline(line, color=BLACK, linewidth=1.2)
     axis.set(title=title, xlabel=x_label, xscale=scale)
     if scale == "log":
-        axis.set_xlim(left=min(x for values in series.values() for x in values.values()) / 1.5)
+        everything = [x for values in series.values() for x in values.values()]
+        axis.set_xlim(min(everything) / 1.5, max(everything) * 1.2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     axis.margins(y=0.01)

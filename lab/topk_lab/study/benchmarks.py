@@ -56,6 +56,35 @@ def ours(frame: pd.DataFrame) -> pd.DataFrame:
     return mine.drop_duplicates(["machine", *PROBLEM], keep="last").sort_index()
 
 
+def usual(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row a machine and loss of ours: 256 rows of 1000 classes in float32, k = 5, and the loss's defaults."""
+    asked = {
+        "batch": 256,
+        "classes": 1000,
+        "k": 5,
+        "dtype": "float32",
+        "samples": 5,
+        "epsilon": 1,
+        "method": "odd_even",
+    }
+    mine = frame if "faster" in frame else ours(frame)  # rows of `against_peers` are ours already
+    for name, value in asked.items():
+        mine = mine[mine[name] == value]
+    return mine.drop_duplicates(["machine", "family"])
+
+
+def by_machine(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A row of a table for every machine that has the usual problem: each loss's time over that of cross-entropy."""
+    rows = []
+    for name, mine in usual(frame[frame["p50_ms"].notna()]).groupby("machine"):
+        first, times = mine.iloc[0], mine.set_index("family")["times_ce"]
+        machine = str(first["processor"] or name)
+        threads = "" if first["device"] == "cuda" else f", threads: {first['threads']:.0f}"
+        found = {_named(family): f"{times[family]:.1f}" for family in FAMILIES if family in times}
+        rows.append({"machine": machine + threads} | found)
+    return rows
+
+
 def against_peers(frame: pd.DataFrame) -> pd.DataFrame:
     """A row for every problem that a peer solves too: `faster`, its time over ours, and `less_memory` likewise.
 
@@ -173,6 +202,11 @@ def time_and_memory(frame: pd.DataFrame, family: str, along: str, clock: str = "
     say(f"The {family} loss, {what}. {source_of(rows)}")
 
 
+def _named(family: str) -> str:
+    """A family as other chapters call its loss."""
+    return "calibrated hinge" if family == "hinge" else family
+
+
 def _held(row: Any, along: str, fixed_batch: bool) -> str:
     """What a sweep keeps, in words."""
     if along == "classes" and not fixed_batch:
@@ -193,8 +227,8 @@ def ratio_to_cross_entropy(frame: pd.DataFrame, along: str, clock: str = "", fix
         say(f"No record over this axis yet ({along}).")
         return
     places = sorted({place for ratios in found.values() for place in ratios.index})
-    lines = {family: [ratios.get(place, np.nan) for place in places] for family, ratios in found.items()}
-    looks = {family: look(f"topk {family}") for family in lines}
+    lines = {_named(family): [ratios.get(place, np.nan) for place in places] for family, ratios in found.items()}
+    looks = {_named(family): look(f"topk {family}") for family in found}
     panel = Panel(places, lines, "time over that of cross-entropy", _AXIS[along], scale="log", looks=looks,
                   levels={"": 1.0})  # fmt: skip
     figures.lines(panel, alt=f"Time over that of cross-entropy against the {_words(along)}, for {', '.join(lines)}.")
@@ -215,17 +249,19 @@ def ratio_to_peers(frame: pd.DataFrame, alt: str) -> None:
 
 
 def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
-    """GB/s of every contender at its family's largest problem (k = 5 if there is one)."""
+    """GB/s of every contender at its family's largest problem (k = 5 if there is one); of several the median."""
     rows = largest_problems(frame)
-    series: dict[str, dict[str, float]] = {}
-    for _, row in rows.iterrows():
-        who = row["contender"].split()[0]
-        kind = "topk" if who == "topk" else "copy" if "copy" in row["contender"] else "others"
-        series.setdefault(kind, {})[f"{row['family']}: {row['contender']}"] = row[f"{clock}gbps"]
-    if not series:
+    if rows.empty:
         say("No record yet.")
         return
-    figures.bars(series, alt, x_label="GB/s, least traffic over time", scale="log")
+    series: dict[str, dict[str, float]] = {"copies": {}, "topk": {}, "others": {}}
+    found = rows.groupby("contender")[f"{clock}gbps"].median().dropna().sort_values(ascending=False)
+    for contender, rate in found.items():
+        name = str(contender)
+        kind = "topk" if name.startswith("topk ") else "copies" if name.endswith("copy") else "others"
+        series[kind][name] = float(rate)
+    series = {kind: rates for kind, rates in series.items() if rates}
+    figures.bars(series, alt, x_label="effective bandwidth, GB/s", scale="log")
     say(source_of(rows))
 
 

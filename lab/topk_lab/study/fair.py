@@ -5,15 +5,16 @@ and the sentences that were written down before the runs (book/preregistration.m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from topk_lab import report
+from topk_lab import figures, report
 from topk_lab.records import chapters, ranks_of, rows_of
 from topk_lab.study.statistics import Interval, mean_of_taken_seeds, t_interval, taken
 from topk_lab.sweep import Range, Sweep
@@ -32,6 +33,10 @@ CONDITIONS = {
     "fair.tails": "long tail of imbalance 100",
 }
 """{sweep: what it is about}, in the order of the tables."""
+_ELSEWHERE = {
+    "25_keyboard": "next word, 3,000 words and 16 units",
+    "14_cifar100.pixels": "a network from pixels, trained to convergence",
+}
 
 
 # --- the runs ---
@@ -84,6 +89,15 @@ def draws(first: Array, second: Array, metric: str) -> Array:
     return one - other
 
 
+def variances(hits: Array) -> tuple[float, float, float]:
+    """Of differences (seeds, images) the variances that belong to seeds, to images and to the rest, none below 0."""
+    seeds, images = hits.shape
+    of_seeds, of_images = hits.mean(1), hits.mean(0)
+    rest = ((hits - of_images - of_seeds[:, None] + hits.mean()) ** 2).sum() / ((seeds - 1) * (images - 1))
+    found = of_seeds.var(ddof=1) - rest / images, of_images.var(ddof=1) - rest / seeds
+    return max(float(found[0]), 0.0), max(float(found[1]), 0.0), float(rest)
+
+
 def interval(values: Array, confidence: float = 0.95) -> Interval:
     """The mean of the draws and their central part."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -128,16 +142,47 @@ def verdicts(frames: Mapping[str, pd.DataFrame], metric: str, level: float = 0.0
     return rows
 
 
+Judged = Mapping[str, Sequence[Mapping[str, Any]]]
+"""{"top-5": `verdicts`, "top-1": `verdicts`}, in the same order."""
+
+
+def both(frames: Mapping[str, pd.DataFrame]) -> Judged:
+    """`verdicts` in top-5 and in top-1, each over all conditions together."""
+    return {metric: verdicts(frames, metric.replace("-", "")) for metric in ("top-5", "top-1")}
+
+
 def judged(frames: Mapping[str, pd.DataFrame], shown: Iterable[str]) -> list[dict[str, Any]]:
-    """`verdicts` in top-5 and in top-1 over all conditions together, as rows of a table for those that are shown."""
-    first = {(row["sweep"], row["loss"]): row for row in verdicts(frames, "top1")}
-    rows, wanted = [], set(shown)
-    for row in verdicts(frames, "top5"):
-        if row["sweep"] in wanted:
-            both = {"top-5": row, "top-1": first[row["sweep"], row["loss"]]}
-            cells = {f"{metric} against {report.BASELINE}": _cell(found) for metric, found in both.items()}
-            rows.append({"condition": CONDITIONS[row["sweep"]], "loss": row["loss"], **cells})
-    return rows
+    """`both` as rows of a table, for the conditions that are shown."""
+    return tabled(both(frames), shown)
+
+
+def tabled(found: Judged, shown: Iterable[str]) -> list[dict[str, Any]]:
+    """A row of a table for every condition that is shown and loss."""
+    wanted = set(shown)
+    return [
+        {"condition": CONDITIONS[rows[0]["sweep"]], "loss": rows[0]["loss"]}
+        | {f"{metric} against {report.BASELINE}": _cell(row) for metric, row in zip(found, rows, strict=True)}
+        for rows in zip(*found.values(), strict=True)
+        if rows[0]["sweep"] in wanted
+    ]
+
+
+def chart(found: Judged, alt: str) -> None:
+    """A map a metric, losses downwards and conditions to the right: differences told apart, a dot for the others."""
+    rows = next(iter(found.values()))
+    losses = list(dict.fromkeys(str(row["loss"]) for row in rows))
+    names = [name for name in CONDITIONS if any(row["sweep"] == name for row in rows)]
+    maps = {metric: np.full((len(losses), len(names)), np.nan) for metric in found}
+    marks = {metric: np.full(cells.shape, "", dtype=object) for metric, cells in maps.items()}
+    for metric, each in found.items():
+        for row in each:
+            at = losses.index(row["loss"]), names.index(row["sweep"])
+            maps[metric][at] = row["difference"]
+            marks[metric][at] = "•" if row["verdict"] == "level" else f"{row['difference']:+.1f}"
+    figures.heat(
+        maps, losses, [fill(CONDITIONS[name], 14) for name in names], alt, reach=4, marks=marks, across=1,
+        size=(9.4, 2.0 + 0.48 * len(losses)), label=f"minus {report.BASELINE}, points",
+    )  # fmt: skip
 
 
 def _cell(row: Mapping[str, Any]) -> str:
@@ -283,7 +328,7 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """
     sentence = next(sentence for sentence in SENTENCES if sentence.name == name)
     row = next(row for row in rows if row["sentence"] == name)
-    asked = f"**{name}**, {CONDITIONS.get(sentence.sweep, sentence.sweep)}: {_question(sentence)}"
+    asked = f"**{name}**, {(CONDITIONS | _ELSEWHERE)[sentence.sweep]}: {_question(sentence)}"
     if "difference" not in row:
         return f"{asked} **Open**: the runs are not finished."
     found = row["difference"]

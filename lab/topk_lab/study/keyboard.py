@@ -161,6 +161,16 @@ def differences(part: pd.DataFrame, metrics: Sequence[str]) -> dict[str, dict[st
     return found
 
 
+def told(loss: str, found: Mapping[str, Mapping[str, Difference]], metric: str) -> str:
+    """A sentence of `differences`: ahead of cross-entropy, level with it or behind, by how much, and the interval."""
+    _, both, _ = found[loss][metric]
+    where = ("level with", "ahead of", "behind")[both.side]
+    return (
+        f"*{loss}* is {where} {report.BASELINE} in {report.metric_name(metric)}: {both.mean:+.2f} points "
+        f"({both.low:+.2f} to {both.high:+.2f})."
+    )
+
+
 def compared(found: Mapping[str, Mapping[str, Difference]]) -> None:
     """A row for every loss and metric: its difference to cross-entropy with both intervals."""
     table([

@@ -313,10 +313,10 @@ def draw_guesses(
             for c in range(setting.classes):
                 axis.scatter(*inputs[0, labels == c].T, s=9, marker=figures.MARKERS[c], color=figures.COLOURS[c],
                              linewidth=0.3, edgecolor="white")  # fmt: skip
-            axis.set_title((f"{loss}: " if guesses == 1 else "") + f"top-{guesses} {found[loss][guesses - 1]:.0f} %")
+            shown = ("first guess", "set of two guesses")[guesses - 1]
+            axis.set(title=f"{loss}, {shown}: {found[loss][guesses - 1]:.0f} %", xlabel="$z_1$", ylabel="$z_2$")
+            axis.label_outer()
             axis.grid(False)
-    axes[0, 0].set_ylabel("first guess")
-    axes[1, 0].set_ylabel("set of two guesses")
     columns = {f"top-{k}": [values[k - 1] for values in found.values()] for k in (1, 2)}
     figures.show(figure, alt, {"loss": list(found), **columns})
     return found
