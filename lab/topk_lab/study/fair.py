@@ -16,7 +16,8 @@ from scipy.stats import false_discovery_control
 
 from topk_lab import figures, report
 from topk_lab.records import chapters, ranks_of, rows_of
-from topk_lab.study.statistics import Interval, mean_of_taken_seeds, t_interval, taken
+from topk_lab.study import keyboard
+from topk_lab.study.statistics import Interval, hierarchical, mean_of_taken_seeds, t_interval, taken
 from topk_lab.sweep import Range, Sweep
 
 Array = np.ndarray[Any, Any]
@@ -303,7 +304,7 @@ def answers(frames: Mapping[str, pd.DataFrame], sentences: Iterable[Sentence] = 
         runs = frames.get(sentence.sweep)
         parts = [] if runs is None else [runs[runs["loss"] == loss] for loss in (sentence.first, sentence.second)]
         if parts and all(len(part) for part in parts):
-            found[sentence.name] = sampled = draws(*_common(*parts), sentence.metric) - sentence.least
+            found[sentence.name] = sampled = _drawn(sentence, *parts) - sentence.least
             against[sentence.name] = (float((sampled <= 0).mean()), float((sampled >= 0).mean()))
     held = holm({name: p for name, (p, _) in against.items()}, len(asked))
     failed = holm({name: p for name, (_, p) in against.items()}, len(asked))
@@ -317,6 +318,16 @@ def answers(frames: Mapping[str, pd.DataFrame], sentences: Iterable[Sentence] = 
                     "p": against[name][0], "seeds": len(_seeds(frames[sentence.sweep], sentence))}  # fmt: skip
         rows.append(row)
     return rows
+
+
+def _drawn(sentence: Sentence, first: pd.DataFrame, second: pd.DataFrame) -> Array:
+    """The draws of the difference; of next words the rows of a verse stay together, since they share words."""
+    one, other = _common(first, second)
+    if first["data.name"].iloc[0] != "words":
+        return draws(one, other, sentence.metric)
+    k, verse = int(sentence.metric.removeprefix("top")), keyboard.test_rows(int(first["data.vocabulary"].iloc[0]))[1]
+    apart = 100.0 * ((one < k).astype(np.float64) - (other < k))
+    return hierarchical(apart, groups=verse, draws=DRAWS)[1]
 
 
 def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
