@@ -323,7 +323,7 @@ def answers(frames: Mapping[str, pd.DataFrame], sentences: Iterable[Sentence] = 
 def _drawn(sentence: Sentence, first: pd.DataFrame, second: pd.DataFrame) -> Array:
     """The draws of the difference; of next words the rows of a verse stay together, since they share words."""
     one, other = _common(first, second)
-    if first["data.name"].iloc[0] != "words":
+    if "data.vocabulary" not in first:
         return draws(one, other, sentence.metric)
     k, verse = int(sentence.metric.removeprefix("top")), keyboard.test_rows(int(first["data.vocabulary"].iloc[0]))[1]
     apart = 100.0 * ((one < k).astype(np.float64) - (other < k))
