@@ -83,7 +83,7 @@ def test_noise_equals_its_slow_twin(seed: int, width: int) -> None:
 @triton.jit
 def _normals_of_words(ones_ptr, others_ptr, out_ptr, COUNT: tl.constexpr):
     lanes = tl.arange(0, COUNT)
-    first, second = noised._normals(tl.load(ones_ptr + lanes), tl.load(others_ptr + lanes))
+    first, second = noised._normals(tl.load(ones_ptr + lanes), tl.load(others_ptr + lanes), 1.0)
     tl.store(out_ptr + lanes, first)
     tl.store(out_ptr + COUNT + lanes, second)
 

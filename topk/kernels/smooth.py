@@ -155,7 +155,7 @@ def _forward(
             reads_again,
         )  # fmt: skip
         real, imag, heads, circle, count = nodes_of(
-            signed, heads, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS
+            signed, heads, source, center, shift, variance, rate, limit, rest, lanes % 8, k, ROWS, BLOCK, STREAMS
         )
         chance, chance_less, node_weight = chances(real + 1.0, imag, heads - k, circle, count, live)
         gap = tl.log(chance / chance_less) - shift + (center - mine) * rate + margin / tau
