@@ -174,7 +174,7 @@ def _forward(
 
 @triton.jit
 def _tile(start, first, classes, class_stride, centre, SIZE: tl.constexpr, GROUPS: tl.constexpr):
-    """Scores less the centre (1, SIZE, GROUPS), -inf for none; their classes; 1 (1, GROUPS) for NaN or +inf in a group."""
+    """Scores less the centre (1, SIZE, GROUPS), -inf for none; their classes; 1 in groups (1, GROUPS) of NaN or inf."""
     columns = first + tl.arange(0, SIZE)[None, :, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
     place = start + columns.to(tl.int64) * class_stride
     raw = tl.load(place, mask=columns < classes, other=float("-inf")).to(tl.float32)
