@@ -239,8 +239,8 @@ def _words(seed, one, two, three):
 
     As `tl.philox`, with each product of 64 bits in one instruction in place of two for its halves.
     """
-    a, b, c = one.to(tl.uint32), two.to(tl.uint32), tl.to_tensor(three).to(tl.uint32)
     d = tl.zeros((), tl.uint32)
+    a, b, c = one.to(tl.uint32), two.to(tl.uint32), d + three
     seed = seed.to(tl.uint64)
     key, other_key = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
