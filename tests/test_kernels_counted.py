@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, ab
 
 
 def _passes(scores: torch.Tensor, target: torch.Tensor) -> int:
-    """How often `take` looks for the best of every group, in the forward pass of a row."""
-    lines, first = inspect.getsourcelines(common.take.fn)
+    """How often the best of every group are looked for, in the forward pass of a row."""
+    lines, first = inspect.getsourcelines(common._best_of_groups.fn)
     line = first + next(i for i, text in enumerate(lines) if "best = scores == tops" in text)
     with counted_lines() as counts:
         topk_hinge_loss(scores, target, 5, backend="triton")
