@@ -7,7 +7,8 @@ it was compiled from, through all calls, so that both counts meet. Then, per lau
     time = max(bytes / bandwidth, busiest pipe's cycles / EFFICIENCY) / share of the device that has work,
 
 where pipes are those of Hopper: per cycle and multiprocessor 128 threads issue, of which 64 may compare, shift, select
-or add integers, 32 use shared memory or shuffle, 16 compute exp, log or a warp's reduction, 64 compute in float64.
+or add integers, 64 multiply integers (32 where the product has 64 bits), 32 use shared memory or shuffle, 16 compute
+exp, log or a warp's reduction, 64 compute in float64.
 """
 
 from __future__ import annotations
@@ -47,13 +48,15 @@ class Device:
 
 
 DEVICES = (Device("H100", 132, 1.755e9, 3.0e12), Device("H200", 132, 1.755e9, 4.3e12))
-_THREADS = {"issue": 128, "compare": 64, "memory": 32, "special": 16, "double": 64}
+_THREADS = {"issue": 128, "compare": 64, "multiply": 64, "memory": 32, "special": 16, "double": 64}
 """Threads a cycle and multiprocessor, by pipe."""
 
 _SPECIAL = re.compile(r"MUFU|F2I|I2F|F2F|REDUX|POPC|FLO|BREV")
 _MEMORY = re.compile(r"SHFL|LD|ST|ATOM|BAR")
 _DOUBLE = re.compile(r"D(ADD|MUL|FMA|SETP|MNMX)")
-_FAST = re.compile(r"F(ADD|MUL|FMA|SWZ)|IMAD\.MOV|HFMA2|NOP|BRA|EXIT|BSSY|BSYNC|WARPSYNC|U")
+_MULTIPLY = re.compile(r"IMAD|IDP")
+_WIDE = re.compile(r"IMAD\.(WIDE|HI)")
+_FAST = re.compile(r"F(ADD|MUL|FMA|SWZ)|HFMA2|NOP|BRA|EXIT|BSSY|BSYNC|WARPSYNC|U")
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,7 @@ def _expected(launch: Traced, batch: int, rows: int, capability: int) -> Expecte
         counts["issue"] += weight
         pipe = _pipe(name)
         if pipe is not None:
-            counts[pipe] += weight
+            counts[pipe] += 2 * weight if _WIDE.match(name) else weight
     moved = batch / rows * (launch.loaded + launch.stored)
     together = launch.constants.get("ROWS", 1)
     programs = launch.programs // -(-rows // together) * -(-batch // together)
@@ -163,7 +166,9 @@ def _expected(launch: Traced, batch: int, rows: int, capability: int) -> Expecte
 
 def _pipe(name: str) -> str | None:
     """The pipe that bounds such an instruction, besides issue; FFMA and its like are bound by issue alone."""
-    for pattern, pipe in ((_DOUBLE, "double"), (_SPECIAL, "special"), (_FAST, None), (_MEMORY, "memory")):
+    for pattern, pipe in (
+        (_DOUBLE, "double"), (_SPECIAL, "special"), (_FAST, None), (_MULTIPLY, "multiply"), (_MEMORY, "memory")
+    ):  # fmt: skip
         if pattern.match(name):
             return pipe
     return "compare"
@@ -203,7 +208,7 @@ def instructions(cubin: bytes) -> list[Instruction]:
     for line in resources.tool("nvdisasm", cubin, "-c", "-g", "-gi").splitlines():
         if told := re.match(r'\s*//## File "(.*?)", line (\d+)', line):
             chain, fresh = ([] if fresh else chain), False
-            if told[1].startswith(KERNELS):
+            if os.path.dirname(told[1]).endswith("topk/kernels"):  # of this checkout or, from Triton's cache, another
                 chain.append(statement(told[1], int(told[2])))
         elif told := re.match(r"\s*(\.L_x_\d+):", line):
             labels[told[1]] = len(found)

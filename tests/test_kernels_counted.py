@@ -22,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, ab
 
 
 def _passes(scores: torch.Tensor, target: torch.Tensor) -> int:
-    """How often `take` looks for the best of every group, in the forward pass of a row."""
-    lines, first = inspect.getsourcelines(common.take.fn)
+    """How often the best of every group are looked for, in the forward pass of a row."""
+    lines, first = inspect.getsourcelines(common._best_of_groups.fn)
     line = first + next(i for i, text in enumerate(lines) if "best = scores == tops" in text)
     with counted_lines() as counts:
         topk_hinge_loss(scores, target, 5, backend="triton")
@@ -47,10 +47,11 @@ def test_hard_rows_take_few_passes(classes: int) -> None:
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 _COMPILES = """
-import collections, json, resource, sys
+import collections, json, os, sys
 from bench import expect
 from bench.contenders import Setting
 from topk.kernels import resources
+os.environ["PYTHONPATH"] = "lab"  # what another triton compiles is interpreted by the one installed
 family, classes, k = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 for launch in expect.traced(Setting(family, 1, classes, k, samples=5), 1):
     described = expect.described(launch)
@@ -83,7 +84,7 @@ VERSIONS = [
 @pytest.mark.parametrize("triton", VERSIONS, ids=["installed", "other"])
 @pytest.mark.parametrize(
     ("family", "kernel", "shuffles", "registers", "instructions"),
-    [("transition", "_forward", 60, 168, 1600), ("noised", "_forward", 400, 168, 4800)],
+    [("transition", "_forward", 60, 168, 1600), ("noised", "_forward", 150, 168, 3600)],
 )
 def test_threads_hold_neighbouring_scores(
     family: str, kernel: str, shuffles: int, registers: int, instructions: int, triton: str | None
@@ -158,6 +159,13 @@ def test_instructions_are_weighted_by_the_loops_around_them() -> None:
     ]
     weights = list(expect.weighted(code, expect.Lines(_launch({loop: 4, inside: 3}))))
     assert weights == [("FADD", 1.0), ("FMUL", 3.0), ("BRA", 3.0), ("EXIT", 1.0)]
+
+
+def test_instructions_belong_to_pipes() -> None:
+    """On Hopper a product of integers is the business of the floating point pipe, not of the one that compares."""
+    names = ("IMAD.WIDE.U32", "IMAD.MOV.U32", "LOP3.LUT", "FMNMX", "FFMA", "SHFL.BFLY", "MUFU.EX2", "DFMA")
+    pipes = ["multiply", "multiply", "compare", "compare", None, "memory", "special", "double"]
+    assert [expect._pipe(name) for name in names] == pipes
 
 
 def test_a_memory_bound_kernel_takes_its_bytes_time() -> None:

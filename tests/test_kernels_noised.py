@@ -16,6 +16,7 @@ from torch import Tensor
 from topk import noised_topk_loss
 from topk.kernels import common, noised
 from topk.losses.noised import LOSS, Options
+from topk_lab.study.traffic import kernel_traffic
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 
@@ -83,7 +84,7 @@ def test_noise_equals_its_slow_twin(seed: int, width: int) -> None:
 @triton.jit
 def _normals_of_words(ones_ptr, others_ptr, out_ptr, COUNT: tl.constexpr):
     lanes = tl.arange(0, COUNT)
-    first, second = noised._normals(tl.load(ones_ptr + lanes), tl.load(others_ptr + lanes))
+    first, second = noised._normals(tl.load(ones_ptr + lanes), tl.load(others_ptr + lanes), 1.0)
     tl.store(out_ptr + lanes, first)
     tl.store(out_ptr + COUNT + lanes, second)
 
@@ -140,6 +141,22 @@ def test_every_cut_of_the_rows_gives_the_same_bits(monkeypatch: pytest.MonkeyPat
         results = run(scores, target, seeds, *options)
         assert all(torch.equal(a, b) for a, b in zip(expected[0], results[0], strict=True))
         assert torch.equal(expected[1], results[1])
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_two_of_the_largest_in_a_column_are_found(crowded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that streams is drawn once, and again where a column of its tiles lost a score that is large enough."""
+    monkeypatch.setattr(common, "WIDEST", 256)
+    scores, target = 3.0 * random_scores(3, 700), torch.randint(700, (3,))
+    scores[:, [5, 120, 230, 333]] += 20.0
+    if crowded:
+        scores[:, 5 + 512] = scores[:, 5]
+    noise = reference.philox_normals(7, 3, 700, 4)
+    options = ([1, 4], [0.5, 0.5], 1.0, 4, 1.0)
+    with kernel_traffic() as moved:
+        kept = run(scores, target, torch.tensor([7]), *options)[0][2]
+    assert torch.equal(kept.long(), by_definition(scores, target, noise, *options[:3], 1.0)[2])
+    assert 3 * 4 * 700 < moved.loaded - 3 * 4 * 700 * crowded < 2 * 3 * 4 * 700
 
 
 def test_tiles_out_of_reach_are_passed_over_rightly(short_tiles: None) -> None:

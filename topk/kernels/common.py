@@ -313,16 +313,23 @@ def insert(kept, kept_classes, last, last_class, orders, classes):
 @triton.jit
 def in_order(kept, kept_classes, COUNT: tl.constexpr, LANES: tl.constexpr):
     """Scores and classes of what is kept, descending; from lane COUNT on -inf and what no row has."""
+    orders = tl.where(tl.arange(0, LANES)[None, :] < COUNT, kept, _LOWEST)
+    orders, classes = _ordered(orders, kept_classes, COUNT, LANES)
+    return score_of(orders), classes
+
+
+@triton.jit
+def _ordered(orders, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """The COUNT largest of (ROWS, n), descending (ROWS, LANES), and their classes."""
     lanes = tl.arange(0, LANES)[None, :]
-    orders = tl.where(lanes < COUNT, kept, _LOWEST)
-    scores = tl.full(kept.shape, _OF_MINUS_INFINITY, tl.int32)
-    classes = tl.full(kept.shape, NO_CLASS, tl.int32)
+    largest = tl.full((orders.shape[0], LANES), _OF_MINUS_INFINITY, tl.int32)
+    found = tl.full((orders.shape[0], LANES), NO_CLASS, tl.int32)
     for j in range(COUNT):
-        order, found = best_of(orders, kept_classes)
-        scores = tl.where(lanes == j, order[:, None], scores)
-        classes = tl.where(lanes == j, found[:, None], classes)
-        orders = tl.where((orders == order[:, None]) & (kept_classes == found[:, None]), _LOWEST, orders)
-    return score_of(scores), classes
+        order, place = best_of(orders, classes)
+        largest = tl.where(lanes == j, order[:, None], largest)
+        found = tl.where(lanes == j, place[:, None], found)
+        orders = tl.where((orders == order[:, None]) & (classes == place[:, None]), _LOWEST, orders)
+    return largest, found
 
 
 @triton.jit
@@ -337,28 +344,66 @@ def _sum_by_group(tile, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def take(kept, kept_classes, last, last_class, scores, classes, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
-    """`insert` for a tile of scores and their classes (ROWS, BLOCK): the best of every group, then the next of each.
+def tops_of(scores):
+    """The best of every group (ROWS, GROUPS)."""
+    return tl.max(tl.max(scores, 3), 1)
 
-    A score that has been offered becomes NaN, which a maximum passes over.
-    """
-    scores = by_group(scores, ALIGN, GROUPS)
-    classes = by_group(classes, ALIGN, GROUPS)
-    tops = tl.max(tl.max(scores, 3), 1)
-    orders = order_of(tops)
-    open = tl.max(tl.max((orders >= last[:, None]).to(tl.int32), 1), 0) > 0
+
+@triton.jit
+def offers(tops, last):
+    """Whether a group of any row has a score that may come before the last one kept."""
+    return tl.max(tl.max((order_of(tops) >= last[:, None]).to(tl.int32), 1), 0) > 0
+
+
+@triton.jit
+def _best_of_groups(scores, classes, tops):
+    """Where the best of every group are, and their classes (ROWS, GROUPS)."""
+    best = scores == tops[:, None, :, None]
+    return best, tl.min(tl.min(tl.where(best, classes, NO_CLASS), 3), 1)
+
+
+@triton.jit
+def _without(scores, classes, best, found):
+    """A score that has been offered becomes NaN, which a maximum passes over."""
+    return tl.where(best & (classes == found[:, None, :, None]), float("nan"), scores)
+
+
+@triton.jit
+def take(kept, kept_classes, last, last_class, scores, classes, tops):
+    """`insert` for a tile by group: the best of every group, `tops`, then the next of each; worth it where `offers`."""
+    open = tl.full((), 1, tl.int1)
     while open:
-        best = scores == tops[:, None, :, None]
-        found = tl.min(tl.min(tl.where(best, classes, NO_CLASS), 3), 1)
+        best, found = _best_of_groups(scores, classes, tops)
+        orders = order_of(tops)
         better = beats(orders, found, last[:, None], last_class[:, None])
         open = tl.max(tl.max(better.to(tl.int32), 1), 0) > 0
         if open:
             kept, kept_classes, last, last_class = insert(kept, kept_classes, last, last_class, orders, found)
-            scores = tl.where(best & (classes == found[:, None, :, None]), float("nan"), scores)
-            tops = tl.max(tl.max(scores, 3), 1)
-            orders = order_of(tops)
-            open = tl.max(tl.max((orders >= last[:, None]).to(tl.int32), 1), 0) > 0
+            scores = _without(scores, classes, best, found)
+            tops = tops_of(scores)
+            open = offers(tops, last)
     return kept, kept_classes, last, last_class
+
+
+@triton.jit
+def largest_of(scores, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """What `in_order` tells after `take`, of a whole row by group: most of the largest are the best of their groups."""
+    lanes = tl.arange(0, LANES)[None, :]
+    tops = tops_of(scores)
+    best, found = _best_of_groups(scores, classes, tops)
+    orders, places = _ordered(order_of(tops), found, COUNT, LANES)
+    kept, kept_classes, _, _ = nothing_kept(scores.shape[0], COUNT, LANES)
+    filled = (lanes < COUNT) & (orders > _LOWEST)
+    kept = tl.where(filled, orders, kept)
+    kept_classes = tl.where(filled, places, kept_classes)
+    last, last_class = _worst_of(kept, kept_classes)
+    scores = _without(scores, classes, best, found)
+    tops = tops_of(scores)
+    if offers(tops, last):
+        kept, kept_classes, _, _ = take(kept, kept_classes, last, last_class, scores, classes, tops)
+        kept, kept_classes = _ordered(tl.where(lanes < COUNT, kept, _LOWEST), kept_classes, COUNT, LANES)
+    kept = tl.where(lanes < COUNT, kept, _OF_MINUS_INFINITY)
+    return score_of(kept), tl.where(lanes < COUNT, kept_classes, NO_CLASS)
 
 
 @triton.jit
@@ -377,8 +422,8 @@ def scan(
     rest = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     possible = tl.zeros((ROWS,), tl.float32)
-    kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
     if STREAMS:
+        kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
         shift = tl.zeros((ROWS,), tl.float32)
         outside = tl.zeros((ROWS, GROUPS), tl.float32)
         totals = tl.zeros((ROWS, GROUPS), tl.float32)
@@ -392,12 +437,13 @@ def scan(
                 counts += _sum_by_group(there.to(tl.float32), ALIGN, GROUPS)
             x, tile_classes = without(x, columns, left_out)
             t = score_of(last)
-            enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
-            if tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0:
+            tops = tops_of(by_group(x, ALIGN, GROUPS))
+            if offers(tops, last):
                 before = kept
                 kept, kept_classes, last, last_class = take(
-                    kept, kept_classes, last, last_class, x, tile_classes, ALIGN, GROUPS
-                )
+                    kept, kept_classes, last, last_class,
+                    by_group(x, ALIGN, GROUPS), by_group(tile_classes, ALIGN, GROUPS), tops,
+                )  # fmt: skip
                 if REST:
                     # The smallest only grows, except from the stand-in for -inf, while both sums are still 0.
                     t = score_of(last)
@@ -413,6 +459,7 @@ def scan(
         if origin is not None:
             total = tl.sum(totals, 1)
             possible = tl.sum(counts, 1)
+        best, found = in_order(kept, kept_classes, COUNT, LANES)
     else:
         columns = tl.arange(0, BLOCK)
         x = load_tile(starts, columns, class_stride, classes, used)
@@ -421,27 +468,30 @@ def scan(
             total = tl.sum(tl.where(there, x - origin[:, None], 0.0), 1)
             possible = tl.sum(there.to(tl.float32), 1)
         x, tile_classes = without(x, columns, left_out)
-        kept, kept_classes, last, last_class = take(
-            kept, kept_classes, last, last_class, x, tile_classes, ALIGN, GROUPS
-        )
+        best, found = largest_of(by_group(x, ALIGN, GROUPS), by_group(tile_classes, ALIGN, GROUPS), COUNT, LANES)
         if REST:
-            t = score_of(last)
+            t = lane(best, tl.arange(0, LANES)[None, :], COUNT - 1)
             rest = tl.sum(exponential(tl.minimum(x - finite_or_zero(t)[:, None], 0.0)), 1) - COUNT
             rest = tl.where(t > float("-inf"), rest, 0.0)
-    best, found = in_order(kept, kept_classes, COUNT, LANES)
+    if left_out is not None:
+        found = others(found, left_out)
     return best, found, rest, total, possible
 
 
 @triton.jit
 def without(scores, columns, left_out):
-    """The scores and the classes of a tile, the class `left_out` (ROWS,), if any, made one that no row has."""
-    scores = tl.where(scores == scores, scores, float("inf"))
+    """The scores and the classes of a tile, -inf for the class `left_out` (ROWS,), if any."""
+    scores = tl.minimum(scores, float("inf"))  # which takes the place of NaN
     classes = tl.broadcast_to(columns[None, :], scores.shape)
     if left_out is not None:
-        skip = classes == left_out[:, None]
-        scores = tl.where(skip, float("-inf"), scores)
-        classes = tl.where(skip, NO_CLASS, classes)
+        scores = tl.where(classes == left_out[:, None], float("-inf"), scores)
     return scores, classes
+
+
+@triton.jit
+def others(found, left_out):
+    """The classes found, without `left_out`, which may be among those of -inf."""
+    return tl.where(found == left_out[:, None], NO_CLASS, found)
 
 
 @triton.jit

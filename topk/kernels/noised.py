@@ -5,8 +5,10 @@ so that neither the grid nor the cut of the rows changes a single number. In eve
 (k + 1)-th. With the row in registers that takes few operations a score: the columns of a thread are a group, and the
 (k + 1)-th largest of the groups' maxima is a bound from below that the right score seldom is far above; counting what
 lies above the bound tells how many steps up are left. Where there are too few groups for that, the bits of the score
-are bisected. Longer rows stream in tiles, once for every four samples, and keep the k + 1 largest keys; a tile whose
-scores are too low for any noise to lift them is not even drawn.
+are bisected. Longer rows stream in tiles, once for every four samples. Every column of the tiles keeps its largest, and
+the k + 1 largest of the row are among those unless two met in a column, which what the columns lost tells. Then, or for
+large k at once, each tile is searched for what is larger than the k + 1 kept so far; a tile whose scores are too low
+for any noise to lift them is not even drawn.
 
 Scores are taken relative to x_y, so that the hinge keeps its digits.
 
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from topk.kernels import common
 from topk.kernels.common import (
+    NO_CLASS,
     Saved,
     SavedShape,
     finite_or_zero,
@@ -32,6 +35,7 @@ from topk.kernels.common import (
     lane,
     log2,
     nothing_kept,
+    offers,
     order_of,
     row_states,
     score_of,
@@ -42,7 +46,8 @@ from topk.losses.noised import Options
 
 _THREAD = 8  # scores a thread: four samples of them are in registers at once
 _WIDEST = 4096  # the longest row in registers
-_STREAMED = 2048  # the width of a tile of longer ones
+_STREAMED = 2048  # the width of a tile of longer ones, and
+_STREAMED_THREAD = 4  # scores a thread: four samples, and beside them the largest of every column so far
 _LANES = 64  # entries of a row added up together, at most
 _CHUNK = 16  # entries that these are compared with at a time
 _LARGEST_NORMAL = tl.constexpr(6.8)  # no noise is larger: sqrt(-2 log 2^-33) = 6.76
@@ -81,7 +86,7 @@ def _cut(classes: int) -> _Cut:
     widest = min(common.WIDEST, _WIDEST)
     streams = classes > widest
     block = min(widest, common.STREAMED, _STREAMED) if streams else max(32, triton.next_power_of_2(classes))
-    warps = min(16, max(1, block // (32 * _THREAD)))
+    warps = min(16, max(1, block // (32 * (_STREAMED_THREAD if streams else _THREAD))))
     return _Cut(max(1, block // (32 * warps)), 32 * warps, streams)
 
 
@@ -133,6 +138,7 @@ def _forward(
         seed = tl.load(seeds_ptr + row // rows_a_seed)
         counter = (row % rows_a_seed).to(tl.int32)
         x, columns, bad = _tile(start, 0, classes, class_stride, centre, SIZE, GROUPS)
+        bad = tl.max(tl.max(bad, 1), 0)
         total = tl.zeros((PLACES,), tl.float32)
         if DRAWS >= 4:
             for four in range(fours):
@@ -168,13 +174,12 @@ def _forward(
 
 @triton.jit
 def _tile(start, first, classes, class_stride, centre, SIZE: tl.constexpr, GROUPS: tl.constexpr):
-    """Scores less the centre (1, SIZE, GROUPS), -inf for none; their classes; 1 if one is NaN or +inf."""
+    """Scores less the centre (1, SIZE, GROUPS), -inf for none; their classes; 1 in groups (1, GROUPS) of NaN or inf."""
     columns = first + tl.arange(0, SIZE)[None, :, None] * GROUPS + tl.arange(0, GROUPS)[None, None, :]
     place = start + columns.to(tl.int64) * class_stride
     raw = tl.load(place, mask=columns < classes, other=float("-inf")).to(tl.float32)
     fine = raw < float("inf")
-    bad = tl.max(tl.max(tl.max((fine == 0).to(tl.int32), 1), 1), 0)
-    return tl.where(fine, raw, float("-inf")) - centre, columns, bad
+    return tl.where(fine, raw, float("-inf")) - centre, columns, tl.max((fine == 0).to(tl.int32), 1)
 
 
 @triton.jit
@@ -215,28 +220,47 @@ def _noised(x, columns, seed, counter, four, epsilon, WIDTH: tl.constexpr, NOISY
     """x + epsilon Z (WIDTH, SIZE, GROUPS) for samples 4 four, 4 four + 1, ..."""
     noised = x
     if NOISY:
-        a, b, c, d = tl.philox(seed, columns, counter, four, 0)
-        noise, second = _normals(a, b)
+        a, b, c, d = _words(seed, columns, counter, four)
+        noise, second = _normals(a, b, epsilon)
         # Each choice is between whole registers, made by the compiler.
         sample = tl.arange(0, WIDTH)[:, None, None]
         if WIDTH > 1:
             noise = tl.where(sample == 0, noise, second)
         if WIDTH > 2:
-            third, fourth = _normals(c, d)
+            third, fourth = _normals(c, d, epsilon)
             noise = tl.where(sample < 2, noise, tl.where(sample == 2, third, fourth))
-        noised = x + epsilon * noise
+        noised = x + noise
     return noised
 
 
 @triton.jit
-def _normals(one, other):
-    """Two normals by Box-Muller, r cos t and r sin t; `topk.losses.noised_sampling.counted_normals` defines them.
+def _words(seed, one, two, three):
+    """The four words of Philox 4x32-10 at the counter (one, two, three, 0), as uint32.
+
+    As `tl.philox`, with each product of 64 bits in one instruction in place of two for its halves.
+    """
+    d = tl.zeros((), tl.uint32)
+    a, b, c = one.to(tl.uint32), two.to(tl.uint32), d + three
+    seed = seed.to(tl.uint64)
+    key, other_key = (seed & 0xFFFFFFFF).to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        left, right = a.to(tl.uint64) * 0xD2511F53, c.to(tl.uint64) * 0xCD9E8D57
+        a, c = (right >> 32).to(tl.uint32) ^ b ^ key, (left >> 32).to(tl.uint32) ^ d ^ other_key
+        b, d = right.to(tl.uint32), left.to(tl.uint32)
+        key, other_key = (key + 0x9E3779B9).to(tl.uint32), (other_key + 0xBB67AE85).to(tl.uint32)
+    return a, b, c, d
+
+
+@triton.jit
+def _normals(one, other, epsilon):
+    """epsilon times two normals by Box-Muller, r cos t and r sin t; `counted_normals` in the torch path defines them.
 
     r = sqrt(-2 log((one + 1/2) / 2^32)) and t = 2 pi other / 2^32. With h = 1/2 - other / 2^32 and z = h^2 both
     cos t = -cos(2 pi h) and sin t = sin(2 pi h) are polynomials in z (times h), off by at most 5e-7 in float32.
     """
-    uniform = (one.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    radius = tl.sqrt(tl.maximum(-1.3862943611198906 * log2(uniform), 0.0))  # the approximate log of 1 may be above 0
+    uniform = one.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10
+    radius = tl.sqrt(tl.abs(-1.3862943611198906 * log2(uniform)))  # the approximate log of 1 may be above 0
+    radius *= epsilon
     h = 0.5 - other.to(tl.float32) * 2.3283064365386963e-10
     z = h * h
     cosine = 25.968313217163086 - 6.5296101570129395 * z
@@ -251,7 +275,7 @@ def _normals(one, other):
     sine = sine * z + 81.60502624511719
     sine = sine * z - 41.341697692871094
     sine = sine * z + 6.2831854820251465
-    return radius * cosine, radius * (sine * h)
+    return radius * cosine, (radius * h) * sine
 
 
 # --- the (k + 1)-th of a row in registers ----------------------------------------------------------------------------
@@ -322,28 +346,66 @@ def _streamed(
     COUNT: tl.constexpr, LANES: tl.constexpr, WIDTH: tl.constexpr, NOISY: tl.constexpr, SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """The COUNT largest noised scores of every sample (WIDTH, LANES), their classes, and 1 for NaN or +inf."""
+    """The COUNT largest noised scores of every sample (WIDTH, LANES), their classes, and 1 for NaN or +inf.
+
+    They are looked for among the largest of every column of the tiles. Where a column lost one that is large enough,
+    the row is drawn again, and every tile searched; that is seldom, unless COUNT^2 nears the number of columns.
+    """
     kept, kept_classes, last, last_class = nothing_kept(WIDTH, COUNT, LANES)
-    bad = tl.zeros((), tl.int32)
-    for first in range(0, classes, SIZE * GROUPS):
-        x, columns, worse = _tile(start, first, classes, class_stride, centre, SIZE, GROUPS)
-        bad = bad | worse
-        reach = tl.max(tl.max(tl.max(x, 1), 1), 0)
-        if NOISY:
-            reach += epsilon * _LARGEST_NORMAL
-        if reach > tl.min(score_of(last), 0):
-            noised = _noised(x, columns, seed, counter, four, epsilon, WIDTH, NOISY)
-            kept, kept_classes, last, last_class = take(
-                kept, kept_classes, last, last_class, _flat(noised), _flat(columns), 1, GROUPS
-            )
+    bad = tl.zeros((1, GROUPS), tl.int32)
+    again = True
+    if NOISY and 8 * COUNT * COUNT <= SIZE * GROUPS:
+        best, places, lost, bad = _largest_of_columns(
+            start, classes, class_stride, centre, seed, counter, four, epsilon, WIDTH, SIZE, GROUPS
+        )
+        tops = tl.max(best, 1)
+        kept, kept_classes, last, last_class = take(
+            kept, kept_classes, last, last_class, best[:, :, :, None], places[:, :, :, None], tops
+        )
+        missed = (order_of(lost) >= last[:, None]) & (lost > float("-inf"))
+        again = tl.max(tl.max(missed.to(tl.int32), 1), 0) > 0
+    if again:
+        kept, kept_classes, last, last_class = nothing_kept(WIDTH, COUNT, LANES)
+        for first in range(0, classes, SIZE * GROUPS):
+            x, columns, worse = _tile(start, first, classes, class_stride, centre, SIZE, GROUPS)
+            bad = bad | worse
+            reach = tl.max(tl.max(tl.max(x, 1), 1), 0)
+            if NOISY:
+                reach += epsilon * _LARGEST_NORMAL
+            if reach > tl.min(score_of(last), 0):
+                noised = _noised(x, columns, seed, counter, four, epsilon, WIDTH, NOISY)
+                tops = tl.max(noised, 1)
+                if offers(tops, last):
+                    kept, kept_classes, last, last_class = take(
+                        kept, kept_classes, last, last_class,
+                        noised[:, :, :, None], tl.broadcast_to(columns, noised.shape)[:, :, :, None], tops,
+                    )  # fmt: skip
     best, places = in_order(kept, kept_classes, COUNT, LANES)
-    return best, places, bad
+    return best, places, tl.max(tl.max(bad, 1), 0)
 
 
 @triton.jit
-def _flat(tile):
-    """(n, SIZE, GROUPS) as (n, SIZE GROUPS)."""
-    return tl.reshape(tile, (tile.shape[0], tile.shape[1] * tile.shape[2]))
+def _largest_of_columns(
+    start, classes, class_stride, centre, seed, counter, four, epsilon,
+    WIDTH: tl.constexpr, SIZE: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Of every column of the tiles the largest noised score, its class, and by group the largest of all others.
+
+    best, places (WIDTH, SIZE, GROUPS); lost (WIDTH, GROUPS); 1 in a group (1, GROUPS) with NaN or +inf. Of equal scores
+    the lower class is the larger.
+    """
+    best = tl.full((WIDTH, SIZE, GROUPS), float("-inf"), tl.float32)
+    places = tl.full((WIDTH, SIZE, GROUPS), NO_CLASS, tl.int32)
+    lost = tl.full((WIDTH, GROUPS), float("-inf"), tl.float32)
+    bad = tl.zeros((1, GROUPS), tl.int32)
+    for first in range(0, classes, SIZE * GROUPS):
+        x, columns, worse = _tile(start, first, classes, class_stride, centre, SIZE, GROUPS)
+        bad = bad | worse
+        noised = _noised(x, columns, seed, counter, four, epsilon, WIDTH, True)
+        lost = tl.maximum(lost, tl.max(tl.minimum(best, noised), 1))
+        places = tl.where(noised > best, columns, places)
+        best = tl.maximum(best, noised)
+    return best, places, lost, bad
 
 
 # --- backward --------------------------------------------------------------------------------------------------------

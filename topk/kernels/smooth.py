@@ -2,11 +2,12 @@
 
 k <= 6: power sums and Newton's identities, in `smooth_few`. Larger k, or several of which one is larger: from a few
 nodes on a circle, all of it in float32, in this file. A row longer than a tile is sifted first (`smooth_sift`), so
-that only the nodes read it a second time; its tilt is found (`smooth_tilt`); nodes give Pr[S = k] and Pr[S = k - 1]
-(`smooth_circle`) and the slopes (`smooth_series`). Several k are taken one after the other.
+that only the nodes read it a second time, and those not where all that was sifted out is small; its tilt is found
+(`smooth_tilt`); nodes give Pr[S = k] and Pr[S = k - 1] (`smooth_circle`) and the slopes (`smooth_series`). Several k
+are taken one after the other.
 
-Bytes moved a row for a k > 6, with n classes of s bytes: forward reads n s (of a streamed row once more for every k; of
-a k > 1024, which no tile can be sifted for, some four times) and writes 204 for every k; backward reads n s, a tile
+Bytes moved a row for a k > 6, with n classes of s bytes: forward reads n s (of a streamed row up to once more a k; of a
+k > 1024, which no tile can be sifted for, some four times) and writes 204 for every k; backward reads n s, a tile
 reads what forward wrote, and writes n s.
 """
 
@@ -155,7 +156,7 @@ def _forward(
             reads_again,
         )  # fmt: skip
         real, imag, heads, circle, count = nodes_of(
-            signed, heads, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS
+            signed, heads, source, center, shift, variance, rate, limit, rest, lanes % 8, k, ROWS, BLOCK, STREAMS
         )
         chance, chance_less, node_weight = chances(real + 1.0, imag, heads - k, circle, count, live)
         gap = tl.log(chance / chance_less) - shift + (center - mine) * rate + margin / tau

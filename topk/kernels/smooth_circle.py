@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from topk.kernels.common import finite_or_zero
 from topk.kernels.smooth_sift import tile_of
 from topk.kernels.smooth_tilt import signed_odds
 
@@ -85,30 +86,72 @@ def _times(real, imag, other_real, other_imag):
 @triton.jit
 def nodes_of(
     signed,  # (ROWS, BLOCK) and
-    heads,  # (ROWS,), of a row that does not stream
+    heads,  # (ROWS,), of a row that does not stream, or of what a sifted row kept
     source,
     center,
     shift,
     variance,
     rate,
+    limit,
+    rest,
+    lanes,
     k,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
     """The product less 1 of the factors 1 + q (e^{it} - 1) at the nodes, real and imaginary parts (ROWS, NODES), and
     the heads (ROWS,), P > 1/2. A head has -t in the place of t.
+
+    Where the power sums of what a row was sifted of tell all its digits, they do; else the row is read again.
     """
     real = tl.zeros((ROWS, NODES), tl.float32)
     imag = tl.zeros((ROWS, NODES), tl.float32)
     circle, count = circle_of(variance, k)
     if STREAMS:
-        heads = tl.zeros((ROWS,), tl.int32)
-        for start in range(0, source[2], BLOCK):
-            signed, head = signed_odds(tile_of(None, source, start, BLOCK, True), center, shift, rate)
-            heads += tl.sum(head.to(tl.int32), 1)
+        again = True
+        end = source[2]
+        if rest is not None:
+            real, imag, left = _product_of_rest(rest, lanes, (finite_or_zero(limit) - center) * rate + shift, circle)
+            again = tl.max(left, 0) > 2e-7
+            end = tl.where(again, end, 1)
+        if again:
+            real, imag = tl.zeros_like(real), tl.zeros_like(imag)
+            heads = tl.zeros_like(heads)
+        for start in range(0, end, BLOCK):
+            if again:
+                signed, head = signed_odds(tile_of(None, source, start, BLOCK, True), center, shift, rate)
+                heads += tl.sum(head.to(tl.int32), 1)
             real, imag = _multiplied(real, imag, signed, circle, count, ROWS, BLOCK)
     else:
         real, imag = _multiplied(real, imag, signed, circle, count, ROWS, BLOCK)
     return real, imag, heads, circle, count
+
+
+@triton.jit
+def _product_of_rest(rest, lanes, log_odds, circle):
+    """The same product over the scores sifted out, and what its logarithm may be off by (ROWS,).
+
+    With w = P / (1 - P), and p_m the sum of w^m, of which four are known, the logarithm is
+
+        sum of log((1 + w e^{it}) / (1 + w)) = sum over m of -(-1)^m p_m (e^{imt} - 1) / m.
+    """
+    size = circle.to(tl.float32)[:, None]
+    node = tl.arange(0, NODES)[None, :].to(tl.float32)
+    odds = tl.exp(tl.minimum(log_odds, 0.0))  # at the limit, the largest of them
+    real = tl.zeros((rest.shape[0], NODES), tl.float32)
+    imag = tl.zeros((rest.shape[0], NODES), tl.float32)
+    power = tl.zeros_like(odds) + 1.0
+    total = tl.zeros_like(odds)
+    for m in tl.static_range(1, 5):
+        power *= odds
+        total = tl.sum(tl.where(lanes == m, rest, 0.0), 1) * power
+        sine, less = sine_and_cosine(turns(node * m, size))
+        share = (total * (1.0 / m if m % 2 == 1 else -1.0 / m))[:, None]
+        real -= share * less
+        imag += share * sine
+    turned_by = imag * 0.15915494309189535
+    sine, less = sine_and_cosine(turned_by - tl.floor(turned_by + 0.5))
+    length = tl.exp(real)
+    return length * (1.0 - less) - 1.0, length * sine, 0.4 * total * odds / (1.0 - odds)
 
 
 @triton.jit

@@ -6,8 +6,9 @@ With r = 1 / (k tau) and t the smallest score kept, the first kernel finds the l
 
 In the second a thread has a row to itself: Newton's identities make the polynomial prod (1 + w z) of the p_m, the k
 largest scores are multiplied in as Pr[S = j] <- (1 - P) Pr[S = j] + P Pr[S = j - 1], and what is left out by those
-before a class and those behind it gives its slope. These few dozen numbers are float64. Backward, in the third kernel,
-is a polynomial of degree k in w = exp(r (x - x_[k])) <= 1, overwritten at the classes kept and at y.
+before a class and those behind it gives its slope. These few dozen numbers are float64: 217 instructions a row at
+k = 5, which also a T4, with 2 a cycle, does in a twentieth of the time that 1000 classes take. Backward, in the third
+kernel, is a polynomial of degree k in w = exp(r (x - x_[k])) <= 1, overwritten at the classes kept and at y.
 
 Bytes a row, with n classes of s bytes, K the largest k: forward reads n s, and the second kernel what the first wrote,
 4 (1 + 2 K + the sum of the ks); backward reads n s, a tile reads what forward saved, and writes n s.
@@ -30,8 +31,12 @@ from topk.kernels.common import (
     exponential,
     finite_or_zero,
     in_order,
+    lane,
+    largest_of,
     load_tile,
     nothing_kept,
+    offers,
+    others,
     patch_tile,
     row_pointers,
     row_states,
@@ -41,6 +46,7 @@ from topk.kernels.common import (
     take,
     ties,
     tile_of_program,
+    tops_of,
     without,
 )
 from topk.losses.smooth import Options
@@ -103,38 +109,45 @@ def _read(
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=0.0).to(tl.float32)
 
-    kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
-    shift = tl.zeros((ROWS,), tl.float32)
     sums = _zeros(tl.zeros((ROWS, GROUPS), tl.float32), TOTAL)  # of the scores that were never kept
     rest = _zeros(tl.zeros((ROWS, 1), tl.float32), TOTAL)  # of those that were
-    for start in range(0, classes if STREAMS else BLOCK, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
-        t = score_of(last)
-        if STREAMS:
-            enough = (x <= t[:, None]) & (t > float("-inf"))[:, None]
-            offers = tl.min(tl.min(enough.to(tl.int32), 1), 0) == 0
-        else:
-            offers = True
-        if offers:
-            before = score_of(kept)
-            kept, kept_classes, last, last_class = take(kept, kept_classes, last, last_class, x, columns, ALIGN, GROUPS)
-            # The smallest only grows, except from the stand-in for -inf, while all sums are still 0.
+    if STREAMS:
+        kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
+        shift = tl.zeros((ROWS,), tl.float32)
+        for start in range(0, classes, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
             t = score_of(last)
-            fade = tl.minimum(shift - finite_or_zero(t), 0.0)[:, None]
-            shift = finite_or_zero(t)
-            sums = _faded(sums, fade, tau, KS)
-            rest = _faded(rest, fade, tau, KS)
-            rest = _added(rest, before, t, shift, tau, KS, 1, 1)
-            # Less the kept ones that are summed up here or in their tile.
-            rest = _less(rest, ties(score_of(kept), t)[:, None])
-        sums = _added(sums, x, t, shift, tau, KS, ALIGN, GROUPS)
+            tops = tops_of(by_group(x, ALIGN, GROUPS))
+            if offers(tops, last):
+                before = score_of(kept)
+                kept, kept_classes, last, last_class = take(
+                    kept, kept_classes, last, last_class,
+                    by_group(x, ALIGN, GROUPS), by_group(columns, ALIGN, GROUPS), tops,
+                )  # fmt: skip
+                # The smallest only grows, except from the stand-in for -inf, while all sums are still 0.
+                t = score_of(last)
+                fade = tl.minimum(shift - finite_or_zero(t), 0.0)[:, None]
+                shift = finite_or_zero(t)
+                sums = _faded(sums, fade, tau, KS)
+                rest = _faded(rest, fade, tau, KS)
+                rest = _added(rest, before, t, shift, tau, KS, 1, 1)
+                # Less the kept ones that are summed up here or in their tile.
+                rest = _less(rest, ties(score_of(kept), t)[:, None])
+            sums = _added(sums, x, t, shift, tau, KS, ALIGN, GROUPS)
+        best, found = in_order(kept, kept_classes, COUNT, LANES)
+    else:
+        columns = tl.arange(0, BLOCK)
+        x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
+        best, found = largest_of(by_group(x, ALIGN, GROUPS), by_group(columns, ALIGN, GROUPS), COUNT, LANES)
+        t = lane(best, tl.arange(0, LANES)[None, :], COUNT - 1)
+        sums = _added(sums, x, t, finite_or_zero(t), tau, KS, ALIGN, GROUPS)
+        rest = _less(rest, ties(best, t)[:, None])
 
-    best, found = in_order(kept, kept_classes, COUNT, LANES)
     lanes = tl.arange(0, LANES)[None, :]
     row = row.to(tl.int64)
     here = inside[:, None] & (lanes < COUNT)
-    tl.store(places_ptr + row[:, None] * (COUNT + 1) + lanes, found, mask=here)
+    tl.store(places_ptr + row[:, None] * (COUNT + 1) + lanes, others(found, target), mask=here)
     record = read_ptr + row * (1 + COUNT + TOTAL)
     tl.store(record, mine, mask=inside)
     tl.store(record[:, None] + 1 + lanes, best, mask=here)

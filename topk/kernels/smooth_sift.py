@@ -43,7 +43,7 @@ def sift(
     8 i + m, m up to 4, for the i-th k the sum of exp(m (x - limit) / (k tau)) over the others; how many are above -inf.
 
     Every column keeps the larger of its score and the new one. What it loses is seldom above the limit, and then takes
-    the place of a lower score nearby, or anywhere; the limit is raised when those above it fill half the columns.
+    the place of a lower score nearby, or anywhere; the limit is raised when a quarter of the columns are above it.
     """
     lanes = tl.arange(0, LANES)[None, :]
     rates = (lanes % 8).to(tl.float32) / (chosen(KS, lanes // 8) * tau)
@@ -53,10 +53,10 @@ def sift(
     others = tl.zeros((ROWS,), tl.int32)
     for start in range(0, source[2], BLOCK):
         tile = tile_of(None, source, start, BLOCK, True)
-        tile = tl.where(tile == tile, tile, float("inf"))
+        tile = tl.minimum(tile, float("inf"))
         kept, lost = tl.maximum(kept, tile), tl.minimum(kept, tile)
         if _any_above(lost, limit):
-            if tl.max(_reaching(kept, limit) + _reaching(lost, limit), 0) > BLOCK // 2:
+            if tl.max(_reaching(kept, limit) + _reaching(lost, limit), 0) > max(BLOCK // 4, 2 * KEEP):
                 raised = _raised(kept, lost, limit, KEEP)
                 fade = tl.minimum(finite_or_zero(limit) - finite_or_zero(raised), 0.0)
                 sums *= tl.exp(fade[:, None] * rates)

@@ -23,7 +23,7 @@ def extremes(x, source, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.con
     for start in range(0, source[2] if STREAMS else BLOCK, BLOCK):
         tile = tile_of(x, source, start, BLOCK, STREAMS)
         there = tile > float("-inf")
-        top = tl.maximum(top, tl.max(tl.where(tile == tile, tile, float("inf")), 1))
+        top = tl.maximum(top, tl.max(tl.minimum(tile, float("inf")), 1))
         bottom = tl.minimum(bottom, tl.min(tl.where(there, tile, float("inf")), 1))
         possible += tl.sum(there.to(tl.int32), 1)
         total += tl.sum(tl.where(there, tile, 0.0), 1)

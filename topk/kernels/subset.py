@@ -103,8 +103,9 @@ def _forward(
         reads_again,
     )  # fmt: skip
     real, imag, heads, circle, count = nodes_of(
-        signed, heads, source, center, shift, variance, rate, k, ROWS, BLOCK, STREAMS
-    )
+        signed, heads, source, center, shift, variance, rate, limit, sums, tl.arange(0, 8)[None, :], k, ROWS, BLOCK,
+        STREAMS,
+    )  # fmt: skip
     chance, _, weight = chances(real + 1.0, imag, heads - k, circle, count, live)
     record = record_ptr + row.to(tl.int64) * _RECORD
     tl.store(record, center, mask=inside)

@@ -104,7 +104,7 @@ def _survey(x, source, origin, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS:
     for start in range(0, source[2] if STREAMS else BLOCK, BLOCK):
         tile = tile_of(x, source, start, BLOCK, STREAMS)
         there = tile > float("-inf")
-        top = tl.maximum(top, tl.max(tl.where(tile == tile, tile, float("inf")), 1))
+        top = tl.maximum(top, tl.max(tl.minimum(tile, float("inf")), 1))
         bottom = tl.minimum(bottom, tl.min(tl.where(there, tile, float("inf")), 1))
         possible += tl.sum(there.to(tl.int32), 1)
         away = tl.where(there, tile - origin[:, None], 0.0)

@@ -6,6 +6,10 @@ k share the scan. Backward is elementwise, a program a tile: softmax, overwritte
 
 Bytes moved a row, with n classes of s bytes: forward reads n s and writes 8 (k + 1) + 16; backward reads n s, reads
 what forward wrote once a tile, and writes n s.
+
+A row is one program's, however long. So 64 rows of a million classes leave half of a Hopper device idle in forward; as
+a million classes take 16 instructions a score, that costs little by count: 0.36 times the time of 3 n s bytes on an
+H100 and 0.52 on an H200, where 0.33 is the least. The count knows nothing of waiting for memory, which is longer there.
 """
 
 from __future__ import annotations
