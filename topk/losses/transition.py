@@ -30,7 +30,7 @@ from torch import Tensor
 
 from topk._cpu import CHUNK, buffers, chunks, ordered_and_next
 from topk.arguments import KArgument, check_choice, check_ignore_index, check_k, check_number, check_scores
-from topk.autograd import Head, Loss, Tail, compute_dtype
+from topk.autograd import Head, Loss, compute_dtype
 from topk.losses.common import (
     LossModule,
     PendingScores,
@@ -42,6 +42,7 @@ from topk.losses.common import (
 )
 from topk.losses.soft import takes_probabilities
 from topk.metrics import ranks
+from topk.tails import PowerSums, SumAndMean
 
 Transition = str | float | Tensor | Callable[[Tensor], Tensor]
 
@@ -63,19 +64,23 @@ def definition(
     k: int,
     width: float = 10.0,
     label_smoothing: float = 0.0,
-    tail: Tensor | None = None,  # (1, rows): the sum of exp(x) over classes that are not listed
+    tail: Tensor | None = None,  # over classes that are not listed: the sum of exp(x), or that, of x, and their number
 ) -> Tensor:
     """The loss of every row (rows,); a and the choice of T are constants to every derivative."""
     best = largest_classes(scores, k + 1)
     if a is None:
         margin = target_scores(scores, target) - target_scores(scores, best[:, k])
         a = smoothstep(margin.detach() / width)
-    log_p = scores.log_softmax(1) if tail is None else scores - with_tail(scores.logsumexp(1), tail)[:, None]
+    log_total = with_tail(scores.logsumexp(1), tail)
+    log_p = scores.log_softmax(1) if tail is None else scores - log_total[:, None]
     missed = -target_scores(log_p, target)
     entropy = missed
     if label_smoothing > 0.0:
         possible = scores > -torch.inf
-        mean = torch.where(possible, log_p, 0.0).sum(1) / possible.sum(1)
+        total, count = torch.where(possible, log_p, 0.0).sum(1), possible.sum(1)
+        if tail is not None:
+            total, count = total + tail[1] - tail[2] * log_total, count + tail[2]
+        mean = total / count
         entropy = (1.0 - label_smoothing) * missed - label_smoothing * mean
     top = best[:, :k]
     hit = (top == target[:, None]).any(1)
@@ -214,10 +219,8 @@ def backward(
 
 
 def head(options: Options) -> Head:
-    """One sum of exponentials."""
-    if options.label_smoothing > 0.0:
-        raise ValueError(f"label_smoothing must be 0 where the classes are sharded, got {options.label_smoothing}")
-    return Head(options.ks[-1] + 1, [Tail(1.0)])
+    """One sum of exponentials; smoothing wants the mean score as well."""
+    return Head(options.ks[-1] + 1, [SumAndMean() if options.label_smoothing > 0.0 else PowerSums(1.0)])
 
 
 LOSS = Loss("transition", Options, definition, forward, backward, head=head)
