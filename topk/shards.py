@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,11 @@ from topk.autograd import Call, compute_dtype, settled, without_autocast
 from topk.losses import noised
 from topk.losses.common import PendingScores, finite_or_zero, row_dtype
 from topk.losses.noised_sampling import counted_normals
+from topk.losses.soft import is_distributed
 from topk.tails import Slice, in_step
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _MESSAGES = {torch.float32: torch.int32, torch.float64: torch.int64}  # scores travel as bits, beside class numbers
 
@@ -97,7 +101,7 @@ class ClassShard:
 def sharded_loss(loss: nn.Module, scores: Tensor, target: Tensor, shard: ClassShard) -> Tensor:
     """``loss(scores of all classes, target)`` from this process's slice of them; the gradient is that of the slice.
 
-    A DTensor with the placement Shard(1) may be given to a loss itself.
+    A DTensor with the placement Shard(-1) may be given to a loss itself.
 
     Args:
         loss: a loss module of this package.
@@ -112,16 +116,48 @@ def sharded_loss(loss: nn.Module, scores: Tensor, target: Tensor, shard: ClassSh
     return value
 
 
-def of_dtensor(scores: Any) -> PendingScores:
+def of_dtensor(scores: DTensor) -> PendingScores:
     """Stands in for a DTensor that is cut along its classes."""
+    return _pending(scores.to_local(), _shard_of("scores", scores, 1))
+
+
+def of_layer(
+    features: Tensor, weight: DTensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, ClassShard]:
+    """What this process has of a last layer whose weight is a DTensor cut along its classes, and of its features."""
+    shard = _shard_of("weight", weight, 0)
+    if bias is not None:
+        if not is_distributed(bias) or _shard_of("bias", bias, 0) != shard:
+            raise ValueError("bias must be a DTensor, cut as weight is")
+        bias = bias.to_local()
+    if is_distributed(features):
+        if not all(placement.is_replicate() for placement in features.placements):
+            raise ValueError(f"features as a DTensor must be the same on all processes, got {features.placements}")
+        features = features.to_local()
+    return features, weight.to_local(), bias, shard
+
+
+def _shard_of(name: str, tensor: DTensor, classes: int) -> ClassShard:
+    """Which classes a process has of a matrix, or a vector, that is cut along this axis."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if scores.dim() != 2 or tuple(scores.placements) not in ((Shard(1),), (Shard(-1),)):
-        raise ValueError(f"scores as a DTensor must be (rows, classes) with Shard(1), got {scores.placements}")
-    offset = compute_local_shape_and_global_offset(scores.shape, scores.device_mesh, scores.placements)[1]
-    shard = ClassShard(min(int(offset[1]), scores.shape[1]), int(scores.shape[1]), scores.device_mesh.get_group())
-    return _pending(scores.to_local(), shard)
+    axes, total = tensor.dim(), int(tensor.shape[classes]) if tensor.dim() > classes else 0
+    if axes > 2 or tuple(tensor.placements) not in ((Shard(classes),), (Shard(classes - axes),)):
+        raise ValueError(
+            f"{name} as a DTensor must be cut along its classes, Shard({classes}), on a mesh of one axis, "
+            f"got shape {tuple(tensor.shape)} with {tensor.placements}"
+        )
+    offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+    return ClassShard(min(int(offset[classes]), total), total, tensor.device_mesh.get_group())
+
+
+def held(scores: Tensor) -> tuple[Tensor, ClassShard | None]:
+    """The slice that is here of a DTensor, or of what stands in for one; other scores as they are."""
+    known = of_dtensor(scores) if is_distributed(scores) else scores
+    if isinstance(known, PendingScores) and known.held is not None:
+        return known.held
+    return scores, None
 
 
 def _pending(scores: Tensor, shard: ClassShard) -> PendingScores:
@@ -132,7 +168,7 @@ def _pending(scores: Tensor, shard: ClassShard) -> PendingScores:
     def chosen(rows: Tensor) -> PendingScores:
         return _pending(scores[rows], shard)
 
-    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source, chosen)
+    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source, chosen, (scores, shard))
 
 
 class SlicedRowLoss(torch.autograd.Function):
@@ -217,6 +253,12 @@ def _head(scores: Tensor, target: Tensor, depth: int, shard: ClassShard) -> tupl
         classes = torch.cat((classes, target.masked_fill(listed, shard.total)[:, None]), 1)
     classes, order = classes.sort(1)
     return values.gather(1, order), classes, (classes == target[:, None]).to(torch.uint8).argmax(1)
+
+
+def listed(scores: Tensor, target: Tensor, depth: int, shard: ClassShard) -> tuple[Tensor, Tensor]:
+    """The row's `depth` largest scores in falling order, and the target's (rows,), by one message."""
+    values, _, own = _head(scores.to(compute_dtype(scores)), target, depth, shard)
+    return values.topk(depth, dim=1).values, values.gather(1, own[:, None]).squeeze(1)
 
 
 def _first(values: Tensor, classes: Tensor, depth: int) -> Tensor:

@@ -42,6 +42,7 @@ from topk.losses.common import (
 )
 from topk.losses.soft import takes_probabilities
 from topk.metrics import ranks
+from topk.shards import held, listed
 from topk.tails import PowerSums, SumAndMean
 
 Transition = str | float | Tensor | Callable[[Tensor], Tensor]
@@ -340,20 +341,32 @@ def _called_weights(
     transition: Callable[[Tensor], Tensor], scores: Tensor, target: Tensor, options: Options, ignore_index: int
 ) -> Tensor:
     """What `transition` makes of the margins, (rows, ks); 0 for a k that does not count, or a row without a class."""
-    if isinstance(scores, PendingScores):
-        raise ValueError("transition must not be a function where the scores are made, or held, in pieces")
-    rows, flat = as_rows(scores.detach(), target)
-    rows, classes = rows.to(compute_dtype(scores)), rows.shape[1]
+    rows, flat = as_rows(scores, target)
+    dtype, classes = compute_dtype(scores), rows.shape[1]
     used = (flat >= 0) & (flat < classes) & (flat != ignore_index)
     kept = [k for k, weight in zip(options.ks, options.weights, strict=True) if k < classes and weight > 0.0]
-    columns = dict.fromkeys(options.ks, torch.zeros_like(rows[:, 0]))
-    for k, margin in zip(kept, margins(rows, torch.where(used, flat, 0), kept).unbind(1) if kept else (), strict=True):
+    columns = dict.fromkeys(options.ks, torch.zeros(flat.shape, dtype=dtype, device=scores.device))
+    found = _margins(rows, torch.where(used, flat, 0), kept).unbind(1) if kept else ()
+    for k, margin in zip(kept, found, strict=True):
         a = transition(margin.reshape(target.shape))
         if not isinstance(a, Tensor) or a.shape != target.shape:
             got = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
             raise ValueError(f"transition must return a tensor of the margins' shape {tuple(target.shape)}, got {got}")
-        columns[k] = torch.where(used, a.detach().reshape(-1).to(rows.dtype), 0.0)
+        columns[k] = torch.where(used, a.detach().reshape(-1).to(dtype), 0.0)
     return torch.stack([columns[k] for k in options.ks], 1)
+
+
+def _margins(scores: Tensor, target: Tensor, ks: list[int]) -> Tensor:
+    """`margins` of scores that may be held in slices."""
+    rows, shard = held(scores)
+    if shard is not None:
+        values, own = listed(rows.detach(), target, ks[-1] + 1, shard)
+        return _lead(own[:, None], values, ks).masked_fill(own[:, None] == -torch.inf, -torch.inf)
+    if isinstance(scores, PendingScores):
+        raise ValueError(
+            "transition must not be a function where the scores are made in pieces: it looks at them first"
+        )
+    return margins(rows.detach().to(compute_dtype(rows)), target, ks)
 
 
 class TransitionTopKLoss(LossModule):
@@ -409,7 +422,7 @@ class TransitionTopKLoss(LossModule):
     def forward(self, scores: Tensor, target: Tensor) -> Tensor:
         """The loss of these scores; in training mode their accuracy is counted first."""
         if self.training and "running_accuracy" in self._buffers:
-            self._count(scores.detach(), target)
+            self._count(scores, target)
         return super().forward(scores, target)
 
     @torch.no_grad()
