@@ -168,7 +168,12 @@ def _pending(scores: Tensor, shard: ClassShard) -> PendingScores:
     def chosen(rows: Tensor) -> PendingScores:
         return _pending(scores[rows], shard)
 
-    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source, chosen, (scores, shard))
+    def leading(target: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        values, _, own = _head(scores.detach().to(compute_dtype(scores)), target, count, shard)
+        return values.topk(count, dim=1).values, values.gather(1, own[:, None]).squeeze(1)
+
+    known = (scores, shard)
+    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source, chosen, known, leading)
 
 
 class SlicedRowLoss(torch.autograd.Function):
@@ -253,12 +258,6 @@ def _head(scores: Tensor, target: Tensor, depth: int, shard: ClassShard) -> tupl
         classes = torch.cat((classes, target.masked_fill(listed, shard.total)[:, None]), 1)
     classes, order = classes.sort(1)
     return values.gather(1, order), classes, (classes == target[:, None]).to(torch.uint8).argmax(1)
-
-
-def listed(scores: Tensor, target: Tensor, depth: int, shard: ClassShard) -> tuple[Tensor, Tensor]:
-    """The row's `depth` largest scores in falling order, and the target's (rows,), by one message."""
-    values, _, own = _head(scores.to(compute_dtype(scores)), target, depth, shard)
-    return values.topk(depth, dim=1).values, values.gather(1, own[:, None]).squeeze(1)
 
 
 def _first(values: Tensor, classes: Tensor, depth: int) -> Tensor:

@@ -29,6 +29,7 @@ class PendingScores(Tensor):
     source: Callable[..., Tensor]
     chosen: Callable[[Tensor], PendingScores]
     held: tuple[Tensor, Any] | None
+    leading: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None
 
     @classmethod
     def of(
@@ -40,13 +41,15 @@ class PendingScores(Tensor):
         source: Callable[..., Tensor],
         chosen: Callable[[Tensor], PendingScores],
         held: tuple[Tensor, Any] | None = None,
+        leading: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> PendingScores:
         """`source(call, target, tensors, share, reduction)` gives the rows' losses, or the sum of share times them.
 
-        `chosen(rows)` stands in for these rows of the scores. `held`: the slice that is here, and its `ClassShard`.
+        `chosen(rows)` stands in for these rows of the scores. Where slices are held: the one that is here with its
+        `ClassShard`, and `leading(target, count)`, the largest scores in falling order and the target's.
         """
         scores = torch.zeros((), dtype=dtype, device=like.device).expand(rows, classes).as_subclass(cls)
-        scores.source, scores.chosen, scores.held = source, chosen, held
+        scores.source, scores.chosen, scores.held, scores.leading = source, chosen, held, leading
         return scores
 
 

@@ -42,7 +42,6 @@ from topk.losses.common import (
 )
 from topk.losses.soft import takes_probabilities
 from topk.metrics import ranks
-from topk.shards import held, listed
 from topk.tails import PowerSums, SumAndMean
 
 Transition = str | float | Tensor | Callable[[Tensor], Tensor]
@@ -358,15 +357,12 @@ def _called_weights(
 
 def _margins(scores: Tensor, target: Tensor, ks: list[int]) -> Tensor:
     """`margins` of scores that may be held in slices."""
-    rows, shard = held(scores)
-    if shard is not None:
-        values, own = listed(rows.detach(), target, ks[-1] + 1, shard)
-        return _lead(own[:, None], values, ks).masked_fill(own[:, None] == -torch.inf, -torch.inf)
-    if isinstance(scores, PendingScores):
-        raise ValueError(
-            "transition must not be a function where the scores are made in pieces: it looks at them first"
-        )
-    return margins(rows.detach().to(compute_dtype(rows)), target, ks)
+    if not isinstance(scores, PendingScores):
+        return margins(scores.detach().to(compute_dtype(scores)), target, ks)
+    if scores.leading is None:
+        raise ValueError("transition must not be a function of scores that are made in pieces, for it looks first")
+    values, own = scores.leading(target, ks[-1] + 1)
+    return _lead(own[:, None], values, ks).masked_fill(own[:, None] == -torch.inf, -torch.inf)
 
 
 class TransitionTopKLoss(LossModule):
