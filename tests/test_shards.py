@@ -299,6 +299,17 @@ def probabilities_are_taken(shard: topk.ClassShard, stop: int) -> None:
         same(torch.autograd.grad(found, local, upstream)[0], gradient[:, shard.start : stop], 1e-12, name)
 
 
+def rows_without_a_target_count_nothing(shard: topk.ClassShard, stop: int) -> None:
+    """No row at all, or rows that are ignored and hold nothing but NaN."""
+    for name, loss in criteria().items():
+        loss.reduction = "sum"
+        for target in (torch.zeros(0, dtype=torch.int64), torch.full((2,), -100)):
+            local = torch.full((len(target), stop - shard.start), torch.nan).requires_grad_()
+            value = topk.sharded_loss(loss, local, target, shard)
+            assert value == 0.0, name
+            assert (torch.autograd.grad(value, local)[0] == 0.0).all(), name
+
+
 def metrics_equal(shard: topk.ClassShard, stop: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         scores, target, _ = problem(dtype)
@@ -379,13 +390,18 @@ CHECKS: tuple[Check, ...] = (
     last_layers_equal,
     modules_hold_a_slice,
     probabilities_are_taken,
+    rows_without_a_target_count_nothing,
     metrics_equal,
     dtensors_are_taken,
     what_cannot_be_is_refused,
 )
 
 
-WORLDS = {dtensors_are_taken: (4,), probabilities_are_taken: (3,)}  # for all others every one of `CUTS`
+WORLDS = {
+    dtensors_are_taken: (4,),
+    probabilities_are_taken: (3,),
+    rows_without_a_target_count_nothing: (2,),
+}  # for all others every one of `CUTS`
 
 
 def _process(rank: int, port: int) -> None:

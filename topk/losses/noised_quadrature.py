@@ -256,14 +256,17 @@ class ExpectedOrder(Tail):
             found = _towards(found, k, *(yield Sum(self._sums(part.scores, centre, found[0]))))
         middle, spacing = found[0], _spacing(*(yield Sum(self._sums(part.scores, centre, found[0]))))
         every = yield Every(self._chances(part.scores, centre, middle, spacing).flatten(0, 1))
-        nothing = torch.zeros_like(every[0]).view(k + 1, -1)
+        shape = (k + 1, len(STEPS) * rows)
+        nothing = torch.zeros_like(every[0]).view(shape)
         nothing[0] = 1.0
         full = others = nothing
         for process, each in enumerate(every):
-            full = polynomials.product(full, each.view(k + 1, -1))
-            others = others if process == part.shard.process else polynomials.product(others, each.view(k + 1, -1))
-        rise = self.epsilon * _risen(middle, spacing, full.sum(0).view(-1, rows).T)
-        return torch.cat((torch.stack((rise, centre.to(rise.dtype), middle, spacing)), others.view(-1, rows)))
+            full = polynomials.product(full, each.view(shape))
+            others = others if process == part.shard.process else polynomials.product(others, each.view(shape))
+        rise = self.epsilon * _risen(middle, spacing, full.sum(0).view(len(STEPS), rows).T)
+        return torch.cat(
+            (torch.stack((rise, centre.to(rise.dtype), middle, spacing)), others.view((k + 1) * len(STEPS), rows))
+        )
 
     def _scaled(self, scores: Tensor, centre: Tensor, width: int = 1) -> Iterator[tuple[slice, Tensor]]:
         """Chunks of rows, and their scores in units of epsilon; nothing of an empty slice."""
