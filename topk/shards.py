@@ -334,7 +334,10 @@ def sliced_gradient(call: Call, grad: Tensor, scores: Tensor, saved: Sequence[Te
     if not any(tail.whole for tail in tails):
         result.scatter_(1, places, background.expand(places.shape))
     result.scatter_add_(1, places, (at_head * scale).to(result.dtype))
-    return result[:, :classes].masked_fill_((state == IGNORED)[:, None], 0.0)  # such a row may hold anything
+    ignored = (state == IGNORED)[:, None]
+    if not ignored.is_cpu or bool(ignored.any()):
+        result.masked_fill_(ignored, 0.0)  # such a row may hold anything
+    return result[:, :classes]
 
 
 def few_of_slice(grad: Tensor, scores: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
