@@ -189,7 +189,7 @@ class Level(Tail):
             found = torch.where((found >= low) & (found <= high), found, (low + high) / 2)
             height = torch.where(needed, cap, height)
             close = 8 * torch.finfo(z.dtype).eps * (level.abs() + self._goal(height))
-            close = close + 2 * torch.finfo(part.scores.dtype).eps * (level - origin).abs()
+            close = close + 2 * torch.finfo(part.scores.dtype).eps * (level - origin).abs()  # as x - shift is rounded
             moves = moves & ((found - level).abs() > close)
             if not bool(moves.any()):
                 break
@@ -242,7 +242,7 @@ class Level(Tail):
         found, height = self._segment(z, level, count, total, level < 0.0)
         if self.variant == "beta_smooth":
             return found.relu(), height
-        if self.variant == "alpha_smooth":  # F falls at 0
+        if self.variant == "alpha_smooth":  # F jumps down at 0, below which the sum of p is free
             crosses = ((level < 0.0) & (found > 0.0)) | ((level > 0.0) & (found < 0.0))
             left = self._segment(z, level, count, total, level <= 0.0)[0].clamp(max=0.0)
             return torch.where(crosses, 0.0, torch.where((level == 0.0) & (found <= 0.0), left, found)), height
@@ -251,8 +251,7 @@ class Level(Tail):
     def _segment(self, z: Tensor, level: Tensor, count: Tensor, total: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         """The same; `free`: where alpha's height may be lower."""
         k = self.k
-        fixed = torch.full_like(level, self._height())
-        cap, bend = fixed, torch.zeros_like(level)
+        cap, bend = torch.full_like(level, self._height()), torch.zeros_like(level)
         if self.variant == "alpha_smooth":
             place = torch.arange(1, k + 1, dtype=z.dtype, device=z.device)
             sums = z[:, :k].cumsum(1)
