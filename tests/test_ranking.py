@@ -129,6 +129,16 @@ def test_plain_rows_get_a_low_temperature() -> None:
     assert 0.99 < high <= 1.0
 
 
+def test_a_broken_row_spoils_no_other() -> None:
+    scores, target = torch.randn(4, 9, dtype=torch.float64), torch.tensor([0, 3, 1, 5])
+    scores[1, 2] = -torch.inf  # masked
+    alone = topk.ldr_loss(scores, target, alpha=2.0, reduction="none")
+    scores[0, 1] = torch.nan
+    found = topk.ldr_loss(scores, target, alpha=2.0, reduction="none")
+    assert found[0].isnan()
+    torch.testing.assert_close(found[1:], alone[1:])
+
+
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_ldr_far_apart(alpha: float | None) -> None:
     for lead in (-1e4, -300.0, 300.0, 1e4):

@@ -5,9 +5,11 @@ Four processes are started once; each checks what it gets and counts what it sen
 
 from __future__ import annotations
 
+import copy
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import topk
+from topk.losses.noised_quadrature import STEPS
 from topk.losses.noised_sampling import counted_normals
 from topk.losses.ranking import SURROGATES
 
 CLASSES, ROWS, FEATURES = 29, 12, 5
 CUTS = {2: (0, 20, 29), 3: (0, 5, 5, 29), 4: (0, 1, 11, 12, 29)}  # uneven, and one of three is empty
-VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy", "topk_entropy")
+VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy", "topk_entropy", "polyhedral")
+SMOOTHED = ("alpha_smooth", "beta_smooth", "polyhedral_smooth")
 
 Check = Callable[[topk.ClassShard, int], None]  # of this process's slice, which ends before that class
 
@@ -37,13 +41,17 @@ def criteria() -> dict[str, nn.Module]:
         "smooth, many k": topk.SmoothTopKLoss({1: 0.5, 8: 0.5}, tau=0.3),
         "transition": topk.TransitionTopKLoss({1: 0.5, 3: 0.5}),
         "transition, fixed": topk.TransitionTopKLoss(3, transition=0.5),
+        "transition, smoothed": topk.TransitionTopKLoss({1: 0.5, 3: 0.5}, label_smoothing=0.2),
+        "transition, called": topk.TransitionTopKLoss({1: 0.5, 3: 0.5}, transition=_by_margin),
         "smooth, k > 8": topk.SmoothTopKLoss(9, tau=0.4),
         "smooth, k above and below": topk.SmoothTopKLoss({2: 0.3, 10: 0.5, 27: 0.2}, tau=0.3),
         "noised, without noise": topk.NoisedTopKLoss(3, epsilon=0.0, margins=margins),
+        "noised, exact": topk.NoisedTopKLoss({1: 0.5, 3: 0.5}, epsilon=0.7, samples=None, margins=margins),
         "focal": topk.FocalLoss(),
         "ldam": topk.LDAMLoss(margins=margins, scale=3.0),
         **{f"autkc, {name}": topk.AUTKCLoss({1: 0.5, 3: 0.5}, surrogate=name) for name in SURROGATES},
         "ldr": topk.LDRLoss(temperature=0.7),
+        "ldr, adaptive": topk.LDRLoss(temperature=0.7, alpha=1.5),
         "softmax at k": topk.SoftmaxAtKLoss({1: 0.5, 3: 0.5}, temperature=0.8),
         "differentiable": topk.DifferentiableTopKLoss(3, m=6),
         "differentiable, all": topk.DifferentiableTopKLoss(3, m=40),
@@ -52,7 +60,16 @@ def criteria() -> dict[str, nn.Module]:
         ),
         "no k counts": topk.SmoothTopKLoss(CLASSES),
         **{f"hinge, {name}": topk.TopKHingeLoss({1: 0.5, 3: 0.5}, variant=name) for name in VARIANTS},
+        **{f"hinge, {name}": topk.TopKHingeLoss({1: 0.5, 3: 0.5}, variant=name) for name in SMOOTHED},
+        **{  # on more classes than the head has
+            f"hinge, {name}, many slopes": topk.TopKHingeLoss(3, variant=name, margin=8.0, smoothing=50.0)
+            for name in ("polyhedral", *SMOOTHED)
+        },
     }
+
+
+def _by_margin(margin: Tensor) -> Tensor:
+    return (margin / 3.0).sigmoid().nan_to_num()
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,18 +117,22 @@ def counted(operations: tuple[str, ...] = ("all_gather", "all_reduce")) -> Itera
 
 
 def losses_equal(shard: topk.ClassShard, stop: int) -> None:
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 2e-6)):
+    """In other types for three processes alone, of which one has no class."""
+    types = ((torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2.0**-8))
+    for dtype, tolerance in types[: 3 if shard.processes == 3 else 1]:
         scores, target, upstream = problem(dtype)
         for name, loss in criteria().items():
             loss.reduction = "none"
             whole, local = (x.clone().requires_grad_() for x in (scores, scores[:, shard.start : stop]))
-            expected, found = loss(whole, target), topk.sharded_loss(loss, local, target, shard)
-            same(found.detach(), expected.detach(), tolerance, name)
-            (gradient,) = torch.autograd.grad(expected, whole, upstream)
+            with torch.autocast("cpu", enabled=dtype is torch.bfloat16):
+                expected, found = loss(whole, target), topk.sharded_loss(loss, local, target, shard)
+                same(found.detach(), expected.detach(), min(tolerance, 2e-6), name)
+            (gradient,) = torch.autograd.grad(expected, whole, upstream.to(expected.dtype))
             gradient[10] = 0.0  # the loss of an impossible target is +inf; its slices get no gradient
-            same(torch.autograd.grad(found, local, upstream)[0], gradient[:, shard.start : stop], tolerance, name)
+            (slopes,) = torch.autograd.grad(found, local, upstream.to(found.dtype))
+            same(slopes, gradient[:, shard.start : stop], tolerance, name)
     loss = topk.TransitionTopKLoss(3, weight=torch.linspace(0.5, 2.0, CLASSES))
-    usual = [0, 1, 2, 3, 4, 5, 6, 11]
+    usual, scores = [0, 1, 2, 3, 4, 5, 6, 11], problem(torch.float32)[0]
     for reduction in ("mean", "sum"):
         loss.reduction = reduction
         local = scores[usual, shard.start : stop]
@@ -169,6 +190,15 @@ def messages_are_few(shard: topk.ClassShard, stop: int) -> None:
     with counted() as sent:
         topk.sharded_loss(topk.NoisedTopKLoss(3, samples=5), scores[:, shard.start : stop], target, shard)
     assert sent == [("all_gather", 4 * rows * (5 * 4 * 3 + 1))]  # score, noise and class of each sample's best
+    assert _sums(loss["transition, smoothed"], scores, target, shard, stop) == [3]
+    assert len(_sums(loss["ldr, adaptive"], scores, target, shard, stop, numbers=3)) in range(3, 8)
+    *grid, counts = _sums(loss["noised, exact"], scores, target, shard, stop)
+    assert grid == [2 * 2 * 3] * 6  # in float64, for two ks
+    assert counts == 2 * len(STEPS) * ((1 + 1) + (3 + 1))
+    for name in ("polyhedral", *SMOOTHED):
+        found = _sums(loss[f"hinge, {name}"], 4.0 * scores, target, shard, stop)
+        assert len(found) == (name == "polyhedral_smooth")
+        assert len(_sums(loss[f"hinge, {name}, many slopes"], scores, target, shard, stop, numbers=3)) in range(2, 8)
     target = problem(torch.float32)[1]
     weight, features = torch.randn(stop - shard.start, FEATURES, requires_grad=True), torch.randn(ROWS, FEATURES)
     with counted() as sent:
@@ -177,14 +207,35 @@ def messages_are_few(shard: topk.ClassShard, stop: int) -> None:
     assert sent[-1][1] == 4 * ROWS * FEATURES  # the features' gradient, once
 
 
+def _sums(
+    loss: nn.Module, scores: Tensor, target: Tensor, shard: topk.ClassShard, stop: int, numbers: int | None = None
+) -> list[int]:
+    """How many 32-bit numbers a row every message after the heads' has; backward sends none."""
+    with counted() as sent:
+        topk.sharded_loss(loss, scores[:, shard.start : stop].clone().requires_grad_(), target, shard).backward()
+    found = [size // (4 * len(scores)) for _, size in sent[1:]]
+    assert numbers is None or {*found} == {numbers}
+    return found
+
+
 def last_layers_equal(shard: topk.ClassShard, stop: int) -> None:
     generator = torch.Generator().manual_seed(1)
     shapes = ((ROWS, FEATURES), (CLASSES, FEATURES), (CLASSES,))
     whole = [torch.randn(shape, dtype=torch.float64, generator=generator).requires_grad_() for shape in shapes]
     target, upstream = problem(torch.float64)[1:]
     mine = slice(shard.start, stop)
-    for name in ("smooth", "smooth, k > 8", "transition", "hinge, beta", "differentiable", "ldr"):
-        for reduction in ("mean", "none"):
+    losses = [
+        "smooth",
+        "smooth, k > 8",
+        "hinge, beta",
+        "differentiable",
+        "ldr",
+        "transition, smoothed",
+        "noised, exact",
+    ]
+    losses += ["hinge, alpha_smooth, many slopes", "hinge, polyhedral_smooth"]
+    for place, name in enumerate(losses):
+        for reduction in ("mean", "none") if place < 4 else ("mean",):
             loss = criteria()[name]
             loss.reduction = reduction
             local = [whole[0].detach().requires_grad_(), *(x.detach()[mine].requires_grad_() for x in whole[1:])]
@@ -205,6 +256,60 @@ def last_layers_equal(shard: topk.ClassShard, stop: int) -> None:
     same(cosines, topk.linear_loss(criteria()["ldam"], *whole[:2], target, cosine_scale=4.0), 1e-12)
 
 
+def modules_hold_a_slice(shard: topk.ClassShard, stop: int) -> None:
+    whole = topk.LinearTopKLoss(criteria()["smooth"], FEATURES, CLASSES).double()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(torch.linspace(-2.0, 2.0, parameter.numel()).sin().view_as(parameter))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of an empty slice nothing is to be initialised
+        mine = topk.LinearTopKLoss(criteria()["smooth"], FEATURES, stop - shard.start, shard=shard).double()
+    mine.load_state_dict({name: tensor[shard.start : stop] for name, tensor in whole.state_dict().items()})
+    features, target = (
+        torch.linspace(-9.0, 9.0, ROWS * FEATURES).cos().double().view(ROWS, -1),
+        problem(torch.float64)[1],
+    )
+    expected, found = (module(features, target) for module in (whole, mine))
+    same(found, expected, 1e-12)
+    for value in (expected, found, 2.0 * mine(features, target)):  # the second time they accumulate
+        value.backward()
+    for one, all_of_them in zip(mine.parameters(), whole.parameters(), strict=True):
+        same(one.grad, 3.0 * all_of_them.grad[shard.start : stop], 1e-12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = (module.float()(features.float(), target) for module in (whole, mine))
+    same(found, expected, 2e-6)
+    whole, mine = whole.double(), mine.double()
+    ranks = topk.metrics.ranks(mine.scores(features), target, shard=mine.shard)
+    assert torch.equal(ranks, topk.metrics.ranks(whole.scores(features), target))
+    with pytest.raises(ValueError, match="classes must end by class 29"):
+        topk.LinearTopKLoss(criteria()["smooth"], FEATURES, CLASSES, shard=topk.ClassShard(3, CLASSES))
+
+
+def probabilities_are_taken(shard: topk.ClassShard, stop: int) -> None:
+    scores, target, upstream = problem(torch.float64)
+    usual = [0, 1, 3, 4, 5, 11]
+    scores, target, upstream = scores[usual], target[usual], upstream[usual]
+    q = 0.3 * F.one_hot(target, CLASSES).double() + 0.7 * F.one_hot((target + 9) % CLASSES, CLASSES)
+    for name, loss in criteria().items():
+        loss.reduction = "none"
+        whole, local = (x.clone().requires_grad_() for x in (scores, scores[:, shard.start : stop]))
+        expected, found = loss(whole, q), topk.sharded_loss(loss, local, q, shard)
+        same(found.detach(), expected.detach(), 1e-12, name)
+        (gradient,) = torch.autograd.grad(expected, whole, upstream)
+        same(torch.autograd.grad(found, local, upstream)[0], gradient[:, shard.start : stop], 1e-12, name)
+
+
+def rows_without_a_target_count_nothing(shard: topk.ClassShard, stop: int) -> None:
+    """No row at all, or rows that are ignored and hold nothing but NaN."""
+    for name, loss in criteria().items():
+        loss.reduction = "sum"
+        for target in (torch.zeros(0, dtype=torch.int64), torch.full((2,), -100)):
+            local = torch.full((len(target), stop - shard.start), torch.nan).requires_grad_()
+            value = topk.sharded_loss(loss, local, target, shard)
+            assert value == 0.0, name
+            assert (torch.autograd.grad(value, local)[0] == 0.0).all(), name
+
+
 def metrics_equal(shard: topk.ClassShard, stop: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         scores, target, _ = problem(dtype)
@@ -216,37 +321,60 @@ def metrics_equal(shard: topk.ClassShard, stop: int) -> None:
 
 def dtensors_are_taken(shard: topk.ClassShard, stop: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     scores, target, _ = problem(torch.float64)
     usual = [0, 1, 3, 4, 5, 6, 11]
     scores, target = scores[usual], target[usual]
-    for name in ("smooth", "ldam", "hinge, kth"):
-        whole, along = scores.clone().requires_grad_(), Shard(-1) if name == "ldam" else Shard(1)
+    accuracy = topk.TransitionTopKLoss({1: 0.5, 3: 0.5}, transition="accuracy", momentum=0.5)
+    for name, loss in {**criteria(), "transition, accuracy": accuracy}.items():
+        alone = copy.deepcopy(loss)
+        whole, along = scores.clone().requires_grad_(), Shard(1) if name == "smooth" else Shard(-1)
         cut = distribute_tensor(scores, mesh, [along]).requires_grad_()
-        loss = criteria()[name]
-        expected, found = loss(whole, target), loss(cut, target)
-        same(found.detach(), expected.detach(), 1e-12)
+        expected, found = alone(whole, target), loss(cut, target)
+        same(found.detach(), expected.detach(), 1e-12, name)
         found.backward()
         expected.backward()
-        same(cut.grad.full_tensor(), whole.grad, 1e-12)
-    with pytest.raises(ValueError, match="DTensor must be"):
+        same(cut.grad.full_tensor(), whole.grad, 1e-12, name)
+    assert torch.equal(topk.metrics.ranks(cut, target), topk.metrics.ranks(scores, target))
+    assert topk.metrics.topk_accuracy(cut, target, (1, 3)) == topk.metrics.topk_accuracy(scores, target, (1, 3))
+    loss, possible = criteria()["smooth"], [0, 1, 2, 3, 4, 6]  # row 5 has masked classes
+    q = F.one_hot(target[possible], CLASSES).double()
+    q = 0.4 * q + 0.6 * q.roll(4, 1)
+    along = distribute_tensor(scores[possible], mesh, [Shard(-1)])
+    for soft in (q, distribute_tensor(q, mesh, [Shard(-1)])):
+        same(loss(along, soft), loss(scores[possible], q), 1e-12)
+    with pytest.raises(ValueError, match="scores as a DTensor must be"):
         loss(distribute_tensor(scores, mesh, [Replicate()]), target)
+    layer = torch.randn(CLASSES, FEATURES, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weight, bias = (distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in (layer, layer[:, 0].contiguous()))
+    features = scores[:, :FEATURES].clone().requires_grad_()
+    alike = distribute_tensor(features.detach(), mesh, [Replicate()]).requires_grad_()
+    inputs = [features.detach().requires_grad_(), layer.requires_grad_(), layer[:, 0].detach().requires_grad_()]
+    expected = criteria()["ldr"](F.linear(*inputs), target)
+    wanted = torch.autograd.grad(expected, inputs)
+    for given in (features, alike):
+        found = topk.linear_loss(criteria()["ldr"], given, weight, target, bias=bias)
+        same(found.detach(), expected.detach(), 1e-12)
+        for one, other in zip(torch.autograd.grad(found, (given, weight, bias)), wanted, strict=True):
+            same(one.full_tensor() if isinstance(one, DTensor) else one, other, 1e-12)
+    with pytest.raises(ValueError, match="bias must be a DTensor"):
+        topk.linear_loss(criteria()["ldr"], features, weight, target, bias=layer[:, 0])
+    split = topk.LinearTopKLoss(criteria()["ldr"], FEATURES, CLASSES).double()
+    split.load_state_dict({"linear.weight": inputs[1], "linear.bias": inputs[2]})
+    found = parallelize_module(split, mesh, {"linear": ColwiseParallel()})(features, target)
+    same(found.detach(), expected.detach(), 1e-12)
+    found.backward()
+    same(split.linear.weight.grad.full_tensor(), wanted[1], 1e-12)
+    with pytest.raises(ValueError, match="weight as a DTensor must be"):
+        topk.linear_loss(criteria()["ldr"], features, distribute_tensor(layer.detach(), mesh, [Shard(1)]), target)
 
 
 def what_cannot_be_is_refused(shard: topk.ClassShard, stop: int) -> None:
     scores, target, _ = problem(torch.float64)
     local = scores[:, shard.start : stop]
-    refused = {
-        "samples must be a number": topk.NoisedTopKLoss(3, samples=None),
-        "alpha must be None": topk.LDRLoss(alpha=2.0),
-        "variant must not be 'alpha_smooth'": topk.TopKHingeLoss(3, variant="alpha_smooth"),
-        "label_smoothing must be 0": topk.TransitionTopKLoss(3, label_smoothing=0.1),
-    }
-    for message, loss in refused.items():
-        with pytest.raises(ValueError, match=message):
-            topk.sharded_loss(loss, local, target, shard)
     with pytest.raises(ValueError, match="scores must end by class 29"):
         topk.sharded_loss(criteria()["smooth"], scores, target, topk.ClassShard(3, CLASSES))
     with pytest.raises(ValueError, match="target must hold class indices from 0 to 28"):
@@ -260,10 +388,20 @@ CHECKS: tuple[Check, ...] = (
     noise_is_that_of_one_process,
     messages_are_few,
     last_layers_equal,
+    modules_hold_a_slice,
+    probabilities_are_taken,
+    rows_without_a_target_count_nothing,
     metrics_equal,
     dtensors_are_taken,
     what_cannot_be_is_refused,
 )
+
+
+WORLDS = {
+    dtensors_are_taken: (4,),
+    probabilities_are_taken: (3,),
+    rows_without_a_target_count_nothing: (2,),
+}  # for all others every one of `CUTS`
 
 
 def _process(rank: int, port: int) -> None:
@@ -274,7 +412,7 @@ def _process(rank: int, port: int) -> None:
     for world, cuts in CUTS.items():
         group = dist.new_group([*range(world)])
         for check in CHECKS:
-            if rank < world and (check is not dtensors_are_taken or world == most):
+            if rank < world and world in WORLDS.get(check, CUTS):
                 try:
                     check(topk.ClassShard(cuts[rank], CLASSES, group), cuts[rank + 1])
                 except Exception as error:

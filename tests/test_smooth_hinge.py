@@ -193,6 +193,15 @@ def test_rows_that_need_more_than_their_largest_scores(variant: str) -> None:
     torch.testing.assert_close(objective(variant, p, scores, target, 2, 1.0, 20.0), loss, **EXACT)
 
 
+def test_a_crowd_behind_the_leader_counts() -> None:
+    """None of the crowd is ahead by itself; that there are many of them decides, and most of them are not selected."""
+    scores, target = torch.linspace(-0.9, -0.89, 1000).double()[None], torch.tensor([5])
+    scores[0, 700] = 0.0
+    loss, gradient = ours(scores, target, 3, "polyhedral")
+    torch.testing.assert_close(loss, definition(scores, target, 3, "polyhedral"), **EXACT)
+    assert (gradient[0] > 0.0).sum() > 500
+
+
 def test_smoothing_must_be_positive() -> None:
     with pytest.raises(ValueError, match="smoothing must be a finite number > 0, got 0"):
         topk.topk_hinge_loss(torch.randn(4, 6), torch.arange(4), 2, variant="beta_smooth", smoothing=0.0)

@@ -18,7 +18,7 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,18 +26,8 @@ from torch import Tensor
 from topk import compiled, kernels
 from topk.arguments import IGNORED, WRONG, check_targets
 
-
-class Tail(NamedTuple):
-    """Sums over classes of exp(m rate (x - shift)), m = 1..powers, which is all that a loss asks of them.
-
-    The shift is the row's largest score, or that of `rank` among the classes other than y. `counted`: instead of sums
-    the chances of 0..powers successes, where a class succeeds at the odds exp(rate (x - shift) + tilt), and the tilt.
-    """
-
-    rate: float
-    powers: int = 1
-    rank: int = 0
-    counted: bool = False
+if TYPE_CHECKING:
+    from topk.tails import Tail
 
 
 class Head(NamedTuple):
@@ -47,7 +37,7 @@ class Head(NamedTuple):
     """
 
     depth: int
-    tails: list[Tail]
+    tails: Sequence[Tail]
     noise: tuple[float, int] | None = None
 
 
@@ -65,7 +55,7 @@ class Loss:
         where most classes have a slope.
 
     head(options) -> what the loss needs to know of a row where processes share the classes; `definition` is then given
-        the head's scores and, as `tail` (powers, rows), the sums over all others; raises where that is too little.
+        the head's scores and, as `tail` (numbers, rows), what is said of all others (`topk.tails`).
 
     Without `forward` and `backward`, `definition` is differentiated. `tensors` have one entry (or row of entries) for
     every row of scores, or for every one of as many equal groups of rows, so that vmap can fold its axis into rows.
@@ -173,7 +163,7 @@ def is_traced(scores: Tensor) -> bool:
 _UNCHANGED = contextlib.nullcontext()
 
 
-def _without_autocast(scores: Tensor) -> contextlib.AbstractContextManager[None]:
+def without_autocast(scores: Tensor) -> contextlib.AbstractContextManager[None]:
     """A matrix product inside a loss must not be rounded to bfloat16."""
     device = scores.device.type
     return (
@@ -192,7 +182,7 @@ def _traced_loss(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tens
     target, classes = target.to(torch.int64), scores.shape[1]
     ignored = target == call.ignore_index
     used = (target >= 0) & (target < classes) & ~ignored
-    with _without_autocast(scores):
+    with without_autocast(scores):
         rows = torch.where(used[:, None], scores, 0.0).to(compute_dtype(scores))
         loss = call.loss.formula(rows, torch.where(used, target, 0), call.options, *tensors)
     return torch.where(used, loss, torch.where(ignored, 0.0, torch.nan).to(loss.dtype))
@@ -210,7 +200,7 @@ def row_values(call: Call, scores: Tensor, target: Tensor, tensors: tuple[Tensor
         return loss, target.clone(), *saved
     state, all_used = check_targets(target, scores.shape[1], call.ignore_index)
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
-    with _without_autocast(scores):
+    with without_autocast(scores):
         if call.ran is not None:
             rows = rows if all_used else torch.where((state >= 0)[:, None], rows, 0.0)
             pair = compiled.pair_for(call, rows, safe, tensors)
@@ -237,7 +227,7 @@ def row_gradients(
         return gradient
     all_used = state.is_cpu and state.numel() > 0 and int(state.min()) >= 0
     rows, safe = scores.to(compute_dtype(scores)), state if all_used else state.clamp(min=0)
-    with _without_autocast(scores):
+    with without_autocast(scores):
         if call.ran:
             rows = rows if all_used else torch.where((state >= 0)[:, None], rows, 0.0)
             gradient = compiled.backward(call.ran[0], grad.to(rows.dtype).contiguous(), rows, saved)

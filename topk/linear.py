@@ -23,8 +23,9 @@ from topk.arguments import check_count, check_number
 from topk.autograd import Call, compute_dtype, few_gradients, is_traced, row_gradients, row_loss, row_values
 from topk.losses.common import LossModule, PendingScores
 from topk.losses.imbalance import FocalLoss
+from topk.losses.soft import is_distributed
 from topk.losses.transition import TransitionTopKLoss
-from topk.shards import ClassShard, few_of_slice, sliced_gradient, sliced_values
+from topk.shards import ClassShard, few_of_slice, of_layer, sliced_gradient, sliced_values
 
 CHUNK = 2**25
 """Scores made at a time, unless that were fewer than so many rows, for which W's gradient would be read too often."""
@@ -75,10 +76,14 @@ def linear_loss(
         cosine_scale: None, or a number > 0: the scores are so many times the cosines between features and weight.
         chunk: how many rows are worked on at a time; None: as many as make 2^25 scores, and at least 128.
         shard: which classes ``weight`` and ``bias`` are, where processes share them (see ``topk.sharded_loss``); the
-            features are the same on all processes, and so is the gradient that they get.
+            features are the same on all processes, and so is the gradient that they get. A ``weight`` (and ``bias``)
+            that is a DTensor with Shard(0) needs none.
         by_torch: runs ``F.linear_cross_entropy`` where torch has it; for ``torch.nn.CrossEntropyLoss`` alone.
     """
     criterion = _criterion(loss)
+    if is_distributed(weight):
+        features, weight, bias, shard = of_layer(features, weight, bias)
+        target = target.full_tensor() if is_distributed(target) else target
     _check_inputs(features, weight, bias, target, None if shard is None else shard.total)
     rows_at_once = None if chunk is None else check_count("chunk", chunk)
     if cosine_scale is not None:
@@ -372,7 +377,8 @@ def _differentiable_gradients(
 class LinearTopKLoss(nn.Module):
     """A last layer and its loss in one, so that the scores are never held: :func:`topk.linear_loss` with parameters.
 
-    ``scores(features)`` gives the scores themselves, for evaluation.
+    ``scores(features)`` gives the scores themselves, for evaluation. Where processes share the classes, ``classes`` is
+    how many this one holds and ``shard`` which ones; ``scores`` are then those of its slice.
     """
 
     def __init__(
@@ -384,6 +390,7 @@ class LinearTopKLoss(nn.Module):
         bias: bool = True,
         cosine_scale: float | None = None,
         chunk: int | None = None,
+        shard: ClassShard | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -391,14 +398,17 @@ class LinearTopKLoss(nn.Module):
         _criterion(loss)
         self.loss, self.chunk = loss, None if chunk is None else check_count("chunk", chunk)
         self.cosine_scale = None if cosine_scale is None else check_number("cosine_scale", cosine_scale, above=0.0)
-        sizes = check_count("in_features", in_features), check_count("classes", classes)
+        self.shard = shard
+        sizes = check_count("in_features", in_features), check_count("classes", classes, least=0 if shard else 1)
+        if shard is not None:
+            shard.check("classes", sizes[1])
         self.linear = nn.Linear(*sizes, bias=bias and cosine_scale is None, device=device, dtype=dtype)
 
     def forward(self, features: Tensor, target: Tensor) -> Tensor:
         """The loss of these features."""
-        weight, bias = self.linear.weight, self.linear.bias
-        scale = self.cosine_scale
-        return linear_loss(self.loss, features, weight, target, bias=bias, cosine_scale=scale, chunk=self.chunk)
+        weight, bias, scale = self.linear.weight, self.linear.bias, self.cosine_scale
+        options: dict[str, Any] = {"bias": bias, "cosine_scale": scale, "chunk": self.chunk, "shard": self.shard}
+        return linear_loss(self.loss, features, weight, target, **options)
 
     def scores(self, features: Tensor) -> Tensor:
         """The scores (..., classes)."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from topk import _cpu
 from topk.arguments import check_count, check_ignore_index, check_number, check_scores, check_targets
 from topk.losses.common import as_rows
-from topk.shards import ClassShard, sliced_ranks
+from topk.shards import ClassShard, held, sliced_ranks
 
 __all__ = [
     "TopKMeter",
@@ -55,8 +55,11 @@ def ranks(scores: Tensor, target: Tensor, *, ignore_index: int = -100, shard: Cl
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.
         target: class indices.
         ignore_index: rows with this target have no rank.
-        shard: which classes the scores (rows, classes of the slice) are, where processes share them.
+        shard: which classes the scores (rows, classes of the slice) are, where processes share them; a DTensor with
+            Shard(-1) needs none.
     """
+    if shard is None:
+        scores, shard = held(scores)
     if shard is not None:
         rank, valid = sliced_ranks(scores.detach(), target, shard, check_ignore_index(ignore_index))
         return rank.masked_fill(~valid, shard.total + 1)
@@ -111,6 +114,8 @@ def topk_accuracy(
     All from one pass over the scores, in float64 on their device, without waiting for it. No rows give NaN. `shard`: as
     for `ranks`.
     """
+    if shard is None:
+        scores, shard = held(scores)
     if shard is not None:
         rank, rows = ranks(scores, target, ignore_index=ignore_index, shard=shard), (target != ignore_index).sum()
         return {k: _share((rank <= k).sum(), rows) for k in _check_ks(ks, shard.total)}

@@ -1,15 +1,25 @@
 """Classes spread over processes: each holds the scores of a slice of them (book, chapter "A million classes").
 
 A loss looks at a row's *head*, its few largest scores and the target's, and at the other classes, its *tail*, through
-sums of powers of exp(rate (x - shift)) alone. So with P slices
+a few numbers alone. So with P slices
 
 1. every process sends the `depth` largest scores of its slice, with their classes, and the target's score: one
    all_gather, after which all know the row's head, of equals the lower class first;
-2. the sums over the slices' tails are added: one all_reduce of a few numbers a row, or none where a loss has no tail;
-   of the smooth loss with k > 8 the slices' chances of 0..k successes are multiplied as polynomials, for which one more
-   all_gather brings them, and before it a tilt is agreed upon in a few small all_reduces;
-3. every process computes the loss of (head, sums) with the loss's own definition, and its slopes in both; from these
-   the gradient of its slice follows without a message: a polynomial in exp(rate (x - shift)), and the head's slopes.
+2. the tail's numbers are found (`topk.tails`): for most losses sums that one all_reduce adds, for hinges none;
+3. every process computes the loss of (head, numbers) with the loss's own definition, and its slopes in both; from
+   these the gradient of its slice follows without a message.
+
+What step 2 sends, in numbers a row (several k share the messages):
+
+    hinges that are not smoothed, differentiable, noised with samples or epsilon = 0      nothing
+    entropies, transition, focal, LDAM, LDR, AUTKC, softmax at K, softmax over all        one sum of 1, or 3 if smoothed
+    smooth, k <= 8                                                                        one sum of k
+    smooth, k > 8                 4 to 16 sums of 2 (a tilt), then every slice's k + 1 chances
+    LDR with alpha                a sum of 3 a Newton step: about 5
+    noised, samples = None        6 sums of 3 (a grid), then every slice's k + 1 chances at 36 nodes
+    alpha_smooth, beta_smooth, polyhedral                nothing, unless more classes than the head have a slope:
+                                                         then a sum of 3 a Newton step, about 5
+    polyhedral_smooth             the same, and one sum at least
 
 Noise is a function of (seed, row, class among all, sample), and every sample has its own largest scores, all sent in
 the first step: so it does not depend on who holds which class, where all processes draw the same seed.
@@ -20,26 +30,27 @@ A row whose target is masked (-inf) has the loss +inf, and here no gradient.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from topk._cpu import CHUNK, buffers, chunks, exponentials, exponents, ordered_topk, row_chunks
-from topk.arguments import check_count, check_targets
-from topk.autograd import Call, Tail, compute_dtype, settled
-from topk.losses import noised, polynomials
+from topk._cpu import CHUNK, ordered_topk, row_chunks
+from topk.arguments import IGNORED, check_count, check_targets
+from topk.autograd import Call, compute_dtype, settled, without_autocast
+from topk.losses import noised
 from topk.losses.common import PendingScores, finite_or_zero, row_dtype
 from topk.losses.noised_sampling import counted_normals
+from topk.losses.soft import is_distributed
+from topk.tails import Slice, in_step
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _MESSAGES = {torch.float32: torch.int32, torch.float64: torch.int64}  # scores travel as bits, beside class numbers
-_TILT_STEPS = 16
-_LANES = 2**13  # polynomials advanced together
-_COUNT_CHUNK = 2**17  # scores whose chances are worked on at a time
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,11 @@ class ClassShard:
         """How many share the classes."""
         return int(torch.distributed.get_world_size(self.group))
 
+    @property
+    def process(self) -> int:
+        """Which of them this is."""
+        return int(torch.distributed.get_rank(self.group))
+
     def gathered(self, message: Tensor) -> list[Tensor]:
         """Every process's message."""
         found = [torch.zeros_like(message) for _ in range(self.processes)]
@@ -85,11 +101,10 @@ class ClassShard:
 def sharded_loss(loss: nn.Module, scores: Tensor, target: Tensor, shard: ClassShard) -> Tensor:
     """``loss(scores of all classes, target)`` from this process's slice of them; the gradient is that of the slice.
 
-    A DTensor with the placement Shard(1) may be given to a loss itself.
+    A DTensor with the placement Shard(-1) may be given to a loss itself.
 
     Args:
-        loss: a loss module of this package; those that need to know more of a row than its largest scores and a few
-            sums say so.
+        loss: a loss module of this package.
         scores: (rows, classes of the slice).
         target: (rows,), class indices among all classes, or (rows, all classes), probabilities with few above 0.
         shard: which classes these are.
@@ -101,16 +116,48 @@ def sharded_loss(loss: nn.Module, scores: Tensor, target: Tensor, shard: ClassSh
     return value
 
 
-def of_dtensor(scores: Any) -> PendingScores:
+def of_dtensor(scores: DTensor) -> PendingScores:
     """Stands in for a DTensor that is cut along its classes."""
+    return _pending(scores.to_local(), _shard_of("scores", scores, 1))
+
+
+def of_layer(
+    features: Tensor, weight: DTensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, ClassShard]:
+    """What this process has of a last layer whose weight is a DTensor cut along its classes, and of its features."""
+    shard = _shard_of("weight", weight, 0)
+    if bias is not None:
+        if not is_distributed(bias) or _shard_of("bias", bias, 0) != shard:
+            raise ValueError("bias must be a DTensor, cut as weight is")
+        bias = bias.to_local()
+    if is_distributed(features):
+        if not all(placement.is_replicate() for placement in features.placements):
+            raise ValueError(f"features as a DTensor must be the same on all processes, got {features.placements}")
+        features = features.to_local()
+    return features, weight.to_local(), bias, shard
+
+
+def _shard_of(name: str, tensor: DTensor, classes: int) -> ClassShard:
+    """Which classes a process has of a matrix, or a vector, that is cut along this axis."""
     from torch.distributed.tensor import Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    if scores.dim() != 2 or tuple(scores.placements) not in ((Shard(1),), (Shard(-1),)):
-        raise ValueError(f"scores as a DTensor must be (rows, classes) with Shard(1), got {scores.placements}")
-    offset = compute_local_shape_and_global_offset(scores.shape, scores.device_mesh, scores.placements)[1]
-    shard = ClassShard(min(int(offset[1]), scores.shape[1]), int(scores.shape[1]), scores.device_mesh.get_group())
-    return _pending(scores.to_local(), shard)
+    axes, total = tensor.dim(), int(tensor.shape[classes]) if tensor.dim() > classes else 0
+    if axes > 2 or tuple(tensor.placements) not in ((Shard(classes),), (Shard(classes - axes),)):
+        raise ValueError(
+            f"{name} as a DTensor must be cut along its classes, Shard({classes}), on a mesh of one axis, "
+            f"got shape {tuple(tensor.shape)} with {tensor.placements}"
+        )
+    offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)[1]
+    return ClassShard(min(int(offset[classes]), total), total, tensor.device_mesh.get_group())
+
+
+def held(scores: Tensor) -> tuple[Tensor, ClassShard | None]:
+    """The slice that is here of a DTensor, or of what stands in for one; other scores as they are."""
+    known = of_dtensor(scores) if is_distributed(scores) else scores
+    if isinstance(known, PendingScores) and known.held is not None:
+        return known.held
+    return scores, None
 
 
 def _pending(scores: Tensor, shard: ClassShard) -> PendingScores:
@@ -121,7 +168,12 @@ def _pending(scores: Tensor, shard: ClassShard) -> PendingScores:
     def chosen(rows: Tensor) -> PendingScores:
         return _pending(scores[rows], shard)
 
-    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source, chosen)
+    def leading(target: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        values, _, own = _head(scores.detach().to(compute_dtype(scores)), target, count, shard)
+        return values.topk(count, dim=1).values, values.gather(1, own[:, None]).squeeze(1)
+
+    known = (scores, shard)
+    return PendingScores.of(scores, scores.shape[0], shard.total, scores.dtype, source, chosen, known, leading)
 
 
 class SlicedRowLoss(torch.autograd.Function):
@@ -129,7 +181,8 @@ class SlicedRowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, shard: ClassShard, scores: Tensor, target: Tensor, *tensors: Tensor) -> Tensor:
-        loss, *saved = sliced_values(call, shard, scores, target, tensors)
+        with without_autocast(scores):
+            loss, *saved = sliced_values(call, shard, scores, target, tensors)
         ctx.call, ctx.tensors = call, len(tensors)
         ctx.save_for_backward(scores, *saved)
         return loss
@@ -138,45 +191,39 @@ class SlicedRowLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scores, *saved = ctx.saved_tensors
-        gradient = sliced_gradient(ctx.call, grad, scores, saved)
+        with without_autocast(scores):
+            gradient = sliced_gradient(ctx.call, grad, scores, saved)
         return None, None, gradient.to(scores.dtype), None, *([None] * ctx.tensors)
 
 
 def sliced_values(
     call: Call, shard: ClassShard, scores: Tensor, target: Tensor, tensors: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
-    """The loss of every row, the head's places in the slice and slopes (rows, head), for each tail a shift and slopes.
+    """The loss of every row, its state, the head's places in the slice and slopes (rows, head), and what tails keep.
 
-    A place beyond the slice says that another process has the class.
+    Of every tail that is its shift (rows,), slopes and settings (rows, numbers). A place beyond the slice says that
+    another process has the class.
     """
     if call.loss.head is None:
         raise ValueError(f"loss must have a form for sharded classes, which {call.loss.name} has not")
     depth, tails, noise = call.loss.head(call.options)
+    depth = min(depth, shard.total)
     rows, state = scores.to(compute_dtype(scores)), check_targets(target, shard.total, call.ignore_index)[0]
     if noise is not None:
-        depth = min(depth, shard.total)
         loss, classes, at_head = _noised_values(call.options, shard, rows, state.clamp(min=0), depth, noise, tensors)
-        return settled(loss.to(rows.dtype), state), _places(classes, rows, shard), settled(at_head, state)
-    values, classes, own = _head(rows, state.clamp(min=0), min(depth, shard.total), shard)
-    places = _places(classes, rows, shard)
-    shifts = [_shift(values, own, tail).to(rows.dtype) for tail in tails]
-    both = list(zip(shifts, tails, strict=True))
-    summed = [_power_sums(rows, places, shift, tail) for shift, tail in both if not tail.counted]
-    added = iter(shard.added(torch.cat(summed)).split([len(each) for each in summed]) if summed else ())
-    at_target = places.gather(1, own[:, None])
-    sums = [
-        _counts(rows, places, at_target, shift, tail, shard) if tail.counted else next(added) for shift, tail in both
-    ]
+        return settled(loss.to(rows.dtype), state), state, _places(classes, rows, shard), settled(at_head, state)
+    values, classes, own = _head(rows, state.clamp(min=0), depth, shard)
+    part = Slice(rows, _places(classes, rows, shard), values, own, shard)
+    numbers = in_step(shard, [tail.talk(part) for tail in tails])
     with torch.enable_grad():
-        inputs = [tensor.to(row_dtype(rows)).requires_grad_() for tensor in (values, *sums)]
+        inputs = [tensor.to(row_dtype(rows)).requires_grad_() for tensor in (values, *numbers)]
         loss = call.loss.formula(inputs[0], own, call.options, *tensors, tails=inputs[1:])
         slopes = torch.autograd.grad(loss.sum(), inputs, allow_unused=True, materialize_grads=True)
-    at_head, *at_sums = slopes
-    pairs = []
-    for shift, tail, slope, numbers in zip(shifts, tails, at_sums, inputs[1:], strict=True):
-        slope = _in_powers(slope, numbers.detach()) if tail.counted else slope
-        pairs += [shift, settled(slope.T, state)]
-    return settled(loss.detach().to(rows.dtype), state), places, settled(at_head, state), *pairs
+    saved = []
+    for tail, slope, found in zip(tails, slopes[1:], inputs[1:], strict=True):
+        kept = tail.kept(slope, found.detach())
+        saved += [part.shift(tail.rank), *(settled(each.T, state) for each in kept)]
+    return settled(loss.detach().to(rows.dtype), state), state, part.places, settled(slopes[0], state), *saved
 
 
 def _places(classes: Tensor, scores: Tensor, shard: ClassShard) -> Tensor:
@@ -266,74 +313,6 @@ def _noised_values(
     return loss, listed, torch.cat((spread, -push.sum(1, keepdim=True)), 1)
 
 
-def _counts(scores: Tensor, places: Tensor, at_target: Tensor, shift: Tensor, tail: Tail, shard: ClassShard) -> Tensor:
-    """Pr[S = 0..k] over all slices without `places`, and the tilt (k + 2, rows): the slices' counts are multiplied."""
-    k, (rows, classes) = tail.powers, scores.shape
-    tilt = _tilt(scores, at_target, shift, tail, shard)
-    counts = scores.new_zeros((k + 1, rows), dtype=row_dtype(scores))
-    counts[0] = 1.0
-    for part in row_chunks(rows, classes, _COUNT_CHUNK) if classes else ():
-        lanes = max(1, min(classes // (4 * k), _LANES // (part.stop - part.start)))
-        width = -(-classes // lanes) * lanes
-        chances = _chances(scores[part], places[part], shift[part], tilt[part], tail, width)
-        trials = chances.view(-1, lanes, width // lanes).permute(2, 1, 0).contiguous()
-        counts[:, part] = polynomials.success_counts(trials, k, counts.dtype)
-    first, *others = shard.gathered(counts)
-    for other in others:
-        first = polynomials.product(first, other)
-    return torch.cat((first, tilt[None].to(first.dtype)))
-
-
-def _tilt(scores: Tensor, at_target: Tensor, shift: Tensor, tail: Tail, shard: ClassShard) -> Tensor:
-    """The tilt (rows,) at which about k - 1/2 of the wrong classes succeed, as `smooth._balance` finds it.
-
-    The slices' sums are added, two numbers a row and step.
-    """
-    k, (rows, classes) = tail.powers, scores.shape
-
-    def moments(tilt: Tensor) -> Tensor:
-        """Mean and variance (2, rows) of the number of successes."""
-        found = scores.new_zeros((2, rows))
-        for part in row_chunks(rows, classes, _COUNT_CHUNK) if classes else ():
-            chances = _chances(scores[part], at_target[part], shift[part], tilt[part], tail, classes)
-            found[0, part] = chances.sum(1)
-            found[1, part] = found[0, part] - torch.linalg.vecdot(chances, chances)
-        return shard.added(found)
-
-    goal = k - 0.5
-    low = torch.full_like(shift, -math.log(max(1, 2 * (shard.total - k) + 1)))
-    high = torch.full_like(shift, math.log(2 * k - 1))
-    tilt = torch.zeros_like(shift)
-    for done in range(_TILT_STEPS):
-        mean, variance = moments(tilt)
-        low, high = torch.where(mean < goal, tilt, low), torch.where(mean > goal, tilt, high)
-        if done >= 3 and not bool(((mean - goal) ** 2 > 4 * variance + 0.25).any()):
-            break  # the sums, and so the answer, are the same on all processes
-        step = tilt - (mean - goal) / variance
-        tilt = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
-    return tilt
-
-
-def _chances(scores: Tensor, hidden: Tensor, shift: Tensor, tilt: Tensor, tail: Tail, width: int) -> Tensor:
-    """Of every class, success's; 0 at the places that are hidden, of which the slice's size stands for elsewhere."""
-    rows, classes = scores.shape
-    chances = scores.new_zeros((rows, max(width, classes + 1)))
-    odds = exponents(scores, shift, tail.rate, chances[:, :classes])
-    odds.add_(tilt[:, None]).sigmoid_()
-    return chances.scatter_(1, hidden, 0.0)[:, :width]
-
-
-def _in_powers(slopes: Tensor, counts: Tensor) -> Tensor:
-    """Slopes in the power sums, and below them the tilt (k + 1, rows), from slopes in the counts (both (k + 2, rows)).
-
-    Up to a common factor, which changes no loss, counts are elementary symmetric polynomials e_j of the tilted odds,
-    and the derivative of e_j in the m-th power sum is (-1)^(m-1) e_{j-m} / m.
-    """
-    k = slopes.shape[0] - 2
-    powers = [(slopes[m:-1] * counts[: k + 1 - m]).sum(0) * ((-1) ** (m - 1) / m) for m in range(1, k + 1)]
-    return torch.stack((*powers, counts[-1]))
-
-
 def _own_scores(scores: Tensor, target: Tensor, shard: ClassShard) -> Tensor:
     """x_y (rows,) where the slice has y, else -inf."""
     local = _places(target, scores, shard)
@@ -343,61 +322,28 @@ def _own_scores(scores: Tensor, target: Tensor, shard: ClassShard) -> Tensor:
     return own
 
 
-def _shift(values: Tensor, own: Tensor, tail: Tail) -> Tensor:
-    """The row's largest score, or the rank-th of the classes other than y; 0 where that is not finite."""
-    if tail.rank == 0:
-        return finite_or_zero(values.amax(1))
-    wrong = values.scatter(1, own[:, None], -torch.inf)
-    return finite_or_zero(wrong.topk(tail.rank, dim=1).values[:, -1])
-
-
-def _power_sums(scores: Tensor, places: Tensor, shift: Tensor, tail: Tail) -> Tensor:
-    """sum of exp(m rate (x - shift)) for m = 1..powers (powers, rows), over the slice without `places`."""
-    rows, classes = scores.shape
-    sums = scores.new_zeros((tail.powers, rows))
-    if classes == 0:
-        return sums
-    odds_buffer, power_buffer = buffers(scores, 2, width=classes + 1)
-    for part in chunks(scores):
-        odds, power = odds_buffer[: part.stop - part.start], power_buffer[: part.stop - part.start]
-        odds[:, classes] = 0.0  # the column of classes that are elsewhere
-        exponents(scores[part], shift[part], tail.rate, odds[:, :classes])
-        exponentials(odds)[:, classes] = 0.0
-        power.copy_(odds.scatter_(1, places[part], 0.0))
-        for m in range(tail.powers):
-            torch.sum(power, 1, out=sums[m, part])
-            power.mul_(odds)
-    return sums
-
-
 def sliced_gradient(call: Call, grad: Tensor, scores: Tensor, saved: Sequence[Tensor]) -> Tensor:
     """The gradient of sum(grad * loss) in the slice's scores."""
     assert call.loss.head is not None
-    places, at_head, *pairs = saved
+    state, places, at_head, *of_tails = saved
     tails, classes = call.loss.head(call.options).tails, scores.shape[1]
-    broken = at_head.isnan().any(1)
-    result = torch.where(broken, torch.nan, 0.0).to(compute_dtype(scores))[:, None].repeat(1, classes + 1)
-    scale = grad.to(at_head.dtype)[:, None]
-    for tail, shift, slopes in zip(tails, pairs[::2], pairs[1::2], strict=True):
-        slopes, tilt = (slopes[:, :-1], slopes[:, -1:].to(result.dtype)) if tail.counted else (slopes, None)
-        degree = torch.arange(1, tail.powers + 1, device=scores.device)
-        columns = (slopes * scale * degree * tail.rate).to(result.dtype).unsqueeze(-1).unbind(1)
-        for part in chunks(scores) if classes else ():
-            odds = (scores[part].to(result.dtype) - shift[part, None]).mul_(tail.rate)
-            odds = odds if tilt is None else odds.add_(tilt[part])
-            odds = exponentials(odds.clamp_(max=0.0))
-            field = odds * columns[-1][part]
-            for column in columns[-2::-1]:
-                field.add_(column[part]).mul_(odds)
-            result[part, :classes] += field
-    result.scatter_(1, places, torch.where(broken, torch.nan, 0.0).to(result.dtype)[:, None].expand(places.shape))
-    return result.scatter_add_(1, places, (at_head * scale).to(result.dtype))[:, :classes]
+    background = torch.where(at_head.isnan().any(1), torch.nan, 0.0).to(compute_dtype(scores))[:, None]
+    result, scale = background.repeat(1, classes + 1), grad.to(at_head.dtype)[:, None]
+    for tail, shift, slopes, settings in zip(tails, of_tails[::3], of_tails[1::3], of_tails[2::3], strict=True):
+        tail.add_field(result[:, :classes], scores, shift, slopes * scale, settings)
+    if not any(tail.whole for tail in tails):
+        result.scatter_(1, places, background.expand(places.shape))
+    result.scatter_add_(1, places, (at_head * scale).to(result.dtype))
+    ignored = (state == IGNORED)[:, None]
+    if not ignored.is_cpu or bool(ignored.any()):
+        result.masked_fill_(ignored, 0.0)  # such a row may hold anything
+    return result[:, :classes]
 
 
 def few_of_slice(grad: Tensor, scores: Tensor, saved: Sequence[Tensor]) -> tuple[Tensor, Tensor] | None:
     """The same as classes of the slice and slopes (rows, head), where the loss has no tail and the slice a class."""
-    places, at_head, *pairs = saved
-    if pairs or scores.shape[1] == 0:
+    _, places, at_head, *of_tails = saved
+    if of_tails or scores.shape[1] == 0:
         return None
     inside = places < scores.shape[1]
     slopes = torch.where(inside, at_head * grad.to(at_head.dtype)[:, None], 0.0)

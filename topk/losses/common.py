@@ -28,6 +28,8 @@ class PendingScores(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what it gives is plain
     source: Callable[..., Tensor]
     chosen: Callable[[Tensor], PendingScores]
+    held: tuple[Tensor, Any] | None
+    leading: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None
 
     @classmethod
     def of(
@@ -38,13 +40,16 @@ class PendingScores(Tensor):
         dtype: torch.dtype,
         source: Callable[..., Tensor],
         chosen: Callable[[Tensor], PendingScores],
+        held: tuple[Tensor, Any] | None = None,
+        leading: Callable[[Tensor, int], tuple[Tensor, Tensor]] | None = None,
     ) -> PendingScores:
         """`source(call, target, tensors, share, reduction)` gives the rows' losses, or the sum of share times them.
 
-        `chosen(rows)` stands in for these rows of the scores.
+        `chosen(rows)` stands in for these rows of the scores. Where slices are held: the one that is here with its
+        `ClassShard`, and `leading(target, count)`, the largest scores in falling order and the target's.
         """
         scores = torch.zeros((), dtype=dtype, device=like.device).expand(rows, classes).as_subclass(cls)
-        scores.source, scores.chosen = source, chosen
+        scores.source, scores.chosen, scores.held, scores.leading = source, chosen, held, leading
         return scores
 
 
@@ -61,10 +66,6 @@ def reduced_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     check_choice("backend", tail["backend"], backend.BACKENDS)
     ignore_index = check_ignore_index(tail["ignore_index"])
-    if not torch.compiler.is_compiling() and type(scores).__name__ == "DTensor":
-        from topk import shards  # which imports this file
-
-        scores = shards.of_dtensor(scores)
     rows, flat = as_rows(scores, target)
     if weight is not None:
         weight = check_class_tensor("weight", weight, scores, rows.shape[1])

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from topk._cpu import ordered_topk, row_chunks
 from topk.arguments import KArgument, check_choice, check_count, check_k, check_number, check_scores
-from topk.autograd import Head, Loss, Tail
+from topk.autograd import Head, Loss
 from topk.losses.common import (
     LossModule,
     largest_classes,
@@ -42,6 +42,7 @@ from topk.losses.common import (
 )
 from topk.losses.networks import network
 from topk.losses.soft import takes_probabilities
+from topk.tails import PowerSums
 
 NETWORKS = ("odd_even", "bitonic", "splitter_selection")
 METHODS = (*NETWORKS, "neuralsort", "softsort", "sinkhorn")
@@ -629,7 +630,7 @@ def _write(pool: Tensor, places: slice | Tensor, start: Tensor, change: Tensor, 
 def head(options: Options) -> Head:
     """The kept scores, and for a softmax over all scores the sum of exponentials."""
     over_all = options.top1 == "cross_entropy" and options.cross_entropy_over == "all"
-    return Head(options.kept, [Tail(1.0)] if over_all else [])
+    return Head(options.kept, [PowerSums(1.0)] if over_all else [])
 
 
 LOSS = Loss("differentiable", Options, definition, forward, backward, sparse, head, joint=True)

@@ -28,7 +28,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import ordered_topk, scaled_exponentials, sum_exponentials
 from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
-from topk.autograd import Head, Loss, Tail
+from topk.autograd import Head, Loss
 from topk.losses import smooth_hinge
 from topk.losses.common import (
     LossModule,
@@ -44,6 +44,7 @@ from topk.losses.common import (
     without_target,
 )
 from topk.losses.soft import takes_probabilities
+from topk.tails import PowerSums
 
 VARIANTS = ("calibrated", "kth", "alpha", "beta", "smooth_limit", "entropy")
 
@@ -204,7 +205,7 @@ def sparse(
 
 def head(options: Options) -> Head:
     """Nothing but the largest scores; of entropy also the sum of exponentials relative to the k-th wrong one."""
-    return Head(options.ks[-1] + 1, [Tail(1.0, rank=k) for k in options.ks if options.variant == "entropy"])
+    return Head(options.ks[-1] + 1, [PowerSums(1.0, rank=k) for k in options.ks if options.variant == "entropy"])
 
 
 LOSS = Loss("hinge", Options, definition, forward, backward, sparse, head)

@@ -23,7 +23,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import scaled_exponentials, sum_exponentials
 from topk.arguments import check_number, check_scores
-from topk.autograd import Head, Loss, Tail
+from topk.autograd import Head, Loss
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -36,6 +36,7 @@ from topk.losses.common import (
     with_tail,
 )
 from topk.losses.soft import takes_probabilities
+from topk.tails import PowerSums
 
 
 def log_odds_against(scores: Tensor, target: Tensor, tail: Tensor | None = None) -> Tensor:
@@ -88,7 +89,7 @@ LDAM = Loss(
     ldam_definition,
     ldam_forward,
     ldam_backward,
-    head=lambda options: Head(1, [Tail(options.scale)]),
+    head=lambda options: Head(1, [PowerSums(options.scale)]),
 )
 
 
@@ -115,7 +116,7 @@ def focal_backward(
 
 
 FOCAL = Loss(
-    "focal", FocalOptions, focal_definition, focal_forward, focal_backward, head=lambda _: Head(1, [Tail(1.0)])
+    "focal", FocalOptions, focal_definition, focal_forward, focal_backward, head=lambda _: Head(1, [PowerSums(1.0)])
 )
 
 

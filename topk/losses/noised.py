@@ -37,7 +37,7 @@ from topk.losses.common import (
     row_margins,
     target_scores,
 )
-from topk.losses.noised_quadrature import STEPS, expected_order, expected_order_gradient, grid
+from topk.losses.noised_quadrature import STEPS, ExpectedOrder, expected_order, expected_order_gradient, grid
 from topk.losses.noised_sampling import draw
 from topk.losses.soft import takes_probabilities
 
@@ -61,10 +61,13 @@ def definition(
     epsilon: float = 1.0,
     samples: int | None = 5,
     scale: float = 1.0,
+    tail: Tensor | None = None,  # for the quadrature, `ExpectedOrder`'s: the expected (k+1)-th score less x_[k+1]
 ) -> Tensor:
     """The loss of every row (rows,)."""
-    if epsilon == 0:
+    if epsilon == 0 or tail is not None:
         following = scores.gather(1, largest_classes(scores, k + 1))[:, k]
+        if tail is not None:
+            following = torch.where(following == -torch.inf, -torch.inf, following.detach() + tail[0])
     elif samples is None:
         following = expected_score(scores, k, epsilon)
     else:
@@ -198,7 +201,7 @@ def _push_and_pull(grad: Tensor, scores: Tensor, target: Tensor, slopes: Tensor)
 def head(options: Options) -> Head:
     """The largest scores, of every sample where there is noise."""
     if options.samples is None:
-        raise ValueError("samples must be a number where the classes are sharded, got None")
+        return Head(options.ks[-1] + 1, [ExpectedOrder(k, options.epsilon) for k in options.ks])
     return Head(options.ks[-1] + 1, [], (options.epsilon, options.samples) if options.epsilon > 0.0 else None)
 
 

@@ -17,13 +17,17 @@ A class whose P is below 1e-13 at every node is out of reach and left out where 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from topk._cpu import row_chunks
 from topk.losses import polynomials
-from topk.losses.common import row_dtype
+from topk.losses.common import finite_or_zero, row_dtype
+from topk.tails import Every, Slice, Sum, Tail, Talk
 
 STEPS = tuple(j + 0.5 for j in range(-16, 20))
 """Where the nodes are, in units of their spacing, from c."""
@@ -43,18 +47,31 @@ def grid(
 
     Any c and s near the ones defined do, for E does not depend on them.
     """
-    goal = k + 0.5
-    middle = torch.zeros_like(z[:, 0], dtype=row_dtype(z))
-    low = -torch.special.ndtri(torch.full_like(middle, goal / (k + 1)))
-    high = -torch.special.ndtri(torch.full_like(middle, 0.5 / (z.shape[1] - k)))
+    found = _start(torch.zeros_like(z[:, 0], dtype=row_dtype(z)), k, z.shape[1])
     for _ in range(_ROOT_STEPS):
-        total, _, density = _moments(z, middle)
-        low, high = torch.where(total > goal, middle, low), torch.where(total < goal, middle, high)
-        step = middle + total / density * (total / goal).log()
-        middle = torch.where((step >= low) & (step <= high), step, (low + high) / 2)
-    _, variance, density = _moments(z, middle)
+        found = _towards(found, k, *_moments(z, found[0]))
+    return found[0], _spacing(*_moments(z, found[0]))
+
+
+_Bracket = tuple[Tensor, Tensor, Tensor]  # c, or where it is looked for next, between two bounds
+
+
+def _start(middle: Tensor, k: int, classes: int) -> _Bracket:
+    low = -torch.special.ndtri(torch.full_like(middle, (k + 0.5) / (k + 1)))
+    return middle, low, -torch.special.ndtri(torch.full_like(middle, 0.5 / (classes - k)))
+
+
+def _towards(found: _Bracket, k: int, total: Tensor, variance: Tensor, density: Tensor) -> _Bracket:
+    """One step."""
+    (middle, low, high), goal = found, k + 0.5
+    low, high = torch.where(total > goal, middle, low), torch.where(total < goal, middle, high)
+    step = middle + total / density * (total / goal).log()
+    return torch.where((step >= low) & (step <= high), step, (low + high) / 2), low, high
+
+
+def _spacing(total: Tensor, variance: Tensor, density: Tensor) -> Tensor:
     spread = variance.sqrt() / density
-    return middle, _SPACING * torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
+    return _SPACING * torch.where(spread.isfinite() & (spread > 0), spread, 1.0)
 
 
 def _moments(z: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,10 +103,15 @@ def expected_order(
             nodes = _nodes(middle, spacing)
             near = _within_reach(z, nodes)[0]
             under = _success_counts(near, nodes, k).sum(0).view(nodes.shape)  # F at the nodes
-            above = torch.tensor(STEPS, device=z.device) > 0
-            rise[here, place] = epsilon * (middle + spacing * (above.to(under.dtype) - under).sum(1))
+            rise[here, place] = epsilon * _risen(middle, spacing, under)
             grids[here, place, 1:] = torch.stack((middle, spacing), 1)
     return rise.masked_fill(order[:, ks] == -torch.inf, -torch.inf), grids
+
+
+def _risen(middle: Tensor, spacing: Tensor, under: Tensor) -> Tensor:
+    """E (rows,) in units of epsilon, from F at the nodes (rows, nodes)."""
+    above = torch.tensor(STEPS, device=under.device) > 0
+    return middle + spacing * (above.to(under.dtype) - under).sum(1)
 
 
 def _nodes(middle: Tensor, spacing: Tensor) -> Tensor:
@@ -128,7 +150,13 @@ def _success_counts(z: Tensor, nodes: Tensor, k: int) -> Tensor:
 
 
 def expected_order_gradient(
-    result: Tensor, push: Tensor, scores: Tensor, grids: Tensor, k: int, epsilon: float
+    result: Tensor,
+    push: Tensor,
+    scores: Tensor,
+    grids: Tensor,
+    k: int,
+    epsilon: float,
+    others: Tensor | None = None,  # (rows, k + 1, nodes): Pr[S = j], j = 0..k, over classes that are not here
 ) -> None:
     """Adds push * dE / dx to `result`, a sum over the nodes of phi(z_i - v) Pr[S without i = k]."""
     rows, classes = scores.shape
@@ -137,7 +165,8 @@ def expected_order_gradient(
         centre, middle, spacing = grids[here].unbind(1)
         nodes = _nodes(middle, spacing)
         z, index = _within_reach((scores[here] - centre.to(scores.dtype)[:, None]) / epsilon, nodes)
-        field = _inclusion_integral(z, nodes, k, limit)
+        beyond = None if others is None else others[here].movedim(1, 0).flatten(1)
+        field = _inclusion_integral(z, nodes, k, limit, beyond)
         field = (field.to(push.dtype) * (push[here] * spacing)[:, None]).to(result.dtype)
         field = field.masked_fill((push[here] == 0)[:, None], 0.0)
         if index is None:
@@ -151,7 +180,7 @@ def _upper_limit(k: int) -> int:
     return int(2 * k + 16 * math.sqrt(k) + 60)
 
 
-def _inclusion_integral(z: Tensor, nodes: Tensor, k: int, limit: int) -> Tensor:
+def _inclusion_integral(z: Tensor, nodes: Tensor, k: int, limit: int, others: Tensor | None) -> Tensor:
     """sum over nodes of phi(z_i - v) Pr[S without i = k] (rows, classes).
 
     The classes with P > 1/2 at the lowest node are the head: they are left out by prefixes and suffixes. A class of
@@ -165,6 +194,7 @@ def _inclusion_integral(z: Tensor, nodes: Tensor, k: int, limit: int) -> Tensor:
     head, index = z.topk(size, dim=1)
     without_head = z.scatter(1, index, -torch.inf)
     tail = _success_counts(without_head, nodes, k)
+    tail = tail if others is None else polynomials.product(tail, others)
     full, at_head = _leave_one_out(_probabilities(head.T, nodes).to(tail.dtype), tail)
     odds = _probabilities(without_head.T, nodes).clamp_(max=0.5)
     odds.div_(1.0 - odds)
@@ -203,3 +233,71 @@ def _with_trial(counts: Tensor, trial: Tensor) -> Tensor:
     longer = counts * (1.0 - trial)
     longer[1:].addcmul_(counts[:-1], trial)
     return longer
+
+
+# --- classes spread over processes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ExpectedOrder(Tail):
+    """E - x_[k+1] over all classes. The slices' sums give one grid, and at its nodes their counts multiply."""
+
+    k: int
+    epsilon: float
+    rank: int = 0  # the shift is not used
+    whole: ClassVar[bool] = True
+
+    def talk(self, part: Slice) -> Talk:
+        """Six sums of three numbers, then k + 1 chances a node; E - centre, the grid, the others' chances."""
+        rows, k = part.scores.shape[0], self.k
+        centre = finite_or_zero(part.values.topk(k + 1, dim=1).values[:, -1])
+        found = _start(torch.zeros_like(centre, dtype=row_dtype(centre)), k, part.shard.total)
+        for _ in range(_ROOT_STEPS):
+            found = _towards(found, k, *(yield Sum(self._sums(part.scores, centre, found[0]))))
+        middle, spacing = found[0], _spacing(*(yield Sum(self._sums(part.scores, centre, found[0]))))
+        every = yield Every(self._chances(part.scores, centre, middle, spacing).flatten(0, 1))
+        shape = (k + 1, len(STEPS) * rows)
+        nothing = torch.zeros_like(every[0]).view(shape)
+        nothing[0] = 1.0
+        full = others = nothing
+        for process, each in enumerate(every):
+            full = polynomials.product(full, each.view(shape))
+            others = others if process == part.shard.process else polynomials.product(others, each.view(shape))
+        rise = self.epsilon * _risen(middle, spacing, full.sum(0).view(len(STEPS), rows).T)
+        return torch.cat(
+            (torch.stack((rise, centre.to(rise.dtype), middle, spacing)), others.view((k + 1) * len(STEPS), rows))
+        )
+
+    def _scaled(self, scores: Tensor, centre: Tensor, width: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of rows, and their scores in units of epsilon; nothing of an empty slice."""
+        rows, classes = scores.shape
+        for here in row_chunks(rows, classes * width, _CHUNK) if classes else ():
+            yield here, (scores[here] - centre[here, None]) / self.epsilon
+
+    def _sums(self, scores: Tensor, centre: Tensor, level: Tensor) -> Tensor:
+        """`_moments` of the slice (3, rows)."""
+        sums = torch.zeros((3, scores.shape[0]), dtype=level.dtype, device=level.device)
+        for here, z in self._scaled(scores, centre):
+            sums[:, here] = torch.stack(_moments(z, level[here]))
+        return sums
+
+    def _chances(self, scores: Tensor, centre: Tensor, middle: Tensor, spacing: Tensor) -> Tensor:
+        """Pr[S = j] of the slice, j = 0..k (k + 1, nodes, rows)."""
+        counts = middle.new_zeros((self.k + 1, len(STEPS), scores.shape[0]))
+        counts[0] = 1.0
+        for here, z in self._scaled(scores, centre, len(STEPS)):
+            nodes = _nodes(middle[here], spacing[here])
+            found = _success_counts(_within_reach(z, nodes)[0], nodes, self.k)
+            counts[:, :, here] = found.view(self.k + 1, *nodes.shape).movedim(2, 1)
+        return counts
+
+    def kept(self, slopes: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The slope in E; the grid and the others' chances."""
+        return slopes[:1], numbers[1:]
+
+    def add_field(self, result: Tensor, scores: Tensor, shift: Tensor, slopes: Tensor, settings: Tensor) -> None:
+        """By the quadrature on this grid."""
+        if scores.shape[1]:
+            others = settings[:, 3:].unflatten(1, (self.k + 1, -1))
+            wide = scores.to(result.dtype)
+            expected_order_gradient(result, slopes[:, 0], wide, settings[:, :3], self.k, self.epsilon, others)

@@ -21,7 +21,8 @@ the field is not the gradient of the value. (The authors' code takes x_[k] from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -38,7 +39,7 @@ from topk._cpu import (
     sum_exponentials,
 )
 from topk.arguments import KArgument, check_choice, check_k, check_number, check_scores
-from topk.autograd import Head, Loss, Tail
+from topk.autograd import Head, Loss
 from topk.losses.common import (
     LossModule,
     finite_or_zero,
@@ -52,6 +53,7 @@ from topk.losses.common import (
     without_target,
 )
 from topk.losses.soft import takes_probabilities
+from topk.tails import PowerSums, Slice, Sum, Tail, Talk
 
 SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "exponential": torch.exp,
@@ -150,7 +152,7 @@ def autkc_backward(
 
 def autkc_head(options: AUTKCOptions) -> Head:
     """The best classes, and for probabilities the sum of exponentials."""
-    return Head(options.ks[-1] + 1, [] if options.surrogate == "hinge" else [Tail(1.0)])
+    return Head(options.ks[-1] + 1, [] if options.surrogate == "hinge" else [PowerSums(1.0)])
 
 
 AUTKC = Loss("autkc", AUTKCOptions, autkc_definition, autkc_forward, autkc_backward, head=autkc_head, joint=True)
@@ -208,20 +210,24 @@ def ldr_definition(
     margin: float = 1.0,
     alpha: float | None = None,
     classes: int | None = None,  # how many there are, where not all are listed
-    tail: Tensor | None = None,  # (1, rows): the sum of exp(x / temperature) over those that are not
+    tail: Tensor | None = None,  # (1, rows): the sum of exp(x / temperature) over those that are not; or `AtOwn`'s
 ) -> Tensor:
     """The loss of every row (rows,)."""
     n, own = classes or scores.shape[1], target_scores(scores, target)
     lead = (scores - own[:, None] + margin).scatter(1, target[:, None], 0.0)
-    t, price = torch.full_like(own, temperature), torch.zeros_like(own)
-    if alpha is not None and n > 1:
-        strength = alpha * math.log(n) / temperature
+    t, price, origin = torch.full_like(own, temperature), torch.zeros_like(own), torch.zeros_like(own)
+    strength = 0.0 if alpha is None else alpha * math.log(n) / temperature
+    if tail is not None and len(tail) == 2:  # the loss has no slope in this t
+        t, tail = tail[1].detach(), tail[:1]
+        origin = finite_or_zero(scores.detach().scatter(1, target[:, None], -torch.inf).amax(1))
+        price = strength / 2 * (t - temperature).square()
+    elif strength > 0.0:
         shift = lead.detach().amax(1)
         for _ in range(_STEPS):
             t = _next(t, _moments(lead.detach(), shift, t), n, temperature, strength)
         t = _next(t, _moments(lead, shift, t), n, temperature, strength)  # and the derivatives of the solution
         price = strength / 2 * (t - temperature).square()
-    return t * (with_tail((lead / t[:, None]).logsumexp(1), tail, (margin - own) / t) - math.log(n)) - price
+    return t * (with_tail((lead / t[:, None]).logsumexp(1), tail, (origin + margin - own) / t) - math.log(n)) - price
 
 
 _STEPS = 30  # of a compiler; others stop when they are there
@@ -261,19 +267,15 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
     if alpha is None or n == 1:
         others = _sums(scores, target, shift, 1.0 / t, powers=1)[0]
     else:
-        strength = alpha * math.log(n) / temperature
-        enough = 2e-5 if scores.dtype == torch.float64 else 2e-3  # the next step would be about its square
-        for _ in range(_STEPS):
-            before, sums = t, _sums(scores, target, shift, 1.0 / t, powers=3)
-            t = _next(t, _with_target(sums, -gap / t), n, temperature, strength)
-            step = before / t - 1.0
-            if t.is_cpu and not bool((step.abs() * math.log(n) > enough).any()):
-                break
-        # After so short a step two cumulants give the sum to 1e-9, in float64 to 1e-15: u spreads over some log n.
-        total, first, second = sums
-        mean = first / total.clamp(min=1.0)
-        others = total * (mean * step + (second / total.clamp(min=1.0) - mean * mean) * step * step / 2).exp()
-        price = strength / 2 * (t - temperature).square()
+        search = _own_temperature(gap, n, options, scores.dtype)
+        rate, found = next(search), None
+        while found is None:
+            try:
+                rate = search.send(_sums(scores, target, shift, rate, powers=3))
+            except StopIteration as stop:
+                found = stop.value
+        t, others = found
+        price = alpha * math.log(n) / temperature / 2 * (t - temperature).square()
     at_target = (-gap / t).exp()
     total = others + at_target
     entropy = torch.where(gap < 0.0, torch.log1p(others / at_target.clamp(min=1.0)), total.log() + gap / t)
@@ -284,7 +286,27 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
     return loss.to(scores.dtype), torch.cat((shift[:, None], table.to(scores.dtype)), 1)
 
 
-def _with_target(sums: list[Tensor], y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _own_temperature(
+    gap: Tensor, n: int, options: LDROptions, dtype: torch.dtype
+) -> Generator[Tensor, Sequence[Tensor], tuple[Tensor, Tensor]]:
+    """t and the sum over the wrong classes of exp((x - best wrong) / t) (rows,); yields 1 / t, gets `_sums` there."""
+    assert options.alpha is not None
+    t, strength = torch.full_like(gap, options.temperature), options.alpha * math.log(n) / options.temperature
+    enough = 2e-5 if dtype == torch.float64 else 2e-3  # the next step would be about its square
+    for _ in range(_STEPS):
+        before, sums = t, (yield 1.0 / t)
+        t = _next(t, _with_target(sums, -gap / t), n, options.temperature, strength)
+        step = before / t - 1.0
+        if t.is_cpu and not bool((step.abs() * math.log(n) > enough).any()):
+            break
+    # After so short a step two cumulants give the sum to 1e-9, in float64 to 1e-15: u spreads over some log n.
+    total, first, second = sums
+    mean = first / total.clamp(min=1.0)
+    others = total * (mean * step + (second / total.clamp(min=1.0) - mean * mean) * step * step / 2).exp()
+    return t, others
+
+
+def _with_target(sums: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`_moments` of all leads, relative to the larger of the best wrong class's and y's, from the wrong ones' sums."""
     total, first, second = sums
     top = y.clamp(min=0.0)
@@ -298,24 +320,24 @@ def _with_target(sums: list[Tensor], y: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _sums(scores: Tensor, target: Tensor, shift: Tensor, rate: Tensor, powers: int) -> list[Tensor]:
     """Sums over the wrong classes of exp(u), u exp(u), u^2 exp(u), as many as asked for; u = (x - shift) rate."""
     found = [torch.empty_like(rate) for _ in range(powers)]
-    least = -80.0 if scores.dtype == torch.float32 else -600.0
     u_space, e_space = buffers(scores, 2)
     for part in chunks(scores):
         u, e = (space[: part.stop - part.start] for space in (u_space, e_space))
         torch.sub(scores[part], shift[part, None], out=u).mul_(rate[part, None].to(u.dtype))
-        lowest_u = lowest(u)
-        if not u.is_cpu or lowest_u < 2.0 * least:  # what is masked must not become 0 times -inf
-            u.clamp_(min=2.0 * least)
-        if lowest_u > SMALLEST[u.dtype]:
-            torch.exp(u, out=e)
-        else:
-            exponentials(e.copy_(u), lowest_u)
-        e.scatter_(1, target[part, None], 0.0)
+        _exponentials_of(u, e).scatter_(1, target[part, None], 0.0)
         for place, sums in enumerate(found):
             if place:
                 e.mul_(u)
             sums[part] = e.sum(1).to(rate.dtype)
     return found
+
+
+def _exponentials_of(u: Tensor, out: Tensor) -> Tensor:
+    """exp(u), written into `out`; what is masked in `u` becomes a number, so that no 0 meets -inf."""
+    lowest_u, least = lowest(u), -160.0 if u.dtype == torch.float32 else -1200.0
+    if not (u.is_cpu and lowest_u >= least):  # nor is NaN
+        u.clamp_(min=least)
+    return torch.exp(u, out=out) if lowest_u > SMALLEST[u.dtype] else exponentials(out.copy_(u), lowest_u)
 
 
 def ldr_backward(
@@ -330,11 +352,54 @@ def ldr_backward(
     return result.scatter_(1, target[:, None], (grad * at_target)[:, None])
 
 
+@dataclass(frozen=True)
+class AtOwn(Tail):
+    """The sum of exp((x - best wrong) / t) at a row's own temperature t, and t: a sum of three numbers a step."""
+
+    options: LDROptions
+    rank: int = 1
+
+    def talk(self, part: Slice) -> Talk:
+        """Newton's steps, those of one process."""
+        assert self.options.classes is not None
+        scores, shift, own = part.scores, part.shift(self.rank), part.own_scores()
+        dtype, impossible = row_dtype(scores), not_finite_above(part.values.amax(1)) | (own == -torch.inf)
+        gap = torch.where(impossible, 0.0, shift.to(dtype) - own.to(dtype)) + self.options.margin
+        search = _own_temperature(gap, self.options.classes, self.options, scores.dtype)
+        rate, found = next(search), None
+        while found is None:
+            sums = yield Sum(self._sums(part, shift, rate))
+            try:
+                rate = search.send(sums.to(dtype))
+            except StopIteration as stop:
+                found = stop.value
+        t, others = found
+        listed = ((part.wrong_values() - shift[:, None]).to(dtype) / t[:, None]).exp().sum(1)
+        return torch.stack(((others - listed).clamp(min=0.0), t))
+
+    def _sums(self, part: Slice, shift: Tensor, rate: Tensor) -> Tensor:
+        """`_sums` over the slice, (3, rows)."""
+        found = part.scores.new_zeros((3, part.scores.shape[0]))
+        for rows, (u, e) in part.leads(shift, part.at_target, 2):
+            _exponentials_of(u.mul_(rate[rows, None].to(u.dtype)), e)
+            for place, sums in enumerate(found):
+                torch.sum(e.mul_(u) if place else e, 1, out=sums[rows])
+        return found
+
+    def kept(self, slopes: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """The slope of a class that has the shift's score, and 1 / t."""
+        return slopes[:1] / numbers[1], 1.0 / numbers[1:]
+
+    def field(self, lead: Tensor, slopes: Tensor, settings: Tensor) -> Tensor:
+        """One exponential a class."""
+        return exponentials(lead.mul_(settings)).mul_(slopes)
+
+
 def ldr_head(options: LDROptions) -> Head:
-    """One sum of exponentials; a row's own temperature would need new sums at every step."""
-    if options.alpha is not None:
-        raise ValueError(f"alpha must be None where the classes are sharded, got {options.alpha}")
-    return Head(1, [Tail(1.0 / options.temperature)])
+    """One sum of exponentials; where rows have their own temperature, the best wrong score as well."""
+    if options.alpha is None or options.classes == 1:
+        return Head(1, [PowerSums(1.0 / options.temperature)])
+    return Head(2, [AtOwn(options)])
 
 
 LDR = Loss("ldr", LDROptions, ldr_definition, ldr_forward, ldr_backward, head=ldr_head)
@@ -442,7 +507,7 @@ SOFTMAX_AT_K = Loss(
     softmax_at_k_definition,
     softmax_at_k_forward,
     softmax_at_k_backward,
-    head=lambda options: Head(options.ks[-1], [Tail(1.0 / options.temperature)]),
+    head=lambda options: Head(options.ks[-1], [PowerSums(1.0 / options.temperature)]),
 )
 
 

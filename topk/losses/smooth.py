@@ -39,7 +39,7 @@ from torch.nn.functional import softplus
 
 from topk._cpu import SMALLEST, buffers, chunks, exponentials, exponents, lowest
 from topk.arguments import KArgument, check_k, check_number, check_scores
-from topk.autograd import Head, Loss, Tail
+from topk.autograd import Head, Loss
 from topk.losses import polynomials
 from topk.losses.common import (
     LossModule,
@@ -54,6 +54,7 @@ from topk.losses.common import (
     target_scores,
 )
 from topk.losses.soft import takes_probabilities
+from topk.tails import Counts, PowerSums, Tail
 
 POWER_SUM_LIMIT = 8
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
@@ -511,7 +512,8 @@ def _add_one_k(
 
 def head(options: Options) -> Head:
     """The sums or counts of every k are relative to its k-th largest wrong score; none of their odds exceeds 1."""
-    tails = [Tail(1.0 / (k * options.tau), k, k, counted=k > POWER_SUM_LIMIT) for k in options.ks]
+    rates = {k: 1.0 / (k * options.tau) for k in options.ks}
+    tails: list[Tail] = [(Counts if k > POWER_SUM_LIMIT else PowerSums)(rate, k, k) for k, rate in rates.items()]
     return Head(max(2 * k if k > POWER_SUM_LIMIT else k for k in options.ks) + 1, tails)
 
 

@@ -31,14 +31,14 @@ Where the k-th wrong class is masked (-inf) the loss is 0, but for beta_smooth's
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from topk._cpu import buffers, chunks, exponentials, largest, lowest, sum_exponentials
-from topk.autograd import Head, Loss, Tail
+from topk.autograd import Head, Loss
 from topk.losses.common import (
     finite_or_zero,
     largest_classes,
@@ -48,6 +48,8 @@ from topk.losses.common import (
     with_tail,
     without_target,
 )
+from topk.losses.hinge_levels import Level, at_level, band, levels, running_sums
+from topk.tails import PowerSums
 
 VARIANTS = ("topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth")
 
@@ -69,7 +71,7 @@ def definition(
     variant: str,
     margin: float = 1.0,
     smoothing: float = 1.0,
-    tail: Tensor | None = None,  # (1, rows), for topk_entropy: the sum of exp(x - w_k) over classes not listed
+    tail: Tensor | None = None,  # of classes not listed: topk_entropy's sum of exp(x - w_k), or what `Level` finds
 ) -> Tensor:
     """The loss of every row (rows,)."""
     order = largest_classes(scores, scores.shape[1])
@@ -77,7 +79,9 @@ def definition(
     x = x if of_all else without_target(x, order, target)[0] - own[:, None]  # w_1 >= w_2 >= ...
     missing = x[:, k if of_all else 0 if variant == "beta_smooth" else k - 1] == -torch.inf
     x = torch.where(missing[:, None], 0.0, x)
-    if variant == "polyhedral":
+    if tail is not None and variant != "topk_entropy":
+        loss = at_level(x, own, k, variant, margin, smoothing, tail)
+    elif variant == "polyhedral":
         loss = margin + _top_average(x, k, margin)[0] - own
     elif variant == "polyhedral_smooth":
         mask = band(x, k, margin, "fixed sum")[2]
@@ -114,12 +118,7 @@ def capped_average(lead: Tensor, rests: Tensor) -> tuple[Tensor, Tensor]:
     others = torch.arange(k, 0, -1, dtype=lead.dtype, device=lead.device)  # k - u
     levels = rests - others.log()
     u = ((lead - rests).detach() <= -others.log()).to(torch.int8).argmax(1, keepdim=True)
-    return (_sums(lead)[:, :-1] + others * levels).gather(1, u)[:, 0] / k + math.log(k), u
-
-
-def _sums(z: Tensor) -> Tensor:
-    """The sum of the first u, u = 0, 1, ... (rows, classes + 1)."""
-    return torch.nn.functional.pad(z.cumsum(1), (1, 0))
+    return (running_sums(lead)[:, :-1] + others * levels).gather(1, u)[:, 0] / k + math.log(k), u
 
 
 def _top_average(x: Tensor, k: int, margin: float) -> tuple[Tensor, Tensor]:
@@ -134,121 +133,19 @@ def _top_average(x: Tensor, k: int, margin: float) -> tuple[Tensor, Tensor]:
     return torch.maximum(alone, average), torch.where(average > alone, average, x[:, 0])
 
 
-def band(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, Tensor, Tensor]:
-    """low and height (rows,) and gamma p = clip(z - low, 0, height); differentiable. z in falling order.
-
-    variant: "beta_smooth" and "alpha_smooth" with height = gamma / k, or "fixed sum", where p sums to 1 whatever z is.
-    Where sum p = 1 the height is given; alpha's, where it is less, follows from z. With u classes above the band, of
-    sum a, and m within, of sum b, both are closed forms: what has to be searched for is who is where.
-    """
-    start, size, u, m, free = _band(z.detach(), k, height, variant).unbind(1)
-    place = torch.arange(z.shape[1], device=z.device)
-    beyond = place < u[:, None]
-    within = (place < (u + m)[:, None]) & ~beyond
-    a, b, left = torch.where(beyond, z, 0.0).sum(1), torch.where(within, z, 0.0).sum(1), k - u
-    low = torch.where(m > 0.0, (b - left * height) / m.clamp(min=1.0), start)
-    if variant == "beta_smooth":
-        low = torch.where(free > 0.0, 0.0, low)
-    if variant == "alpha_smooth":
-        own = torch.where(left > 0.0, (left * b + m * a) / (m * u + left * left).clamp(min=1.0), a / k)
-        below = torch.where(left > 0.0, (u * own - a) / left.clamp(min=1.0), start)
-        low, size = torch.where(free > 0.0, below, low), torch.where((free > 0.0) & (size > 0.0), own, size)
-    p = torch.where(beyond, size[:, None], torch.where(within, z - low[:, None], 0.0))
-    return low, size, p
-
-
-@torch.library.custom_op("topk::hinge_band", mutates_args=())
-def _band(z: Tensor, k: int, height: float, variant: str) -> Tensor:
-    """low, height, u, m, and 1 where sum p is free (rows, 5)."""
-    return torch.stack(_levels(z, k, height, variant), 1)
-
-
-@_band.register_fake
-def _(z: Tensor, k: int, height: float, variant: str) -> Tensor:
-    return z.new_empty((z.shape[0], 5))
-
-
-@_band.register_vmap
-def _(info: Any, in_dims: tuple[int | None, ...], z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, int]:
-    rows = z.movedim(in_dims[0] or 0, 0)
-    return _band(rows.flatten(0, 1), k, height, variant).unflatten(0, rows.shape[:2]), 0
-
-
-def _levels(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, ...]:
-    """low, height, u, m and where sum p is free, (rows,) each."""
-    sums = _sums(z)
-    low, u = _low(z, sums, k, height)
-    size, free = torch.full_like(low, height), torch.zeros_like(low)
-    if variant == "beta_smooth":
-        free, low = (low < 0.0).to(low.dtype), low.relu()
-        u = torch.where(free > 0.0, (z >= height).sum(1, keepdim=True), u)
-    elif variant == "alpha_smooth":
-        free = (k * low + sums.gather(1, u) - u * (low + height) < 0.0).to(low.dtype)
-        rows = free.squeeze(1).nonzero().squeeze(1) if free.is_cpu else slice(None)
-        if isinstance(rows, slice) or len(rows):
-            found = _free_levels(z[rows], sums[rows], k)
-            if isinstance(rows, slice):
-                low, size, u = (torch.where(free > 0.0, *pair) for pair in zip(found, (low, size, u), strict=True))
-            else:
-                low[rows], size[rows], u[rows] = found
-    m = ((z > low).sum(1, keepdim=True) - u).clamp(min=0)
-    return tuple(number.squeeze(1).to(z.dtype) for number in (low, size, u, m, free))
-
-
-def _low(z: Tensor, sums: Tensor, k: int, height: float) -> tuple[Tensor, Tensor]:
-    """The level a at which sum clip(z_j - a, 0, height) = k height, and u, how many are cut off (rows, 1).
-
-    Were the first u cut off, and nobody else, a would be the largest of the (z_{u+1} + ... + z_j - (k - u) height)
-    / (j - u). The sum is the least over u < k of what it would be then, and so is the level: from any u, those whom
-    its level cuts off give a lower one, until nothing changes.
-    """
-    place = torch.arange(z.shape[1] + 1, dtype=z.dtype, device=z.device)
-    u = torch.zeros(len(z), 1, dtype=torch.int64, device=z.device)
-    for _ in range(min(k, _STEPS)):
-        count, left = place - u, (k - u).to(z.dtype)
-        averages = (sums - sums.gather(1, u) - left * height) / count
-        low = averages.masked_fill_(count <= 0.0, -torch.inf).amax(1, keepdim=True)
-        before, u = u, (z > low + height).sum(1, keepdim=True).clamp_(max=k - 1)
-        if z.is_cpu and torch.equal(u, before):
-            break
-    return low, u
-
-
-_STEPS = 64  # at most; a handful is needed
-
-
-def _free_levels(z: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Alpha's low and height where sum p < 1, and u (rows, 1).
-
-    With S(b) the sum of relu(z_j - b), the two levels t <= 0 and h obey S(h) = -k t and S(t) - S(h) = k (h - t): h is
-    the largest of the (z_1 + ... + z_u + k t) / u, and for a given u the second equation, too, is a largest average.
-    """
-    first, total = z[:, :1], z.relu().sum(1, keepdim=True)
-    place = torch.arange(z.shape[1] + 1, dtype=z.dtype, device=z.device)
-    some, low = sums[:, 1 : k + 1], torch.zeros_like(first)
-    for _ in range(min(k, _STEPS)):
-        u = ((some + k * low) / place[1 : k + 1]).argmax(1, keepdim=True) + 1
-        weight = (k - u) ** 2 + u * (place - u)
-        averages = ((u * sums - k * sums.gather(1, u)) / weight).masked_fill_(place < k, -torch.inf)
-        before, low = low, torch.where(u < k, torch.minimum(averages.amax(1, keepdim=True), low), low)
-        if z.is_cpu and torch.equal(low, before):
-            break
-    height = (sums.gather(1, u) + k * low) / u - low
-    uncut = total >= k * first  # no p_j is at s / k
-    low, height, u = low.masked_fill(uncut, 0.0), torch.where(uncut, total / k, height), u.masked_fill(uncut, 0)
-    pays = sums[:, k : k + 1] > 0.0
-    return torch.where(pays, low, first.relu()), torch.where(pays, height, 0.0), torch.where(pays, u, 0)
-
-
 # --- fast: the numbers of a row from its largest scores, the gradient from these numbers ---
 
 
 def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,) and for every k what `_field` needs, (rows, 5 ks)."""
+    return _forward(scores, target, options, _listed(options) + 1)
+
+
+def _listed(options: Options) -> int:
+    """How many wrong classes to look at first. Measured on normal scores: then few rows have more p_j > 0."""
     most = options.ks[-1]
-    # Measured on normal scores: then few rows have more p_j > 0.
-    count = {"topk_entropy": most, "alpha_smooth": most + 8, "beta_smooth": most + 8}.get(options.variant, 4 * most + 4)
-    return _forward(scores, target, options, count + 1)
+    counts = {"topk_entropy": most, "alpha_smooth": most + 8, "beta_smooth": most + 8}
+    return counts.get(options.variant, 4 * most + 4)
 
 
 def _forward(scores: Tensor, target: Tensor, options: Options, count: int) -> tuple[Tensor, Tensor]:
@@ -292,19 +189,19 @@ def _numbers(
         loss, bound, scale, pull = _entropy_numbers(x[:, :k], gap, beyond)
         low = torch.full_like(gap, torch.inf)
     elif variant == "polyhedral":
-        top, low = _top_average(x, k, margin)
-        size = (x >= low[:, None]).sum(1, keepdim=True).clamp(min=1)
+        low, least = _top_average(x, k, margin)  # classes above `low` would raise it, even where x_1 alone has p_j > 0
+        size = (x >= least[:, None]).sum(1, keepdim=True).clamp(min=1)
         anchor = values.gather(1, size - 1)[:, 0]
-        loss, bound, scale = margin + top + gap, rest, 1.0 / size[:, 0].to(x.dtype)
+        loss, bound, scale = margin + low + gap, rest, 1.0 / size[:, 0].to(x.dtype)
     elif variant == "polyhedral_smooth":
-        low = _levels(x, k, margin, "fixed sum")[0]
+        low = levels(x, k, margin, "fixed sum")[0]
         anchor, rest = _split(wide + low, scores)
         bound = (-low - margin).relu()  # the largest x_j - m_j, relative to low
         total = _sum_less_mask(scores, (anchor, rest, bound), options).to(dtype)
         loss, scale = margin + gap + low + bound + gamma * total.log(), 1.0 / total
     else:
         z = x + (gap + margin)[:, None]
-        low, bound = _levels(z, k, gamma / k, variant)[:2]
+        low, bound = levels(z, k, gamma / k, variant)[:2]
         p = torch.minimum((z - low[:, None]).relu_(), bound[:, None])
         loss, pull = _squared(z, low, p, gamma)
         low = low - gap - margin
@@ -390,10 +287,12 @@ def _field(scores: Tensor, table: Tensor, grad: Tensor, options: Options, out: T
 
 
 def head(options: Options) -> Head:
-    """For the entropy as for Lapin's other; the others may have a slope on any number of classes."""
-    if options.variant != "topk_entropy":
-        raise ValueError(f"variant must not be {options.variant!r} where the classes are sharded")
-    return Head(options.ks[-1] + 1, [Tail(1.0, rank=k) for k in options.ks])
+    """For the entropy as for Lapin's other; for the others about as many classes as have a slope."""
+    if options.variant == "topk_entropy":
+        return Head(options.ks[-1] + 1, [PowerSums(1.0, rank=k) for k in options.ks])
+    depth = _listed(options) + 1
+    tails = [Level(k, options.variant, options.margin, options.smoothing, depth - 1) for k in options.ks]
+    return Head(depth, tails)
 
 
 LOSS = Loss("smooth_hinge", Options, definition, forward, backward, head=head)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from torch import Tensor
 from topk.arguments import REDUCTIONS, check_choice, check_class_tensor
 from topk.autograd import compute_dtype
 from topk.losses.common import PendingScores, as_rows
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 MOST_CLASSES = 64
 """So many classes of a row may have a probability above 0 where the loss of each is computed by itself."""
@@ -42,6 +45,10 @@ def takes_probabilities(
 
     @functools.wraps(function)
     def with_probabilities(scores: Tensor, target: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if not torch.compiler.is_compiling() and is_distributed(scores):
+            from topk import shards  # which imports losses
+
+            scores, target = shards.of_dtensor(scores), target.full_tensor() if is_distributed(target) else target
         soft = isinstance(scores, Tensor) and isinstance(target, Tensor) and target.is_floating_point()
         if not soft or target.shape != scores.shape or scores.dim() == 0:
             return plain(scores, target, *arguments, **keywords)
@@ -59,6 +66,11 @@ def takes_probabilities(
         return value.sum() if reduction == "sum" else value.mean()
 
     return cast(Callable[P, Tensor], with_probabilities)
+
+
+def is_distributed(tensor: Any) -> TypeGuard[DTensor]:
+    """Whether it is a DTensor; torch.distributed is not imported to find out."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def _checked(q: Tensor) -> Tensor:

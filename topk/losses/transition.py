@@ -30,7 +30,7 @@ from torch import Tensor
 
 from topk._cpu import CHUNK, buffers, chunks, ordered_and_next
 from topk.arguments import KArgument, check_choice, check_ignore_index, check_k, check_number, check_scores
-from topk.autograd import Head, Loss, Tail, compute_dtype
+from topk.autograd import Head, Loss, compute_dtype
 from topk.losses.common import (
     LossModule,
     PendingScores,
@@ -42,6 +42,7 @@ from topk.losses.common import (
 )
 from topk.losses.soft import takes_probabilities
 from topk.metrics import ranks
+from topk.tails import PowerSums, SumAndMean
 
 Transition = str | float | Tensor | Callable[[Tensor], Tensor]
 
@@ -63,19 +64,23 @@ def definition(
     k: int,
     width: float = 10.0,
     label_smoothing: float = 0.0,
-    tail: Tensor | None = None,  # (1, rows): the sum of exp(x) over classes that are not listed
+    tail: Tensor | None = None,  # over classes that are not listed: the sum of exp(x), or that, of x, and their number
 ) -> Tensor:
     """The loss of every row (rows,); a and the choice of T are constants to every derivative."""
     best = largest_classes(scores, k + 1)
     if a is None:
         margin = target_scores(scores, target) - target_scores(scores, best[:, k])
         a = smoothstep(margin.detach() / width)
-    log_p = scores.log_softmax(1) if tail is None else scores - with_tail(scores.logsumexp(1), tail)[:, None]
+    log_total = with_tail(scores.logsumexp(1), tail)
+    log_p = scores.log_softmax(1) if tail is None else scores - log_total[:, None]
     missed = -target_scores(log_p, target)
     entropy = missed
     if label_smoothing > 0.0:
         possible = scores > -torch.inf
-        mean = torch.where(possible, log_p, 0.0).sum(1) / possible.sum(1)
+        total, count = torch.where(possible, log_p, 0.0).sum(1), possible.sum(1)
+        if tail is not None:
+            total, count = total + tail[1] - tail[2] * log_total, count + tail[2]
+        mean = total / count
         entropy = (1.0 - label_smoothing) * missed - label_smoothing * mean
     top = best[:, :k]
     hit = (top == target[:, None]).any(1)
@@ -214,10 +219,8 @@ def backward(
 
 
 def head(options: Options) -> Head:
-    """One sum of exponentials."""
-    if options.label_smoothing > 0.0:
-        raise ValueError(f"label_smoothing must be 0 where the classes are sharded, got {options.label_smoothing}")
-    return Head(options.ks[-1] + 1, [Tail(1.0)])
+    """One sum of exponentials; smoothing wants the mean score as well."""
+    return Head(options.ks[-1] + 1, [SumAndMean() if options.label_smoothing > 0.0 else PowerSums(1.0)])
 
 
 LOSS = Loss("transition", Options, definition, forward, backward, head=head)
@@ -337,20 +340,29 @@ def _called_weights(
     transition: Callable[[Tensor], Tensor], scores: Tensor, target: Tensor, options: Options, ignore_index: int
 ) -> Tensor:
     """What `transition` makes of the margins, (rows, ks); 0 for a k that does not count, or a row without a class."""
-    if isinstance(scores, PendingScores):
-        raise ValueError("transition must not be a function where the scores are made, or held, in pieces")
-    rows, flat = as_rows(scores.detach(), target)
-    rows, classes = rows.to(compute_dtype(scores)), rows.shape[1]
+    rows, flat = as_rows(scores, target)
+    dtype, classes = compute_dtype(scores), rows.shape[1]
     used = (flat >= 0) & (flat < classes) & (flat != ignore_index)
     kept = [k for k, weight in zip(options.ks, options.weights, strict=True) if k < classes and weight > 0.0]
-    columns = dict.fromkeys(options.ks, torch.zeros_like(rows[:, 0]))
-    for k, margin in zip(kept, margins(rows, torch.where(used, flat, 0), kept).unbind(1) if kept else (), strict=True):
+    columns = dict.fromkeys(options.ks, torch.zeros(flat.shape, dtype=dtype, device=scores.device))
+    found = _margins(rows, torch.where(used, flat, 0), kept).unbind(1) if kept else ()
+    for k, margin in zip(kept, found, strict=True):
         a = transition(margin.reshape(target.shape))
         if not isinstance(a, Tensor) or a.shape != target.shape:
             got = tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__
             raise ValueError(f"transition must return a tensor of the margins' shape {tuple(target.shape)}, got {got}")
-        columns[k] = torch.where(used, a.detach().reshape(-1).to(rows.dtype), 0.0)
+        columns[k] = torch.where(used, a.detach().reshape(-1).to(dtype), 0.0)
     return torch.stack([columns[k] for k in options.ks], 1)
+
+
+def _margins(scores: Tensor, target: Tensor, ks: list[int]) -> Tensor:
+    """`margins` of scores that may be held in slices."""
+    if not isinstance(scores, PendingScores):
+        return margins(scores.detach().to(compute_dtype(scores)), target, ks)
+    if scores.leading is None:
+        raise ValueError("transition must not be a function of scores that are made in pieces, for it looks first")
+    values, own = scores.leading(target, ks[-1] + 1)
+    return _lead(own[:, None], values, ks).masked_fill(own[:, None] == -torch.inf, -torch.inf)
 
 
 class TransitionTopKLoss(LossModule):
@@ -406,7 +418,7 @@ class TransitionTopKLoss(LossModule):
     def forward(self, scores: Tensor, target: Tensor) -> Tensor:
         """The loss of these scores; in training mode their accuracy is counted first."""
         if self.training and "running_accuracy" in self._buffers:
-            self._count(scores.detach(), target)
+            self._count(scores, target)
         return super().forward(scores, target)
 
     @torch.no_grad()
