@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from topk.shards import ClassShard
 
 _TILT_STEPS = 16
-_LANES = 2**13  # polynomials advanced together
 _COUNT_CHUNK = 2**17  # scores whose chances are worked on at a time
 
 
@@ -220,7 +219,7 @@ class Counts(Tail):
         counts = scores.new_zeros((self.k + 1, rows), dtype=row_dtype(scores))
         counts[0] = 1.0
         for here in row_chunks(rows, classes, _COUNT_CHUNK) if classes else ():
-            lanes = max(1, min(classes // (4 * self.k), _LANES // (here.stop - here.start)))
+            lanes = polynomials.lanes_for(here.stop - here.start, classes, self.k)
             width = -(-classes // lanes) * lanes
             chances = self._chances(scores[here], part.places[here], shift[here], tilt[here], width)
             trials = chances.view(-1, lanes, width // lanes).permute(2, 1, 0).contiguous()
