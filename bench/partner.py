@@ -47,7 +47,8 @@ class Partner:
         context = torch.multiprocessing.get_context("spawn")
         self._calls, theirs = context.Pipe()
         self.threads = max(1, torch.get_num_threads() // 2)
-        context.Process(target=_serve, args=(theirs, address, self.threads), daemon=True).start()
+        self._process = context.Process(target=_serve, args=(theirs, address, self.threads), daemon=True)
+        self._process.start()
         torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=2, timeout=_PATIENCE)
 
     @contextlib.contextmanager
@@ -63,6 +64,13 @@ class Partner:
             torch.set_num_threads(before)
         if failure is not None:
             raise RuntimeError(f"the second process failed: {failure}")
+
+    def close(self) -> None:
+        """Ends the other process, and the group of the two: who comes after works alone again."""
+        torch.distributed.destroy_process_group()
+        self._process.kill()
+        self._process.join()
+        partner.cache_clear()
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,7 @@ import torch
 import topk
 from bench import __main__ as command
 from bench import contenders as bench_contenders
-from bench import gpu, runner, suites, summary, tables
+from bench import gpu, partner, runner, suites, summary, tables
 from bench.contenders import CONTENDERS, CROSS_ENTROPY, PLAIN_COPY, TWO_PROCESSES, Setting, contenders
 from bench.suites import Suite
 from topk.autograd import Loss
@@ -113,6 +113,14 @@ def test_relatives_pass_their_gates(family: str) -> None:
     wrong = replace(ours, build=lambda setting, device: lambda x, y: 1.01 * ours.build(setting, device)(x, y))
     with pytest.raises(AssertionError, match="is wrong"):
         wrong.gate(setting)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_partner_is_left() -> Iterator[None]:
+    """A group of two processes would make other tests wait for the second."""
+    yield
+    if partner.partner.cache_info().currsize:
+        partner.partner().close()
 
 
 @pytest.mark.parametrize("family", [*suites.FAMILIES, CROSS_ENTROPY])

@@ -138,3 +138,10 @@ def test_suggestions_begin_as_what_is_typed() -> None:
     assert suggestions.suggested(model, "A bat", names, "b") == ["bee", "bird", "bat"]
     assert suggestions.context_of("Bee, fly", number).tolist() == [[2, 4, 5]]  # 5: another word
     assert suggestions.context_of("a", number).tolist() == [[6, 6, 0]]  # 6: no word
+
+
+def test_the_registered_search_stands_alone_once_it_is_there() -> None:
+    first = pd.DataFrame({"sweep": ["25_keyboard.first", "25_keyboard.first.tuning", "25_keyboard.units64"]})
+    assert len(keyboard.registered_first(first)) == 3
+    both = pd.concat([first, pd.DataFrame({"sweep": ["25_keyboard", "25_keyboard.tuning"]})])
+    assert set(keyboard.registered_first(both)["sweep"]) == {"25_keyboard", "25_keyboard.tuning", "25_keyboard.units64"}

@@ -445,7 +445,11 @@ def tuned(tried: pd.DataFrame, final: pd.DataFrame, metric: str = "top5") -> lis
     for head, loss, group in by_head(final):
         candidates = _candidates(tried, group)
         column = f"validation.{metric}"
-        reached = sorted(candidates[column] * factor(metric)) if column in candidates else []
+        reached = (
+            sorted(factor(metric) * _mean_of_seeds(candidates)[column])
+            if column in candidates and len(candidates)
+            else []
+        )
         names = [name for name in _TUNED if name in candidates and candidates[name].nunique() > 1]
         rows.append({
             **({"head": head} if several else {}),
@@ -476,6 +480,13 @@ def rates_at_an_edge(tried: pd.DataFrame, final: pd.DataFrame) -> str:
 def _candidates(tried: pd.DataFrame, group: pd.DataFrame) -> pd.DataFrame:
     found: pd.DataFrame = tried[(tried[["model.name", "loss"]] == group[["model.name", "loss"]].iloc[0]).all(axis=1)]
     return found
+
+
+def _mean_of_seeds(tried: pd.DataFrame) -> pd.DataFrame:
+    """The means of runs that differ in their seed only."""
+    settings = [name for name in tried if str(name).startswith(("data.", "model.", "loss.", "training."))]
+    means: pd.DataFrame = tried.groupby(tried[settings].map(str).agg(" ".join, axis=1)).mean(numeric_only=True)
+    return means
 
 
 def _words(column: str) -> str:

@@ -86,7 +86,7 @@ def _tree(factors: Tensor, degree: int) -> Tensor:
 
 def _tail(u: Tensor, v: Tensor | None, degree: int) -> Tensor:
     """The product over all elements of 1 - P + P z (1 or 2, degree + 1, rows), u = log w."""
-    if not (u.is_cpu and plain(u) and (v is None or plain(v))):
+    if not (u.is_cpu and len(u) and plain(u) and (v is None or plain(v))):
         return _tree(_factors(u, v), degree)
     parts = [_in_lanes(u[part], None if v is None else v[part], degree) for part in chunks(u)]
     return torch.cat(parts, 2)

@@ -122,6 +122,13 @@ def conditions(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
+def registered_first(runs: pd.DataFrame) -> pd.DataFrame:
+    """Without the first look, once the search that was registered has runs that count: S11 asks about these."""
+    if not (runs["sweep"] == CHAPTER).any():
+        return runs
+    return runs[~runs["sweep"].str.startswith(f"{CHAPTER}.first")].reset_index(drop=True)
+
+
 def latest(runs: pd.DataFrame) -> pd.DataFrame:
     """Of each loss and condition the runs of the last choice of settings: a longer search may choose anew."""
     settings = [str(name) for name in runs if str(name).startswith(("loss.", "training."))]
