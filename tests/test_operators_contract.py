@@ -178,6 +178,16 @@ def test_gradients(operator: Case, fast: bool) -> None:
         torch.autograd.gradgradcheck(operator, (scores,), atol=1e-4, fast_mode=fast)
 
 
+@every_operator
+def test_gradients_of_a_batch(operator: Case) -> None:
+    scores = batch(2).requires_grad_()
+    mask = operator(scores)
+    upstream = torch.randn(3, *mask.shape, dtype=mask.dtype)
+    (together,) = torch.autograd.grad(mask, scores, upstream, retain_graph=True, is_grads_batched=True)
+    each = [torch.autograd.grad(mask, scores, one, retain_graph=True)[0] for one in upstream]
+    torch.testing.assert_close(together, torch.stack(each), rtol=0, atol=operator.precision)
+
+
 _TRACED = ("subset", "logistic", "fixed", "odd_even", "neuralsort", "sinkhorn", "perturbed")
 """One operator of every implementation: most of the time is the compiler's, some seconds for each."""
 

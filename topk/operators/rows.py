@@ -100,7 +100,10 @@ def plain(grad: Tensor) -> bool:
     """Whether a backward pass need not have a derivative, nor be traced, nor run for a batch: a kernel may do it."""
     if torch.is_grad_enabled() or compiled():
         return False
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(grad)
+    batched = torch._C._functorch.is_legacy_batchedtensor(
+        grad
+    )  # as is_grads_batched=True of torch.autograd.grad has it
+    wrapped: bool = batched or torch._C._functorch.is_functorch_wrapped_tensor(grad)
     return not wrapped
 
 
