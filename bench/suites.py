@@ -89,7 +89,7 @@ def relatives() -> list[Setting]:
 
 
 def soft_topk() -> list[Setting]:
-    """A minute or two: the soft top-k operators at 256 x 1000, k = 10 and other k, and on long rows."""
+    """Ten minutes, mostly Sinkhorn's: the soft top-k operators at 256 x 1000, k = 10 and others, and on long rows."""
     every = [Setting(family, 256, 1000, 10) for family in OPERATORS]
     over_k = [Setting(family, 256, 1000, k) for family in ("subset", "logistic") for k in (2, 5, 8, 50)]
     return every + over_k + [Setting(family, 16, 100_000, 10) for family in ("logistic", "subset")]

@@ -445,11 +445,7 @@ def tuned(tried: pd.DataFrame, final: pd.DataFrame, metric: str = "top5") -> lis
     for head, loss, group in by_head(final):
         candidates = _candidates(tried, group)
         column = f"validation.{metric}"
-        reached = (
-            sorted(factor(metric) * _mean_of_seeds(candidates)[column])
-            if column in candidates and len(candidates)
-            else []
-        )
+        reached = sorted(factor(metric) * _mean_of_seeds(candidates, column)) if column in candidates else []
         names = [name for name in _TUNED if name in candidates and candidates[name].nunique() > 1]
         rows.append({
             **({"head": head} if several else {}),
@@ -482,11 +478,12 @@ def _candidates(tried: pd.DataFrame, group: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _mean_of_seeds(tried: pd.DataFrame) -> pd.DataFrame:
+def _mean_of_seeds(tried: pd.DataFrame, column: str) -> pd.Series[float]:
     """The means of runs that differ in their seed only."""
-    settings = [name for name in tried if str(name).startswith(("data.", "model.", "loss.", "training."))]
-    means: pd.DataFrame = tried.groupby(tried[settings].map(str).agg(" ".join, axis=1)).mean(numeric_only=True)
-    return means
+    settings = [
+        tried[name].map(str) for name in tried if str(name).startswith(("data.", "model.", "loss.", "training."))
+    ]
+    return tried.groupby(settings)[column].mean()
 
 
 def _words(column: str) -> str:

@@ -100,11 +100,9 @@ def plain(grad: Tensor) -> bool:
     """Whether a backward pass need not have a derivative, nor be traced, nor run for a batch: a kernel may do it."""
     if torch.is_grad_enabled() or compiled():
         return False
-    batched = torch._C._functorch.is_legacy_batchedtensor(
-        grad
-    )  # as is_grads_batched=True of torch.autograd.grad has it
-    wrapped: bool = batched or torch._C._functorch.is_functorch_wrapped_tensor(grad)
-    return not wrapped
+    functorch = torch._C._functorch  # asked last, for a tracer does not know it
+    batched = functorch.is_legacy_batchedtensor(grad)  # `is_grads_batched=True` of torch.autograd.grad
+    return not (batched or functorch.is_functorch_wrapped_tensor(grad))
 
 
 def order_statistics(scores: Tensor, k: float | Tensor) -> Tensor:

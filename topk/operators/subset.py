@@ -102,15 +102,15 @@ def _in_lanes(u: Tensor, v: Tensor | None, degree: int) -> Tensor:
         return pad(field, (0, lanes * steps - n)).view(rows, lanes, steps).permute(2, 1, 0).contiguous()
 
     success = torch.sigmoid(u)
-    trials, duals = dealt(success), 1 if v is None else 2
-    moves = trials if v is None else dealt(success * v)
-    now = u.new_zeros((duals, degree + 2, lanes, rows))  # one row of zeros above the constants
+    trials = dealt(success)
+    if v is None:
+        return polynomials.success_counts(trials, degree, float_type(u))[None]
+    now = u.new_zeros((2, degree + 2, lanes, rows))  # one row of zeros above the constants
     now[0, 1] = 1.0
     then = torch.zeros_like(now)
-    for trial, move in zip(trials.unbind(0), moves.unbind(0), strict=True):
+    for trial, move in zip(trials.unbind(0), dealt(success * v).unbind(0), strict=True):
         torch.lerp(now[:, 1:], now[:, :-1], trial, out=then[:, 1:])
-        if v is not None:
-            then[1, 1:].addcmul_(now[0, :-1], move)
+        then[1, 1:].addcmul_(now[0, :-1], move)
         now, then = then, now
     merged = now[:, 1:].to(float_type(u))
     while merged.shape[2] > 1:

@@ -48,8 +48,7 @@ def runs(records: str = "committed", profile: str = "full") -> dict[str, pd.Data
 
     Cross-entropy may choose label smoothing, and stays cross-entropy.
     """
-    frame = report.runs("fair", profile, records)
-    frame["loss"] = [_contender(row) for row in rows_of(frame)]
+    frame = _named(report.runs("fair", profile, records))
     return {str(name): report.of_sweep(frame, str(name)) for name in frame["sweep"].unique()}
 
 
@@ -64,8 +63,12 @@ def elsewhere() -> dict[str, pd.DataFrame]:
     for chapter, sweep in sorted({(s.chapter, s.sweep) for s in SENTENCES if s.chapter != "fair"}):
         frame = report.of_sweep(report.runs(chapter), sweep) if chapter in chapters() else pd.DataFrame()
         if len(frame):
-            found[sweep] = frame.assign(loss=[_contender(row) for row in rows_of(frame)])
+            found[sweep] = _named(frame)
     return found
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame.assign(loss=[_contender(row) for row in rows_of(frame)])
 
 
 def _contender(row: Mapping[str, Any]) -> str:
