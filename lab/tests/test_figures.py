@@ -123,7 +123,7 @@ def test_one_legend_where_all_panels_say_the_same() -> None:
 
 def test_sliders_know_every_frame(shown: Shown) -> None:
     def draw(tau: float, number_of_guesses: float) -> list[Panel]:
-        return [Panel([0, 1], {"a": [tau, number_of_guesses]}, "loss", "x", "y", y_range=(0, 5))]
+        return [Panel([0, 1], {"a": [tau, number_of_guesses]}, "loss", "score $x_y$", "y", y_range=(0, 5))]
 
     settings = {"tau": (0.5, 1.0), "number of guesses": (1, 2, 3)}
     start = {"tau": 1.0, "number of guesses": 2}
@@ -134,7 +134,7 @@ def test_sliders_know_every_frame(shown: Shown) -> None:
     assert [knob["start"] for knob in frame["knobs"]] == [1, 1]
     assert len(frame["frames"]) == 6
     assert frame["frames"]["1,2"] == [[[1.0, 3.0]]]
-    assert frame["panels"][0]["lines"] == ["a"]
+    assert (frame["panels"][0]["lines"], frame["panels"][0]["x_label"]) == (["a"], "score x_y")
     assert "a &quot;quoted&quot; word" in page
     assert "data:image/png;base64," in page
 

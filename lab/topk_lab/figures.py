@@ -331,11 +331,13 @@ def knobs(
     named = list(dict.fromkeys(name for panel in panels if not panel.points for name in panel.lines))
     if len(named) > _LOOKS_OF_THE_SCRIPT:
         raise ValueError(f"panels must name at most {_LOOKS_OF_THE_SCRIPT} lines between them, got {', '.join(named)}")
-    fixed = ("title", "x_label", "y_label", "y_range", "points")
+    words = ("title", "x_label", "y_label")  # the script sets no formulas
     frame = {
         "knobs": sliders,
         "panels": [
-            {name: getattr(panel, name) for name in fixed} | {"x": _short(panel.x), "lines": list(panel.lines)}
+            {name: _plain(getattr(panel, name)) for name in words}
+            | {"y_range": panel.y_range, "points": panel.points, "x": _short(panel.x)}
+            | {"lines": [_plain(name) for name in panel.lines]}
             for panel in panels
         ],
         "frames": {at: [[_short(line) for line in p.lines.values()] for p in found] for at, found in drawn.items()},
