@@ -291,6 +291,23 @@ def test_torchs_operator(smoothing: float) -> None:
     torch.testing.assert_close(found, fused(loss, *inputs[:2], target, inputs[2]))
 
 
+def test_few_scores_of_cross_entropy_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not where a row is ignored, which may hold anything, or a target is wrong, which is an error of ours."""
+    loss, (features, weight, bias) = nn.CrossEntropyLoss(), layer()
+    target = targets().clamp(min=0)
+    expected = with_gradients(unfused(loss, features, weight, target, bias), (features, weight, bias), torch.ones(1))
+    with monkeypatch.context() as patch:
+        patch.setattr("topk.linear.LinearLoss.apply", None)
+        value = topk.linear_loss(loss, features, weight, target, bias=bias)
+    found = with_gradients(value, (features, weight, bias), torch.ones(1))
+    torch.testing.assert_close(found, expected)
+    target[2], features = -100, features.detach().clone()
+    features[2] = torch.nan
+    value = topk.linear_loss(loss, features, weight, target, bias=bias)
+    slopes = torch.autograd.grad(value, (weight, bias))
+    assert value.isfinite() and all(bool(slope.isfinite().all()) for slope in slopes)
+
+
 def test_module() -> None:
     module = topk.LinearTopKLoss(CRITERIA["smooth"], FEATURES, CLASSES, chunk=4).double()
     features, target = layer()[0], targets()

@@ -102,6 +102,16 @@ def scaled_exponentials(scores: Tensor, shift: Tensor, scale: Tensor, rate: floa
     return result
 
 
+def largest_wrong(scores: Tensor, target: Tensor) -> Tensor:
+    """The largest score of a class that is not y (rows,)."""
+    result = torch.empty_like(scores[:, 0])
+    (buffer,) = buffers(scores, 1)
+    for part in chunks(scores):
+        wrong = buffer[: part.stop - part.start].copy_(scores[part])
+        torch.amax(wrong.scatter_(1, target[part, None], -torch.inf), 1, out=result[part])
+    return result
+
+
 _GROUP = 8  # classes compared before `largest` selects
 _FEW = 64  # classes that numpy sorts, rather than to look for the largest
 _WORTH_WHILE = 2**14  # scores, below which nothing but the number of calls counts

@@ -67,7 +67,7 @@ def linear_loss(
 
     Args:
         loss: a loss module of this package, or ``torch.nn.CrossEntropyLoss``; its ``weight``, ``ignore_index`` and
-            ``reduction`` count as always.
+            ``reduction`` count as always. Torch computes cross-entropy itself where the scores are few, on a CPU.
         features: (..., features), any floating-point type.
         weight: (classes, features).
         target: (...), class indices, or (..., classes), probabilities with few classes a row above 0: the expected
@@ -80,7 +80,8 @@ def linear_loss(
             that is a DTensor with Shard(0) needs none.
         by_torch: runs ``F.linear_cross_entropy`` where torch has it; for ``torch.nn.CrossEntropyLoss`` alone.
     """
-    criterion = _criterion(loss)
+    if not by_torch:
+        _check_loss(loss)
     if is_distributed(weight):
         features, weight, bias, shard = of_layer(features, weight, bias)
         target = target.full_tensor() if is_distributed(target) else target
@@ -97,9 +98,12 @@ def linear_loss(
     if by_torch:
         value = _by_torch(loss, flat, weight, target, bias)
     elif shard is None and (torch._C._are_functorch_transforms_active() or is_traced(flat) or is_traced(weight)):
-        value = criterion(F.linear(flat, weight, bias), target)
+        value = _criterion(loss)(F.linear(flat, weight, bias), target)
+    elif shard is None and chunk is None and _better_held(loss, flat, weight, target):
+        scores = F.linear(flat, weight, bias)
+        value = loss(scores.to(compute_dtype(scores)), target)
     else:
-        value = criterion(_scores_to_come(flat, weight, bias, rows_at_once, shard), target)
+        value = _criterion(loss)(_scores_to_come(flat, weight, bias, rows_at_once, shard), target)
     return value.reshape(features.shape[:-1]) if value.dim() > 0 else value
 
 
@@ -107,23 +111,28 @@ def _cosine_factors(features: Tensor, weight: Tensor, scale: float) -> tuple[Ten
     return scale * F.normalize(features, dim=-1), F.normalize(weight, dim=-1)
 
 
+def _check_loss(loss: nn.Module) -> None:
+    """Refuses what is no loss of scores and targets, and what looks at all scores before the loss is computed."""
+    if isinstance(loss, nn.CrossEntropyLoss):
+        if loss.label_smoothing > 0.0 and loss.weight is not None:
+            raise ValueError("loss must not have both label_smoothing and weight, unless by_torch=True")
+    elif not isinstance(loss, LossModule):
+        raise TypeError(f"loss must be a loss module of topk or torch.nn.CrossEntropyLoss, got {type(loss).__name__}")
+    elif loss.training and getattr(loss, "transition", None) == "accuracy":
+        raise ValueError("loss must not have transition='accuracy' in training: it counts all scores before the loss")
+
+
 def _criterion(loss: nn.Module) -> nn.Module:
     """The loss as one of ours; cross-entropy is the focal loss that forgives nothing, or the transition that never is.
 
-    Refuses what looks at all scores before the loss is computed.
+    To make a module takes a millisecond: it tries its arguments.
     """
-    if isinstance(loss, nn.CrossEntropyLoss):
-        tail: dict[str, Any] = {"ignore_index": loss.ignore_index, "reduction": loss.reduction}
-        if loss.label_smoothing == 0.0:
-            return FocalLoss(gamma=0.0, weight=loss.weight, **tail)
-        if loss.weight is not None:
-            raise ValueError("loss must not have both label_smoothing and weight, unless by_torch=True")
-        return TransitionTopKLoss(1, transition=0.0, label_smoothing=loss.label_smoothing, **tail)
-    if not isinstance(loss, LossModule):
-        raise TypeError(f"loss must be a loss module of topk or torch.nn.CrossEntropyLoss, got {type(loss).__name__}")
-    if loss.training and getattr(loss, "transition", None) == "accuracy":
-        raise ValueError("loss must not have transition='accuracy' in training: it counts all scores before the loss")
-    return loss
+    if not isinstance(loss, nn.CrossEntropyLoss):
+        return loss
+    tail: dict[str, Any] = {"ignore_index": loss.ignore_index, "reduction": loss.reduction}
+    if loss.label_smoothing == 0.0:
+        return FocalLoss(gamma=0.0, weight=loss.weight, **tail)
+    return TransitionTopKLoss(1, transition=0.0, label_smoothing=loss.label_smoothing, **tail)
 
 
 def _check_inputs(features: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, classes: int | None) -> None:
@@ -156,6 +165,14 @@ def _by_torch(loss: nn.Module, features: Tensor, weight: Tensor, target: Tensor,
     options = {name: getattr(loss, name) for name in ("weight", "reduction", "ignore_index", "label_smoothing")}
     value: Tensor = operator(features, weight, target, linear_bias=bias, **options)
     return value
+
+
+def _better_held(loss: nn.Module, features: Tensor, weight: Tensor, target: Tensor) -> bool:
+    """Whether torch's own cross-entropy is quicker, and its three copies of the scores are less than two chunks."""
+    few = 4 * features.shape[0] * weight.shape[0] <= CHUNK
+    if not (few and features.is_cpu and isinstance(loss, nn.CrossEntropyLoss)) or target.is_floating_point():
+        return False
+    return bool(((target >= 0) & (target < weight.shape[0])).all())
 
 
 def _scores_to_come(
@@ -395,7 +412,7 @@ class LinearTopKLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _criterion(loss)
+        _check_loss(loss)
         self.loss, self.chunk = loss, None if chunk is None else check_count("chunk", chunk)
         self.cosine_scale = None if cosine_scale is None else check_number("cosine_scale", cosine_scale, above=0.0)
         self.shard = shard

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk._cpu import scaled_exponentials, sum_exponentials
+from topk._cpu import largest_wrong, scaled_exponentials, sum_exponentials
 from topk.arguments import check_number, check_scores
 from topk.autograd import Head, Loss
 from topk.losses.common import (
@@ -122,7 +122,7 @@ FOCAL = Loss(
 
 def _gap(scores: Tensor, target: Tensor, margins: Tensor | float, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gap (NaN in bad rows), the largest wrong score t, the sum of exp(scale (x - t)) over the wrong classes."""
-    largest = scores.scatter(1, target[:, None], -torch.inf).amax(1)
+    largest = largest_wrong(scores, target)
     shift, x_target, dtype = finite_or_zero(largest), target_scores(scores, target), row_dtype(scores)
     total = sum_exponentials(scores, shift, target[:, None], scale).to(dtype)
     lead = shift.to(dtype) - x_target.to(dtype) + margins
