@@ -10,10 +10,11 @@ from torch import Tensor
 
 from topk.arguments import check_choice
 from topk.operators import threshold
+from topk.operators.distribution import KSubset, subset_loss
 from topk.operators.permutation import soft_permutation
 from topk.operators.perturbed import noised_kth, perturbed_topk
 from topk.operators.rows import as_rows, as_scores, check_k, check_scores, check_temperature, hard_mask, per_row
-from topk.operators.subset import KSubset, subset_loss, subset_mask
+from topk.operators.subset import subset_mask
 
 BACKENDS = (None, "torch", "triton")
 METHODS = ("subset", "logistic", "sparse", "laplace", "gaussian", "fixed", "perturbed", "sort")

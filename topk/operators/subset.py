@@ -21,39 +21,23 @@ second row. It is symmetric, so one function serves as jvp and as vjp; and it is
 
 from __future__ import annotations
 
-import itertools
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.distributions import Distribution, constraints, register_kl
 from torch.nn.functional import pad, softplus
 
 from topk import kernels
 from topk._cpu import CHUNK, SMALLEST, buffers, chunks, exponentials, largest
-from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
 from topk.backend import choose
 from topk.losses import polynomials
 from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
 from topk.losses.smooth import POWER_SUM_LIMIT, _left_out, _newton_identities, _with_head
-from topk.operators.rows import (
-    LOWEST,
-    Context,
-    as_rows,
-    check_k,
-    check_scores,
-    check_temperature,
-    compiled,
-    float_type,
-    fold,
-    hard_mask,
-    per_row,
-    plain,
-)
-from topk.operators.threshold import threshold_level, threshold_mask
+from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, plain
+from topk.operators.threshold import threshold_level
 
 _WIDE_BELOW = 32  # factors, from which on their products are taken in float64
 _SETTLED, _BROKEN = 1.0, 2.0
@@ -149,41 +133,88 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
     head_factors = _factors(head, None if v is None else v.gather(1, index)).to(float_type(u))
     tail = u.scatter(1, index, -torch.inf)
     odds = tail.exp()
-    behind = _up_to(_tail(tail, v, most), k).flip(1)  # from the k-th coefficient down
+    at_head, full, chance = _joined(head_factors, _tail(tail, v, most), k)
+    at_head = at_head.to(u.dtype)
+    if v is not None:
+        drift = full[1, -1, :, None].to(u.dtype)
+        of_head = at_head[0] * (v.gather(1, index) - drift) + at_head[1]
+        return _moved(odds, v, full.to(u.dtype)).scatter(1, index, of_head), drift[:, 0]
+    coefficients = full[:, :-1, :, None].to(u.dtype)
+    alpha = coefficients[0, 0].expand_as(odds).clone()
+    for coefficient in coefficients[0, 1:].unbind(0):
+        torch.addcmul(coefficient, alpha, odds, value=-1.0, out=alpha)
+    log_sum = chance.log().to(u.dtype) + softplus(u, threshold=40.0).sum(1)
+    return alpha.mul_(odds).scatter_(1, index, at_head[0]), log_sum
+
+
+def _joined(head_factors: Tensor, tail: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Over A_k: the head's pi (1 or 2, rows, size), the product of all factors up to k (1 or 2, k + 1, rows); and A_k.
+
+    Of the second row, if any, pi is without the part that its own w and A_k contribute.
+    """
+    dual = tail.shape[0] == 2
+    behind = _up_to(tail, k).flip(1)  # from the k-th coefficient down
     first = torch.zeros_like(behind[:, :-1])
     first[0, 0] = 1.0
     before = [first + 0.0 * behind[:, :-1]]  # as many dimensions as `behind` has under vmap
     for factor in head_factors[..., :-1].unbind(-1):
         before.append(_with_factor(before[-1], factor))
     left_out = []
-    for i in range(index.shape[1] - 1, -1, -1):
+    for i in range(head_factors.shape[-1] - 1, -1, -1):
         others = (before[i] * behind[:1, 1:]).sum(1)
-        if v is not None:
+        if dual:
             others = torch.stack((others[0], others[1] + (before[i][0] * behind[1, 1:]).sum(0)))
         left_out.append(others)
         behind = _with_factor(behind, head_factors[..., i], falling=True)
-    at_head = torch.stack(left_out[::-1], -1)  # (1 or 2, rows, size): Pr[k - 1 of the others succeed]
+    at_head = torch.stack(left_out[::-1], -1)  # Pr[k - 1 of the others succeed]
     full = behind.flip(1)
     chance = torch.where(full[0, -1] > 0, full[0, -1], 1.0)
-    full = full / chance
-    at_head = (at_head * (head_factors[0, 1] / chance[:, None])).to(u.dtype)
-    coefficients = full[:, :-1, :, None].to(u.dtype)
-    alpha = coefficients[0, 0].expand_as(odds)
-    if v is None:
-        alpha = alpha.clone()
-        for coefficient in coefficients[0, 1:].unbind(0):
-            torch.addcmul(coefficient, alpha, odds, value=-1.0, out=alpha)
-        log_sum = chance.log().to(u.dtype) + softplus(u, threshold=40.0).sum(1)
-        return alpha.mul_(odds).scatter_(1, index, at_head[0]), log_sum
-    moved = odds * v
-    slope = coefficients[1, 0].expand_as(odds)
-    for value, derivative in zip(coefficients[0, 1:].unbind(0), coefficients[1, 1:].unbind(0), strict=True):
-        slope = torch.addcmul(torch.addcmul(derivative, odds, slope, value=-1.0), moved, alpha, value=-1.0)
-        alpha = torch.addcmul(value, odds, alpha, value=-1.0)
-    drift = full[1, -1, :, None].to(u.dtype)
-    at_tail = moved * alpha + odds * slope - odds * alpha * drift
-    of_head = at_head[0] * (v.gather(1, index) - drift) + at_head[1]
-    return at_tail.scatter(1, index, of_head), drift[:, 0]
+    return at_head * (head_factors[0, 1] / chance[:, None]), full / chance, chance
+
+
+def _moved(odds: Tensor, v: Tensor, full: Tensor) -> Tensor:
+    """The derivative of pi along v where w <= 1, from the product of all factors over A_k (2, k + 1, rows)."""
+    drift, columns = full[1, -1, :, None], [column[..., None].unbind() for column in full[:, :-1].unbind(1)]
+    if not (odds.is_cpu and plain(odds) and plain(v)):
+        moved, (alpha, slope) = odds * v, columns[0]
+        for value, derivative in columns[1:]:
+            slope = torch.addcmul(torch.addcmul(derivative, odds, slope, value=-1.0), moved, alpha, value=-1.0)
+            alpha = torch.addcmul(value, odds, alpha, value=-1.0)
+        return moved * alpha + odds * (slope - alpha * drift)
+    result = torch.empty_like(odds, memory_format=torch.contiguous_format)
+    spaces = buffers(odds, 2, CHUNK // 4)
+    for part in chunks(odds, CHUNK // 4):  # four fields in cache
+        w, slope = odds[part], result[part]
+        moved, alpha = (space[: len(w)] for space in spaces)
+        torch.mul(w, v[part], out=moved)
+        alpha.copy_(columns[0][0][part].expand_as(w))
+        slope.copy_(columns[0][1][part].expand_as(w))
+        for value, derivative in columns[1:]:
+            torch.addcmul(derivative[part], w, slope, value=-1.0, out=slope).addcmul_(moved, alpha, value=-1.0)
+            torch.addcmul(value[part], w, alpha, value=-1.0, out=alpha)
+        slope.addcmul_(alpha, drift[part], value=-1.0).mul_(w).addcmul_(moved, alpha)
+    return result
+
+
+def _odds_and_sums(
+    scores: Tensor, v: Tensor | None, pivot: Tensor, temperature: Tensor, index: Tensor, most: int
+) -> tuple[Tensor, Tensor]:
+    """w (rows, n), 0 for the head at `index`, and the sums of w^m and of v w^m, m = 1..most (1 or 2, most, rows)."""
+    odds = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    sums = scores.new_empty((1 if v is None else 2, most, len(scores)))
+    unscaled, smallest = bool((temperature == 1).all()), math.exp(SMALLEST[scores.dtype] / 2)
+    spaces = buffers(scores, 2, CHUNK // 4)
+    for part in chunks(scores, CHUNK // 4):
+        w = torch.sub(scores[part], pivot[part, None], out=odds[part])
+        power = exponentials(w if unscaled else w.div_(temperature[part, None])).scatter_(1, index[part], 0.0)
+        space, moved = (each[: len(w)] for each in spaces)
+        for m in range(most):
+            if m:
+                power = torch.threshold_(torch.mul(power, w, out=space), smallest, 0.0)
+            torch.sum(power, 1, out=sums[0, m, part])
+            if v is not None:
+                torch.sum(torch.mul(power, v[part], out=moved), 1, out=sums[1, m, part])
+    return odds, sums
 
 
 def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,23 +223,15 @@ def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) ->
     top, index = largest(scores, min(most, n))
     kth = top.gather(1, (k - 1).clamp(0, n - 1)[:, None])[:, 0]
     pivot = torch.where(kth.isfinite(), kth, 0.0)
-    mask = torch.empty_like(scores, memory_format=torch.contiguous_format)  # until the end its odds
-    sums, unscaled = scores.new_empty((most, len(scores))), bool((temperature == 1).all())
-    (space,) = buffers(scores, 1, CHUNK // 2)
-    for part in chunks(scores, CHUNK // 2):
-        odds, power = torch.sub(scores[part], pivot[part, None], out=mask[part]), space[: part.stop - part.start]
-        odds = exponentials(odds if unscaled else odds.div_(temperature[part, None])).scatter_(1, index[part], 0.0)
-        torch.sum(odds, 1, out=sums[0, part])
-        for m in range(1, most):
-            torch.mul(power if m > 1 else odds, odds, out=power)
-            torch.sum(torch.threshold_(power, math.exp(SMALLEST[odds.dtype] / 2), 0.0), 1, out=sums[m, part])
-    head = ((top - pivot[:, None]).clamp(min=LOWEST) / temperature[:, None]).T.to(float_type(scores))
-    tail = _newton_identities(sums.to(head.dtype))
+    mask, sums = _odds_and_sums(scores, None, pivot, temperature, index, most)  # until the end the mask is its odds
+    head = standardised(top, pivot, temperature).T.to(float_type(scores))
+    tail = _newton_identities(sums[0].to(head.dtype))
     before, full = _with_head(head, tail)
     behind, full = _up_to(torch.stack((tail, full)), k)
     chance = torch.where(full[-1] > 0, full[-1], 1.0)
     at_head = _left_out(head, before, behind[:-1].flip(0) / chance)
     columns = (full[:-1] / chance).to(scores.dtype)[:, :, None].unbind()
+    (space,) = buffers(scores, 1, CHUNK // 2)
     for part in chunks(scores, CHUNK // 2):
         odds, value = mask[part], columns[0][part]
         for column in columns[1:]:
@@ -218,6 +241,27 @@ def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) ->
     status = torch.where(kth == -torch.inf, _SETTLED, 0.0).masked_fill_(k <= 0, _SETTLED)
     status = status.masked_fill_(~((top[:, 0] < torch.inf) & (temperature > 0)), _BROKEN)
     return *_settled(mask, total.to(scores.dtype), scores, k, temperature, pivot, status), pivot
+
+
+def _moved_by_power_sums(scores: Tensor, v: Tensor, k: Tensor, temperature: Tensor, pivot: Tensor, most: int) -> Tensor:
+    """The derivative of pi along v, in the same way: log e has the derivative sum over m of -(-z)^m sum v w^m."""
+    top, index = largest(scores, min(most, scores.shape[1]))
+    odds, sums = _odds_and_sums(scores, v, pivot, temperature, index, most)
+    value, slope = sums.to(float_type(scores)).unbind()
+    slope[1::2].neg_()
+    tail = _newton_identities(value)
+    tail = torch.stack((tail, polynomials.product(pad(slope, (0, 0, 1, 0)), tail)))
+    at_index = v.gather(1, index)
+    head_factors = _factors(standardised(top, pivot, temperature).to(tail.dtype), at_index.to(tail.dtype))
+    at_head, full, _ = _joined(head_factors, tail, k)
+    full, drift = full.to(scores.dtype), full[1, -1, :, None]
+    of_head = (at_head[0] * (at_index - drift) + at_head[1]).to(scores.dtype)
+    derivative = _moved(odds, v, full).scatter_(1, index, of_head)
+    settled = (k <= 0) | (top.gather(1, (k - 1).clamp(min=0)[:, None])[:, 0] == -torch.inf)
+    broken = ~((top[:, 0] < torch.inf) & (temperature > 0))
+    if not bool((settled | broken).any()):
+        return derivative
+    return derivative.masked_fill_(settled[:, None], 0.0).masked_fill_(broken[:, None], torch.nan)
 
 
 # --- mask and log e_k ------------------------------------------------------------------------------------------------
@@ -279,7 +323,9 @@ class _Subset(Function):
     @staticmethod
     def along(ctx: Context, v: Tensor) -> Tensor:
         """The derivative of pi along v, in units of u."""
-        scores, k, temperature, _, _ = ctx.saved_tensors
+        scores, k, temperature, _, pivot = ctx.saved_tensors
+        if scores.is_cpu and ctx.most <= POWER_SUM_LIMIT and plain(v):
+            return _moved_by_power_sums(scores, v, k, temperature, pivot, ctx.most)
         pivot, status = _level(scores, k, temperature, ctx.kernel)
         index = largest_classes(scores, min(2 * ctx.most, scores.shape[1]))
         derivative = _inclusion(standardised(scores, pivot, temperature), v, k, index, ctx.most)[0]
@@ -324,196 +370,3 @@ def subset_mask(
     kernel = choose(backend, scores.device, scores.dtype, "subset") == "triton"
     mask, total, pivot = (_Subset if compiled() else _ForwardSubset).apply(scores, k, temperature, most, kernel)
     return mask, total, pivot
-
-
-# --- the distribution ------------------------------------------------------------------------------------------------
-
-
-class _KHot(constraints.Constraint):
-    """Vectors of zeros and exactly k ones."""
-
-    is_discrete = True
-    event_dim = 1
-
-    def __init__(self, k: int) -> None:
-        self.k = k
-        super().__init__()
-
-    def check(self, value: Tensor) -> Tensor:
-        return ((value == 0) | (value == 1)).all(-1) & (value.sum(-1) == self.k)
-
-
-class KSubset(Distribution):
-    r"""k of n elements at random, Pr[S] proportional to exp(sum over S of scores / temperature).
-
-    A sample is a vector of zeros and k ones. Elements with a score of -inf are never in it.
-
-    Args:
-        scores: (..., n), any floating-point type; half types are computed in float32.
-        k: how many, from 1 to n, and at most as many as there are finite scores.
-        temperature: > 0, a number or a tensor that broadcasts to the batch shape.
-        validate_args: as in every distribution of torch.
-    """
-
-    arg_constraints: ClassVar[dict[str, Any]] = {"scores": constraints.independent(constraints.real, 1)}
-    has_rsample = True
-    has_enumerate_support = True
-
-    def __init__(
-        self, scores: Tensor, k: int, temperature: float | Tensor = 1.0, validate_args: bool | None = None
-    ) -> None:
-        check_scores(scores, -1)
-        check_k(k, scores.shape[-1], whole=True)
-        check_temperature(temperature)
-        self.scores, self.k = scores, k
-        self.temperature = per_row("temperature", temperature, scores, -1).view(scores.shape[:-1])
-        super().__init__(scores.shape[:-1], scores.shape[-1:], validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> KSubset:
-        """The same distribution for a larger batch."""
-        new: KSubset = self._get_checked_instance(KSubset, _instance)  # type: ignore[no-untyped-call]
-        shape = torch.Size(batch_shape)
-        new.scores, new.k = self.scores.expand(*shape, *self.event_shape), self.k
-        new.temperature = self.temperature.expand(shape)
-        super(KSubset, new).__init__(shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
-        """Vectors of zeros and k ones."""
-        return _KHot(self.k)
-
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """pi and u (..., n), log e_k(exp u) (...)."""
-        rows = as_rows(self.scores, -1)
-        count = torch.full_like(rows[:, 0], self.k).to(torch.int64)
-        temperature = self.temperature.reshape(-1)
-        mask, total, pivot = subset_mask(rows, count, temperature, self.k)
-        u = standardised(rows, pivot, temperature)
-        return mask.view(self.scores.shape), u.view(self.scores.shape), total.view(self.batch_shape)
-
-    @property
-    def mean(self) -> Tensor:
-        """The inclusion probabilities: the soft top-k mask of greatest entropy."""
-        return self._parts()[0]
-
-    @property
-    def variance(self) -> Tensor:
-        """Of every element's indicator."""
-        mean = self.mean
-        return mean * (1.0 - mean)
-
-    @property
-    def mode(self) -> Tensor:
-        """The k largest scores, of equal ones those that come first."""
-        return hard_mask(as_rows(self.scores, -1), self.k).view(self.scores.shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """log Pr of a set, as a vector of zeros and k ones."""
-        if self._validate_args:
-            self._validate_sample(value)
-        _, u, total = self._parts()
-        log_prob = torch.where(value != 0, u * value, 0.0).sum(-1) - total
-        return torch.where(log_prob < LOWEST / 2, -torch.inf, log_prob)
-
-    def entropy(self) -> Tensor:
-        """log e_k - <mean, scores / temperature>."""
-        mask, u, total = self._parts()
-        return total - (mask * u).sum(-1)
-
-    @torch.no_grad()
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Independent trials with sum P = k, tried again until k of them succeed: within a few tries, on average."""
-        shape = self._extended_shape(torch.Size(sample_shape))
-        rows = as_rows(self.scores, -1)
-        chance = threshold_mask(rows, float(self.k), self.temperature.reshape(-1), "logistic")
-        chance = chance.view(self.scores.shape).expand(shape).reshape(-1, shape[-1])
-        mode = self.mode.expand(shape).reshape(-1, shape[-1])
-        open_ended = ((chance > 0) & (chance < 1)).any(1) & (mode.sum(1) == self.k)
-        result = mode + 0.0 * chance  # a NaN row stays one
-        waiting = open_ended.nonzero()[:, 0]
-        while len(waiting):
-            drawn = torch.rand_like(chance[waiting]) < chance[waiting]
-            fits = drawn.sum(1) == self.k
-            result[waiting[fits]] = drawn[fits].to(result.dtype)
-            waiting = waiting[~fits]
-        return result.view(shape)
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """A sample with the gradient of the mean: the straight-through estimator of SIMPLE (Ahmed et al. 2023)."""
-        mean = self.mean
-        return self.sample(sample_shape) + (mean - mean.detach())
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All n choose k vectors (count, ..., n)."""
-        n = self.event_shape[0]
-        places = torch.tensor(list(itertools.combinations(range(n), self.k)), device=self.scores.device)
-        values = torch.zeros(len(places), n, dtype=self.mode.dtype, device=self.scores.device)
-        values = values.scatter_(1, places, 1.0).view(-1, *(1,) * len(self.batch_shape), n)
-        return values.expand(-1, *self.batch_shape, n) if expand else values
-
-
-@register_kl(KSubset, KSubset)  # type: ignore[untyped-decorator]
-def _kl(p: KSubset, q: KSubset) -> Tensor:
-    if p.event_shape != q.event_shape:
-        raise ValueError(f"p and q must choose from as many elements, got {p.event_shape[0]} and {q.event_shape[0]}")
-    mask, u, total = p._parts()
-    if p.k != q.k:
-        return torch.full_like(total, torch.inf)
-    _, other, other_total = q._parts()
-    divergence = (mask * (u - other)).sum(-1) - total + other_total
-    return torch.where(divergence > -LOWEST / 2, torch.inf, divergence)
-
-
-def subset_loss(
-    scores: Tensor,
-    khot: Tensor,
-    *,
-    temperature: float | Tensor = 1.0,
-    dim: int = -1,
-    ignore_index: int = -100,
-    reduction: str = "mean",
-    largest_k: int | None = None,
-) -> Tensor:
-    r"""-log Pr[S = the given set] under ``KSubset``: a loss for targets of several right classes.
-
-    With k the number of ones of the row and e_k the elementary symmetric polynomial,
-
-    .. math:: \ell = \log e_k(e^{x / T}) - \sum_{i \in S} x_i / T,
-
-    whose gradient is (mask - khot) / T, the mask being ``soft_topk(scores, k, temperature=T)``. A row without a one has
-    loss 0, and so has one of ones only. k = 1 is cross-entropy.
-
-    Args:
-        scores: any shape and floating-point type; the loss of half types is computed and returned in float32.
-        khot: zeros and ones of the same shape, any type.
-        temperature: > 0, a number or a tensor that broadcasts to the scores without ``dim``.
-        dim: where the classes are.
-        ignore_index: a row with this value anywhere in ``khot`` gives 0 and no gradient, and the mean is without it.
-        reduction: "mean", "sum" or "none".
-        largest_k: an upper bound of k, so that nothing need look at ``khot``: on devices, and in torch.compile.
-    """
-    check_scores(scores, dim)
-    if not isinstance(khot, Tensor) or khot.shape != scores.shape:
-        got = tuple(khot.shape) if isinstance(khot, Tensor) else type(khot).__name__
-        raise ValueError(f"khot must be a Tensor of the scores' shape {tuple(scores.shape)}, got {got}")
-    check_temperature(temperature)
-    check_choice("reduction", reduction, REDUCTIONS)
-    ignore_index = check_ignore_index(ignore_index)
-    rows, chosen = as_rows(scores, dim), khot.movedim(dim, -1).reshape(-1, scores.shape[dim])
-    ignored = (chosen == ignore_index).any(1)
-    chosen = torch.where(ignored[:, None], 0, chosen) != 0
-    if largest_k is None:
-        largest_k = max(1, int(chosen.sum(1).max())) if len(chosen) else 1
-    else:
-        check_k(largest_k, scores.shape[dim], whole=True)
-    rows = torch.where(ignored[:, None], 0.0, rows)
-    scale = per_row("temperature", temperature, scores, dim)
-    _, total, pivot = subset_mask(rows, chosen.sum(1), scale, largest_k)
-    u = standardised(rows, pivot, scale)
-    lost = (chosen & (rows == -torch.inf)).any(1)
-    loss = torch.where(lost, torch.inf, total - torch.where(chosen, u, 0.0).sum(1))
-    if reduction == "none":
-        return loss.view(scores.movedim(dim, -1).shape[:-1])
-    return loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()

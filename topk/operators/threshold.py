@@ -197,10 +197,6 @@ class _Mask(Function):
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor, grad_offset: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        if ctx.kernel and plain(grad):
-            scores, temperature, _, offset, anchor = ctx.saved_tensors
-            each = kernels.of("threshold").backward(grad, grad_offset, scores, temperature, offset, anchor, ctx.method)
-            return *each, None, None, None
         density, z, temperature, inverse = _Mask.slopes(ctx, with_z=ctx.needs_input_grad[2])
         share = (grad_offset[:, None] - torch.linalg.vecdot(density, grad)[:, None] / temperature) * inverse
         gradient = density * (grad / temperature + share)
@@ -212,7 +208,33 @@ class _Mask(Function):
         return fold((_Mask if compiled() else _ForwardMask).apply, info, in_dims, *arguments)
 
 
+def _logistic_pull(grad: Tensor, grad_offset: Tensor, temperature: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients in the scores and in k, a chunk at a time: the density is m (1 - m)."""
+    result, for_k = torch.empty_like(mask), torch.empty_like(temperature)
+    (space,) = buffers(mask, 1)
+    tiny = torch.finfo(mask.dtype).tiny
+    for part in chunks(mask):
+        m, scale = mask[part], temperature[part, None]
+        density, move = torch.addcmul(m, m, m, value=-1.0, out=result[part]), space[: len(m)]
+        torch.div(grad[part], scale, out=move)
+        total, pulled = density.sum(1, keepdim=True), torch.linalg.vecdot(density, move)[:, None]
+        share = torch.where(total > tiny, (grad_offset[part, None] - pulled) / total.clamp(min=tiny), 0.0)
+        density.mul_(move.add_(share))
+        for_k[part] = -(share * scale)[:, 0]
+    return result, for_k
+
+
 class _ForwardMask(_Mask):
+    @staticmethod
+    def backward(ctx: Context, grad: Tensor, grad_offset: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        scores, temperature, mask, offset, anchor = ctx.saved_tensors
+        if ctx.kernel and plain(grad):
+            each = kernels.of("threshold").backward(grad, grad_offset, scores, temperature, offset, anchor, ctx.method)
+            return *each, None, None, None
+        if ctx.method == "logistic" and grad.is_cpu and plain(grad) and not ctx.needs_input_grad[2]:
+            return *_logistic_pull(grad, grad_offset, temperature, mask), None, None, None, None
+        return _Mask.backward(ctx, grad, grad_offset, _)
+
     @staticmethod
     def jvp(ctx: Context, scores: Tensor | None, k: Tensor | None, temperature: Tensor | None, *_: Any) -> Any:
         density, z, scale, inverse = _Mask.slopes(ctx, with_z=temperature is not None)
