@@ -43,8 +43,8 @@ def criteria() -> dict[str, nn.Module]:
         "transition, fixed": topk.TransitionTopKLoss(3, transition=0.5),
         "transition, smoothed": topk.TransitionTopKLoss({1: 0.5, 3: 0.5}, label_smoothing=0.2),
         "transition, called": topk.TransitionTopKLoss({1: 0.5, 3: 0.5}, transition=_by_margin),
-        "smooth, k > 8": topk.SmoothTopKLoss(9, tau=0.4),
-        "smooth, k above and below": topk.SmoothTopKLoss({2: 0.3, 10: 0.5, 27: 0.2}, tau=0.3),
+        "smooth, k > 10": topk.SmoothTopKLoss(11, tau=0.4),
+        "smooth, k above and below": topk.SmoothTopKLoss({2: 0.3, 10: 0.4, 12: 0.1, 27: 0.2}, tau=0.3),
         "noised, without noise": topk.NoisedTopKLoss(3, epsilon=0.0, margins=margins),
         "noised, exact": topk.NoisedTopKLoss({1: 0.5, 3: 0.5}, epsilon=0.7, samples=None, margins=margins),
         "focal": topk.FocalLoss(),
@@ -179,9 +179,9 @@ def messages_are_few(shard: topk.ClassShard, stop: int) -> None:
         assert sent == [head, ("all_reduce", 4 * ROWS * reductions)][: 1 + (reductions > 0)]
     usual = [0, 1, 3, 4, 5, 6, 11]
     scores, target = scores[usual], target[usual]
-    rows, k = len(usual), 9
+    rows, k = len(usual), 11
     with counted() as sent:
-        topk.sharded_loss(loss["smooth, k > 8"], scores[:, shard.start : stop], target, shard)
+        topk.sharded_loss(loss["smooth, k > 10"], scores[:, shard.start : stop], target, shard)
     head, *steps, last = sent
     assert head == ("all_gather", 4 * rows * (2 * (2 * k + 1) + 1))
     assert last == ("all_gather", 8 * rows * (k + 1))  # chances in float64
@@ -226,7 +226,7 @@ def last_layers_equal(shard: topk.ClassShard, stop: int) -> None:
     mine = slice(shard.start, stop)
     losses = [
         "smooth",
-        "smooth, k > 8",
+        "smooth, k > 10",
         "hinge, beta",
         "differentiable",
         "ldr",
@@ -429,7 +429,7 @@ rank, cuts = dist.get_rank(), (0, 7, 20)
 shard = topk.ClassShard(cuts[rank], 20)
 generator = torch.Generator().manual_seed(0)
 features, weight = torch.randn(6, 4, generator=generator), torch.randn(20, 4, generator=generator)
-target, loss = torch.arange(6) * 3, topk.SmoothTopKLoss(9)
+target, loss = torch.arange(6) * 3, topk.SmoothTopKLoss(11)
 mine = weight[cuts[rank] : cuts[rank + 1]].clone().requires_grad_()
 whole = weight.clone().requires_grad_()
 found = topk.linear_loss(loss, features, mine, target, shard=shard)

@@ -77,10 +77,10 @@ def test_all_classes_with_ties_and_masked_ones(name: str) -> None:
     torch.testing.assert_close(one, other)
     assert one.isfinite().all()
     with pytest.raises(ValueError, match="at most 64 classes a row a probability above 0 for this loss, got 71"):
-        topk.smooth_topk_loss(scores, q, 9)
+        topk.smooth_topk_loss(scores, q, 11)
 
 
-@pytest.mark.parametrize("k", [1, 3, 8])
+@pytest.mark.parametrize("k", [1, 3, 10])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
 def test_smooth_with_every_class_left_out(k: int, scale: float) -> None:
     """Against enumeration; leaders far ahead, ties, and fewer than k wrong classes that are possible."""

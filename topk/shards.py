@@ -13,8 +13,8 @@ What step 2 sends, in numbers a row (several k share the messages):
 
     hinges that are not smoothed, differentiable, noised with samples or epsilon = 0      nothing
     entropies, transition, focal, LDAM, LDR, AUTKC, softmax at K, softmax over all        one sum of 1, or 3 if smoothed
-    smooth, k <= 8                                                                        one sum of k
-    smooth, k > 8                 4 to 16 sums of 2 (a tilt), then every slice's k + 1 chances
+    smooth, k <= 10                                                                       one sum of k
+    smooth, k > 10                4 to 16 sums of 2 (a tilt), then every slice's k + 1 chances
     LDR with alpha                a sum of 3 a Newton step: about 5
     noised, samples = None        6 sums of 3 (a grid), then every slice's k + 1 chances at 36 nodes
     alpha_smooth, beta_smooth, polyhedral                nothing, unless more classes than the head have a slope:

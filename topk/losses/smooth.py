@@ -56,7 +56,7 @@ from topk.losses.common import (
 from topk.losses.soft import takes_probabilities
 from topk.tails import Counts, PowerSums, Tail
 
-POWER_SUM_LIMIT = 8
+POWER_SUM_LIMIT = 10
 """Up to this k Newton's identities are used: beyond it their cancellation shows in float32."""
 
 _NEWTON_STEPS = (3, 16)  # usually, and at most: a step divides an excess of the mean by e, and it is below n
