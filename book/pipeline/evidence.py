@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from topk_lab import report
 from topk_lab.study import fair
 
 _CHAPTER = "../notebooks/26_fair.ipynb#every-loss-in-every-condition"
@@ -14,26 +13,28 @@ _SIGNS = {"ahead": "**ahead**", "behind": "behind", "level": "level"}
 
 @cache
 def verdict_table() -> str:
-    """A row per condition and loss, top-5 and top-1 side by side."""
+    """Condition after condition a row per loss, top-5 and top-1 side by side."""
     final = fair.final_runs(fair.runs())
     first = {(row["sweep"], row["loss"]): row for row in fair.verdicts(final, "top1")}
-    lines = ["| condition | loss | top-5 | top-1 |", "|---|---|---|---|"]
+    lines = ["| | top-5 | top-1 |", "|---|---|---|"]
     before = ""
     for row in fair.verdicts(final, "top5"):
         condition = fair.CONDITIONS[row["sweep"]]
+        if condition != before:
+            lines.append(f"| **{condition}** | | |")
         cells = " | ".join(_cell(found) for found in (row, first[row["sweep"], row["loss"]]))
-        lines.append(f"| {condition if condition != before else ''} | {row['loss']} | {cells} |")
+        lines.append(f"| {row['loss']} | {cells} |")
         before = condition
     return "\n".join(lines) + "\n"
 
 
 def _cell(row: dict[str, Any]) -> str:
-    """Verdict, difference in points, both intervals, linked to where they come from."""
-    seeds, both = row["over seeds"], row["over seeds and images"]
-    return (
-        f"[{_SIGNS[row['verdict']]}]({_CHAPTER}) {row['difference']:+.2f} "
-        f"<small>seeds {seeds.low:+.2f} to {seeds.high:+.2f}, with images {both.low:+.2f} to {both.high:+.2f}</small>"
+    """Verdict, linked to where it comes from, difference in points, both intervals."""
+    both, seeds = (
+        f"{around.low:+.2f} to {around.high:+.2f}".replace(" ", "\u00a0")
+        for around in (row["over seeds and images"], row["over seeds"])
     )
+    return f"[{_SIGNS[row['verdict']]}]({_CHAPTER}) {row['difference']:+.2f} <small>({both}; {seeds})</small>"
 
 
 @cache
@@ -43,7 +44,7 @@ def answer_table() -> str:
     for row in fair.answers({**fair.final_runs(fair.runs()), **fair.elsewhere()}):
         found = row.get("difference")
         numbers = (
-            f"{found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f} | {row['p']:.4f} | {row['seeds']}"
+            f"{found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f} | {fair.p_value(row['p'])} | {row['seeds']}"
             if found
             else " | | | "
         )
@@ -57,5 +58,4 @@ def counted() -> str:
     runs = fair.runs()
     final = fair.final_runs(runs)
     tuning = sum(len(frame) for name, frame in runs.items() if name.endswith(".tuning"))
-    conditions = report.listed([fair.CONDITIONS[name] for name in final])
-    return f"{sum(map(len, final.values()))} final runs and {tuning} tuning runs so far, under: {conditions}.\n"
+    return f"{sum(map(len, final.values()))} final runs and {tuning:,} tuning runs, in {len(final)} conditions.\n"

@@ -261,6 +261,14 @@ def test_how_clearly_a_loss_prefers_the_right_window() -> None:
     torch.testing.assert_close(ends.best.softmax(0), q, rtol=0, atol=1e-5)
 
 
+def test_how_clearly_the_calibrated_hinge_prefers_the_right_window() -> None:
+    """By thm-ca-hinge a wrong window costs at least the probability that it misses, and one that is apart no more."""
+    q = torch.tensor([0.24, 0.21, 0.2, 0.18, 0.17], dtype=torch.float64)
+    ends = calibration.gap_ends(by_name("hinge, calibrated"), q, 2, starts=1)
+    assert (ends.right, ends.wrong) == pytest.approx((0.55, 0.56), abs=1e-12)
+    assert ends.best.tolist() == [1, 1, 0, 0, 0]
+
+
 # --- the picture ---
 
 

@@ -104,7 +104,11 @@ def metric_name(metric: str) -> str:
     if metric.startswith("candidates_"):
         return f"candidates for {metric.removeprefix('candidates_')} %"
     words = metric.replace("train.", "training ").replace(".", " ").replace("_", " ").replace("top", "top-")
-    return known.get(metric, words)
+    group, _, rest = words.partition(" ")
+    return f"{_GROUPS[group]} {rest}" if group in _GROUPS else known.get(metric, words)
+
+
+_GROUPS = {"many": "head", "medium": "middle", "few": "tail"}  # of classes by their training images (chapter 17)
 
 
 def factor(metric: str) -> float:

@@ -151,10 +151,11 @@ def provenance(frame: pd.DataFrame) -> str:
     for machine, rows in frame.groupby("machine"):
         about = [", ".join(sorted({str(v) for v in rows[name] if str(v)})) for name in ("torch", "commit", "date")]
         processor = next((name for name in rows["processor"] if name), str(machine))
-        threads = "" if rows["device"].iloc[0] == "cuda" else f", {rows['threads'].iloc[0]:.0f} threads"
+        count = int(rows["threads"].iloc[0])
+        threads = "" if rows["device"].iloc[0] == "cuda" else f", {count} thread{'s' * (count > 1)}"
         lines.append(
-            f"{processor}{threads}: {len(rows)} rows, torch {about[0]}, commit {about[1]}, {about[2]}, "
-            f"load {rows['load'].min():g} to {rows['load'].max():g}"
+            f"{processor}{threads}: {len(rows)} record{'s' * (len(rows) > 1)}, torch {about[0]}, "
+            f"commit {about[1]}, {about[2]}, load {rows['load'].min():g} to {rows['load'].max():g}"
         )
     return "\n\n".join(lines)
 
@@ -244,7 +245,7 @@ def ratio_to_peers(frame: pd.DataFrame, alt: str) -> None:
     series: dict[str, dict[str, float]] = {family: {} for family in FAMILIES if family in set(both["family"])}
     for _, row in both.iterrows():
         series[row["family"]][f"{describe(row)} | {row['contender_peer'].split()[0]}"] = row["faster"]
-    figures.bars(series, alt, x_label="times faster than the peer", line=1.0, scale="log")
+    figures.bars(series, alt, x_label="the peer's time over ours", line=1.0, scale="log")
     say(source_of(both))
 
 
@@ -277,8 +278,8 @@ def slower_table(frame: pd.DataFrame) -> None:
     worst = pd.concat([against_ce.drop_duplicates("family"), against_peer.drop_duplicates(["family", "batch"])])
     if len(worst):
         table([
-            {"problem": describe(row), "faster": row["contender_other"], "ours, ms": row["p50_ms"],
-             "theirs, ms": row["p50_ms_other"], "ours takes times": row["times"]}
+            {"problem": describe(row), "who is faster": row["contender_other"], "ours, ms": row["p50_ms"],
+             "theirs, ms": row["p50_ms_other"], "ours over theirs": row["times"]}
             for _, row in worst.iterrows()
         ])  # fmt: skip
 
@@ -308,13 +309,13 @@ def layers_along_classes(frame: pd.DataFrame, family: str) -> None:
     common: dict[str, Any] = {"x_label": _AXIS["classes"], "scale": "log", "looks": looks, "markers": True}
     what = f"{rows['batch'].iloc[0]} rows of {rows['features'].iloc[0]} features"
     panels = [Panel(wide.index, times, "time, s", **common), Panel(wide.index, memory, "peak memory, GB", **common)]
-    alt = f"Time and peak memory of a last layer with the {_spoken(family)} against the number of classes; {what}."
+    alt = f"Time and peak memory of a last layer with {_spoken(family)} against the number of classes; {what}."
     figures.lines(*panels, alt=alt, size=(7.8, 3.9))
-    say(f"A last layer with the {_spoken(family)}, {what}. {source_of(rows)}")
+    say(f"A last layer with {_spoken(family)}, {what}. {source_of(rows)}")
 
 
 def _spoken(family: str) -> str:
-    return {CROSS_ENTROPY: "cross-entropy", "hinge": "calibrated hinge"}.get(family, f"{family} loss")
+    return {CROSS_ENTROPY: "cross-entropy", "hinge": "the calibrated hinge"}.get(family, f"the {family} loss")
 
 
 def chunked_against_held(frame: pd.DataFrame) -> pd.DataFrame:

@@ -187,13 +187,8 @@ def _mean_planes(classes: int, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _check_corners(contender: Contender, q: Tensor, k: int) -> Outcome:
-    """Exact: the loss at every corner with its scores dealt to the classes in every order."""
-    classes = q.shape[1]
-    points = corners(classes, k, contender.kinks(k), contender.mean_kinks)
-    target = torch.arange(classes).repeat(len(points))
-    losses = contender.at(k)(points.repeat_interleave(classes, 0), target).reshape(len(points), classes)
-    orders = torch.tensor(list(permutations(range(classes))))  # orders[p, i]: the place of class i
-    dealt, paid = points[:, orders].reshape(-1, classes), losses[:, orders].reshape(-1, classes)
+    """Exact: the best of all corners."""
+    dealt, paid = _dealt_corners(contender, q.shape[1], k)
     outcomes = []
     for row in q:
         values = paid @ row
@@ -201,6 +196,15 @@ def _check_corners(contender: Contender, q: Tensor, k: int) -> Outcome:
         outcomes.append(judge(values[near][None], dealt[near][None], row[None], k))
     columns = zip(*((o.right, o.wrong, o.value, o.regret, o.rest) for o in outcomes), strict=True)
     return Outcome(*(torch.cat(column) for column in columns))
+
+
+def _dealt_corners(contender: Contender, classes: int, k: int) -> tuple[Tensor, Tensor]:
+    """Every corner with its scores dealt to the classes in every order, and what each label pays there."""
+    points = corners(classes, k, contender.kinks(k), contender.mean_kinks)
+    target = torch.arange(classes).repeat(len(points))
+    losses = contender.at(k)(points.repeat_interleave(classes, 0), target).reshape(len(points), classes)
+    orders = torch.tensor(list(permutations(range(classes))))  # orders[p, i]: the place of class i
+    return points[:, orders].reshape(-1, classes), losses[:, orders].reshape(-1, classes)
 
 
 # --- other losses: descents from many starts ---
@@ -260,9 +264,17 @@ class Ends(NamedTuple):
 
 
 def gap_ends(contender: Contender, q: Tensor, k: int, starts: int, seed: int = 0) -> Ends:
-    """How clearly a loss prefers the right window at q (classes,)."""
-    values, points = descent_ends(contender, q[None], k, starts, torch.Generator().manual_seed(seed))
-    values, points = values[0], points[0]
+    """How clearly a loss prefers the right window at q (classes,); exact where the search is by corners.
+
+    Each order of the scores is a cone, on which a piecewise linear loss has its least value at a corner: so have the
+    orders that rank wrong, ties included.
+    """
+    if contender.search == "corners":
+        points, paid = _dealt_corners(contender, len(q), k)
+        values = paid @ q
+    else:
+        found = descent_ends(contender, q[None], k, starts, torch.Generator().manual_seed(seed))
+        values, points = found[0][0], found[1][0]
     ahead = leads(points, q.expand_as(points), k) > LEAD
     return Ends(values[ahead].min().item(), values[~ahead].min().item(), points[values.argmin()])
 

@@ -29,8 +29,8 @@ CONDITIONS = {
     "fair.mlp": "512 hidden units, all images",
     "fair.few_linear": "linear head, 25 images per class",
     "fair.few_mlp": "512 hidden units, 25 images per class",
-    "fair.noise_mlp": "512 hidden units, noise 0.8, noisy selection",
-    "fair.noise_mlp_clean": "512 hidden units, noise 0.8, clean selection",
+    "fair.noise_mlp": "512 hidden units, noise 0.8, chosen on noisy labels",
+    "fair.noise_mlp_clean": "512 hidden units, noise 0.8, chosen on true labels",
     "fair.tails": "long tail of imbalance 100",
 }
 """{sweep: what it is about}, in the order of the tables."""
@@ -102,20 +102,20 @@ def variances(hits: Array) -> tuple[float, float, float]:
     return max(float(found[0]), 0.0), max(float(found[1]), 0.0), float(rest)
 
 
-def interval(values: Array, confidence: float = 0.95) -> Interval:
-    """The mean of the draws and their central part."""
+def interval(values: Array, confidence: float = 0.95, mean: float | None = None) -> Interval:
+    """The central part of the draws around `mean`, that of the runs, or around their own."""
     low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    return Interval(float(values.mean()) if mean is None else mean, float(low), float(high), len(values))
 
 
 def compared(frame: pd.DataFrame, metric: str, baseline: str = "cross-entropy") -> dict[str, Interval]:
     """{loss: the interval of its difference to the baseline}, over the seeds that both have."""
-    by_loss = dict(iter(frame.groupby("loss", sort=False)))
-    return {
-        str(loss): interval(draws(*_common(group, by_loss[baseline]), metric))
-        for loss, group in by_loss.items()
-        if loss != baseline and set(group["seed"]) & set(by_loss[baseline]["seed"])
-    }
+    by_loss, found = dict(iter(frame.groupby("loss", sort=False))), dict[str, Interval]()
+    for loss, group in by_loss.items():
+        if loss != baseline and set(group["seed"]) & set(by_loss[baseline]["seed"]):
+            pair = _common(group, by_loss[baseline])
+            found[str(loss)] = interval(draws(*pair, metric), mean=float(_difference(*pair, metric).mean()))
+    return found
 
 
 def along_k(frame: pd.DataFrame, numbers: Iterable[int]) -> dict[str, list[Interval]]:
@@ -185,7 +185,7 @@ def chart(found: Judged, alt: str) -> None:
             marks[metric][at] = "•" if row["verdict"] == "level" else f"{row['difference']:+.1f}"
     figures.heat(
         maps, losses, [fill(CONDITIONS[name], 14) for name in names], alt, reach=4, marks=marks, across=1,
-        size=(9.4, 2.0 + 0.48 * len(losses)), label=f"minus {report.BASELINE}, points",
+        size=(7.8, 2.0 + 0.48 * len(losses)), label=f"difference to {report.BASELINE}, points",
     )  # fmt: skip
 
 
@@ -301,13 +301,14 @@ def answers(frames: Mapping[str, pd.DataFrame], sentences: Iterable[Sentence] = 
         frames: {sweep: its final runs, with `loss`}; a sentence whose sweep is missing here stays open.
         sentences: read together.
     """
-    found, against = {}, {}
+    found, means, against = {}, {}, {}
     asked = list(sentences)
     for sentence in asked:
         runs = frames.get(sentence.sweep)
         parts = [] if runs is None else [runs[runs["loss"] == loss] for loss in (sentence.first, sentence.second)]
         if parts and all(len(part) for part in parts):
-            found[sentence.name] = sampled = _drawn(sentence, *parts) - sentence.least
+            means[sentence.name], drawn = _drawn(sentence, *parts)
+            found[sentence.name] = sampled = drawn - sentence.least
             against[sentence.name] = (float((sampled <= 0).mean()), float((sampled >= 0).mean()))
     held = holm({name: p for name, (p, _) in against.items()}, len(asked))
     failed = holm({name: p for name, (_, p) in against.items()}, len(asked))
@@ -317,20 +318,28 @@ def answers(frames: Mapping[str, pd.DataFrame], sentences: Iterable[Sentence] = 
         row: dict[str, Any] = {"sentence": name, "answer": "open: runs are missing"}
         if name in found:
             answer = "held" if name in held else "failed" if name in failed else "open"
-            row |= {"answer": answer, "difference": interval(found[name] + sentence.least), "needed": sentence.least,
-                    "p": against[name][0], "seeds": len(_seeds(frames[sentence.sweep], sentence))}  # fmt: skip
+            row |= {"answer": answer, "difference": interval(found[name] + sentence.least, mean=means[name]),
+                    "needed": sentence.least, "p": against[name][0],
+                    "seeds": len(_seeds(frames[sentence.sweep], sentence))}  # fmt: skip
         rows.append(row)
     return rows
 
 
-def _drawn(sentence: Sentence, first: pd.DataFrame, second: pd.DataFrame) -> Array:
-    """The draws of the difference; of next words the rows of a verse stay together, since they share words."""
+def _drawn(sentence: Sentence, first: pd.DataFrame, second: pd.DataFrame) -> tuple[float, Array]:
+    """The difference and its draws; of next words the rows of a verse stay together, since they share words."""
     one, other = _common(first, second)
     if "data.vocabulary" not in first:
-        return draws(one, other, sentence.metric)
+        return float(_difference(one, other, sentence.metric).mean()), draws(one, other, sentence.metric)
     k, verse = int(sentence.metric.removeprefix("top")), keyboard.test_rows(int(first["data.vocabulary"].iloc[0]))[1]
     apart = 100.0 * ((one < k).astype(np.float64) - (other < k))
-    return hierarchical(apart, groups=verse, draws=DRAWS)[1]
+    around, drawn = hierarchical(apart, groups=verse, draws=DRAWS)
+    return around.mean, drawn
+
+
+def p_value(p: float) -> str:
+    """Four digits, as far as the draws tell them."""
+    least = 1 / DRAWS
+    return f"< {least:g}" if p < least else f"> {1 - least:g}" if p > 1 - least else f"{p:.4f}"
 
 
 def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:

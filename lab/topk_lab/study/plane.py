@@ -40,8 +40,8 @@ def field(loss: RowLoss, scores: Tensor, q: Tensor) -> Tensor:
 def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: int = 4, reach: float = 3.0) -> None:
     """Shows one panel a loss: the expected loss as colour, arrows where training moves, where the least values lie.
 
-    Pale: orders whose first k are not the k likeliest classes. White dots: points of the grid within 1 % of the
-    picture's range above its least value. The table has each loss's least value on the grid and where it is.
+    Pale: orders whose first k are not the k likeliest classes. White dots: points of the grid at its least value, up to
+    a ten-thousandth of the picture's range. The table has each loss's least value on the grid and where it is.
     """
     height = -(-len(losses) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(1.8 * columns, 1.95 * height), squeeze=False)
@@ -62,9 +62,10 @@ def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: in
             coarse, coarse, steps[..., 0], steps[..., 1],
             color="white", angles="xy", scale_units="xy", scale=1.0, width=0.009,
         )  # fmt: skip
-        least = value <= value.min() + 0.01 * (value.max() - value.min())
+        least = value <= value.min() + 1e-4 * (value.max() - value.min())
         spots = (scores[least] @ AXES.T)[:: max(1, int(least.sum()) // 60)]
-        panel.plot(spots[:, 0], spots[:, 1], "o", markersize=2.5, color="white", markeredgecolor="black", mew=0.4)
+        size = 5.0 if len(spots) < 10 else 2.5
+        panel.plot(spots[:, 0], spots[:, 1], "o", markersize=size, color="white", markeredgecolor="black", mew=0.5)
         for place in range(3):
             spot = AXES[:, place] / AXES[:, place].norm() * reach * (0.98 if place == 2 else 1.12)
             panel.text(*(0.86 * spot).tolist(), str(place + 1), ha="center", va="center", color="black", fontsize=9,
