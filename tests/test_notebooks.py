@@ -160,5 +160,5 @@ def test_a_chapter_that_was_killed_goes_on_and_does_nothing_twice(tmp_path: Path
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list(scratch.glob("work/*"))
     page = (tmp_path / "out.ipynb").read_text()
-    assert f"All records of this chapter: {asked} records" in page
+    assert f"All records of the grid: {asked} records" in page
     assert "Does not hold in this smaller run" in page
