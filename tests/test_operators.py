@@ -152,6 +152,21 @@ def test_subset_masks(n: int, k: int, scale: float) -> None:
     torch.testing.assert_close(log_prob, scores @ chosen / 0.7 - log_sum, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("k", [2, 5, 8, 9, 10, 12])
+@pytest.mark.parametrize(("spread", "others"), [(0.0, 0), (1e-3, 0), (0.0, 30)])
+def test_subset_masks_keep_their_digits_where_more_than_k_scores_tie(k: int, spread: float, others: int) -> None:
+    """In float32 the hardest rows for power sums: k + 1 scores that are (nearly) equal, and others far below."""
+    scores = torch.cat((spread * torch.randn(200, k + 1), torch.full((200, others), -50.0)), 1)
+    upstream = torch.rand_like(scores) * 2.0 - 1.0
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        rows = scores.to(dtype).requires_grad_()
+        mask = topk.soft_topk(rows, k, temperature=1.0)
+        found.append((mask.detach().double(), torch.autograd.grad(mask, rows, upstream.to(dtype))[0].double()))
+    for one, other, allowed in zip(*found, (3e-6, 6e-6), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=allowed)
+
+
 @pytest.mark.parametrize(("n", "k"), [(5, 2), (11, 9)])  # by power sums, and by products
 def test_subsets_have_gradients_in_scores_and_temperature(n: int, k: int) -> None:
     scores = torch.randn(2, n, dtype=torch.float64, requires_grad=True)
