@@ -113,8 +113,8 @@ def compared(frame: pd.DataFrame, metric: str, baseline: str = "cross-entropy") 
     by_loss, found = dict(iter(frame.groupby("loss", sort=False))), dict[str, Interval]()
     for loss, group in by_loss.items():
         if loss != baseline and set(group["seed"]) & set(by_loss[baseline]["seed"]):
-            pair = _common(group, by_loss[baseline])
-            found[str(loss)] = interval(draws(*pair, metric), mean=float(_difference(*pair, metric).mean()))
+            mean, drawn = _mean_and_draws(*_common(group, by_loss[baseline]), metric)
+            found[str(loss)] = interval(drawn, mean=mean)
     return found
 
 
@@ -199,6 +199,11 @@ def _difference(first: Array, second: Array, metric: str) -> Array:
     runs = [_metric(ranks, np.ones((ranks.shape[1], 1), dtype=np.float32), metric)[:, 0] for ranks in (first, second)]
     found: Array = runs[0] - runs[1]
     return found
+
+
+def _mean_and_draws(first: Array, second: Array, metric: str) -> tuple[float, Array]:
+    """The runs' own difference, and its draws."""
+    return float(_difference(first, second, metric).mean()), draws(first, second, metric)
 
 
 def _metric(ranks: Array, weights: Array, metric: str) -> Array:
@@ -329,7 +334,7 @@ def _drawn(sentence: Sentence, first: pd.DataFrame, second: pd.DataFrame) -> tup
     """The difference and its draws; of next words the rows of a verse stay together, since they share words."""
     one, other = _common(first, second)
     if "data.vocabulary" not in first:
-        return float(_difference(one, other, sentence.metric).mean()), draws(one, other, sentence.metric)
+        return _mean_and_draws(one, other, sentence.metric)
     k, verse = int(sentence.metric.removeprefix("top")), keyboard.test_rows(int(first["data.vocabulary"].iloc[0]))[1]
     apart = 100.0 * ((one < k).astype(np.float64) - (other < k))
     around, drawn = hierarchical(apart, groups=verse, draws=DRAWS)
