@@ -186,7 +186,7 @@ def _grouping_pays(scores: Tensor, count: int) -> bool:
         return False
     if torch.get_num_threads() == 1 and _numpy_is_vectorised():
         return classes >= 48 * count
-    many = 2 * _GROUP * count <= classes < 64 * count
+    many = 2 * _GROUP * count <= classes < 80 * count
     return classes >= max(400 * count, 4000) or (many and not _numpy_pays(scores, count))
 
 

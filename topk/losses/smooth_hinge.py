@@ -197,7 +197,9 @@ def _numbers(
         low = levels(x, k, margin, "fixed sum")[0]
         anchor, rest = _split(wide + low, scores)
         bound = (-low - margin).relu()  # the largest x_j - m_j, relative to low
-        total = _sum_less_mask(scores, (anchor, rest, bound), options).to(dtype)
+        above = x - low[:, None]
+        total = ((above - above.clamp(0.0, margin) - bound[:, None]) / gamma).exp().sum(1)
+        total = total + sum_exponentials(scores, anchor, index, 1.0 / gamma).to(dtype) * (-(rest + bound) / gamma).exp()
         loss, scale = margin + gap + low + bound + gamma * total.log(), 1.0 / total
     else:
         z = x + (gap + margin)[:, None]
@@ -235,17 +237,6 @@ def _less_mask(scores: Tensor, numbers: tuple[Tensor, ...], options: Options, ou
     torch.sub(scores, anchor[:, None], out=out).sub_(rest[:, None])
     out.sub_(torch.clamp(out, 0.0, options.margin, out=mask)).sub_(bound[:, None])
     return exponentials(out if options.smoothing == 1.0 else out.div_(options.smoothing))
-
-
-def _sum_less_mask(scores: Tensor, numbers: tuple[Tensor, ...], options: Options) -> Tensor:
-    """Its sum over the classes (rows,)."""
-    numbers, total = tuple(number.to(scores.dtype) for number in numbers), torch.empty_like(scores[:, 0])
-    out, mask = buffers(scores, 2)
-    for part in chunks(scores):
-        size = part.stop - part.start
-        field = _less_mask(scores[part], tuple(number[part] for number in numbers), options, out[:size], mask[:size])
-        torch.sum(field, 1, out=total[part])
-    return total
 
 
 def backward(
