@@ -101,8 +101,8 @@ def definition(
 def _squared(z: Tensor, low: Tensor, p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
     """<p, z> - gamma / 2 |p|^2 and sum p (rows,); p is given times gamma."""
     total = p.sum(1)
-    above = torch.where(p > 0.0, z - low[:, None], 0.0)
-    return ((p * (above - p / 2)).sum(1) + low * total) / gamma, total / gamma
+    above = (z - low[:, None]).relu() - p / 2
+    return (torch.linalg.vecdot(p, above) + low * total) / gamma, total / gamma
 
 
 # --- the numbers of a row: from its scores in falling order ---
