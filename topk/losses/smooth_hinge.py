@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk._cpu import buffers, chunks, exponentials, largest, lowest, sum_exponentials
+from topk._cpu import chunks, exponentials, largest, lowest, sum_exponentials
 from topk.autograd import Head, Loss
 from topk.losses.common import (
     finite_or_zero,
@@ -194,7 +194,7 @@ def _numbers(
         anchor = values.gather(1, size - 1)[:, 0]
         loss, bound, scale = margin + low + gap, rest, 1.0 / size[:, 0].to(x.dtype)
     elif variant == "polyhedral_smooth":
-        low = levels(x, k, margin, "fixed sum")[0]
+        low = levels(x, k, margin, "fixed sum")[0].squeeze(1)
         anchor, rest = _split(wide + low, scores)
         bound = (-low - margin).relu()  # the largest x_j - m_j, relative to low
         above = x - low[:, None]
@@ -203,7 +203,7 @@ def _numbers(
         loss, scale = margin + gap + low + bound + gamma * total.log(), 1.0 / total
     else:
         z = x + (gap + margin)[:, None]
-        low, bound = levels(z, k, gamma / k, variant)[:2]
+        low, bound = (number.squeeze(1) for number in levels(z, k, gamma / k, variant)[:2])
         p = torch.minimum((z - low[:, None]).relu_(), bound[:, None])
         loss, pull = _squared(z, low, p, gamma)
         low = low - gap - margin
@@ -231,11 +231,12 @@ def _entropy_numbers(lead: Tensor, gap: Tensor, beyond: Tensor) -> tuple[Tensor,
     return softplus(average, threshold=50.0), rest - others.log(), s * others / k * (-rest).exp(), s
 
 
-def _less_mask(scores: Tensor, numbers: tuple[Tensor, ...], options: Options, out: Tensor, mask: Tensor) -> Tensor:
+def _less_mask(scores: Tensor, numbers: tuple[Tensor, ...], options: Options, out: Tensor) -> Tensor:
     """exp((x - m) / gamma) up to a factor, into `out`; m is the sparse soft top-k of height `margin`."""
     anchor, rest, bound = numbers
-    torch.sub(scores, anchor[:, None], out=out).sub_(rest[:, None])
-    out.sub_(torch.clamp(out, 0.0, options.margin, out=mask)).sub_(bound[:, None])
+    half = options.margin / 2  # y - clip(y, 0, margin) is y - half drawn to 0 by half
+    torch.sub(scores, anchor[:, None], out=out).sub_((rest + half)[:, None])
+    torch.ops.aten.softshrink.out(out, half, out=out).sub_(bound[:, None])
     return exponentials(out if options.smoothing == 1.0 else out.div_(options.smoothing))
 
 
@@ -267,8 +268,7 @@ def _field(scores: Tensor, table: Tensor, grad: Tensor, options: Options, out: T
     if options.variant == "polyhedral":
         torch.ge(scores, anchor[:, None], out=out).mul_(scale)
     elif options.variant == "polyhedral_smooth":
-        (mask,) = buffers(scores, 1)
-        _less_mask(scores, (anchor, rest, bound), options, out, mask).mul_(scale)
+        _less_mask(scores, (anchor, rest, bound), options, out).mul_(scale)
     elif options.variant == "topk_entropy":
         torch.sub(scores, anchor[:, None], out=out)
         exponentials(torch.minimum(out, bound[:, None], out=out)).mul_(scale)
