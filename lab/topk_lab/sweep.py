@@ -140,6 +140,10 @@ class Sweep(Strict):
         over = {str(name): value for name, value in self.profiles.items()}.get(profile, {})
         return Sweep.model_validate(_merged(self.model_dump(exclude_unset=True), over))
 
+    def by_contender(self) -> list[Sweep]:
+        """The same, a sweep for each contender: its settings can be chosen, and used, before another one begins."""
+        return [self.model_copy(update={"contenders": [contender]}) for contender in self.contenders]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -296,11 +300,15 @@ def records_of(
     parameters = tables.text_of({"profile": profile, "records": records})
     about = {"notebook": f"{chapter}.ipynb", "notebook_parameters": parameters, "profile": profile}
     rows = known(chapter)
-    asked = [item for name, sweep in found.items() for item in tuning_runs(name, sweep).items()]
-    rows |= _execute(chapter, dict(asked), rows, about, engine, jobs)
-    final = [item for name, sweep in found.items() for item in final_runs(name, sweep, rows).items()]
-    rows |= _execute(chapter, dict(final), rows, about, engine, jobs)
-    return pd.DataFrame([{**rows[key], "sweep": run.about["sweep"]} for key, run in asked + final])
+    asked = list[tuple[str, Run]]()
+    for name, sweep in found.items():
+        for part in sweep.by_contender():
+            tuning = tuning_runs(name, part)
+            rows |= _execute(chapter, tuning, rows, about, engine, jobs)
+            final = final_runs(name, part, rows)
+            rows |= _execute(chapter, final, rows, about, engine, jobs)
+            asked += [*tuning.items(), *final.items()]
+    return pd.DataFrame([{**rows[key], "sweep": run.about["sweep"]} for key, run in asked])
 
 
 def files_of(chapter: str) -> dict[str, Sweep]:
@@ -412,10 +420,12 @@ def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[s
     """For every sweep how many runs it asks for, how many of them are in `rows`, and the command for the rest."""
     found = []
     for name, sweep in sweeps.items():
-        tuning = list(tuning_runs(name, sweep))
-        ready = all(key in rows for key in tuning)
-        runs = len(sweep.seeds) * sum(1 for _ in _cases(sweep))
-        final = [key in rows for key in final_runs(name, sweep, rows)] if ready else [False] * runs
+        tuning, final = list[str](), list[bool]()
+        for part in sweep.by_contender():
+            tuning += (own := tuning_runs(name, part))
+            runs = len(part.seeds) * sum(1 for _ in _cases(part))
+            ready = set(own) <= set(rows)
+            final += [key in rows for key in final_runs(name, part, rows)] if ready else [False] * runs
         for title, asked in ((f"{name}.tuning", [key in rows for key in tuning]), (name, final)):
             command = f"python -m topk_lab sweep notebooks/{name}.yml"
             found += [{"sweep": title, "runs": len(asked), "recorded": sum(asked), "command": command}] if asked else []
@@ -425,9 +435,9 @@ def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[s
 def _asked(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> dict[str, list[str]]:
     """{key: the sweeps that ask for this run}, as far as the tuning runs in `rows` say which."""
     found: dict[str, list[str]] = {}
-    for name, sweep in sweeps.items():
-        runs = tuning_runs(name, sweep)
-        for key, run in (runs | (final_runs(name, sweep, rows) if set(runs) <= set(rows) else {})).items():
+    for name, part in ((name, part) for name, sweep in sweeps.items() for part in sweep.by_contender()):
+        runs = tuning_runs(name, part)
+        for key, run in (runs | (final_runs(name, part, rows) if set(runs) <= set(rows) else {})).items():
             found.setdefault(key, []).append(run.about["sweep"])
     return found
 
