@@ -168,7 +168,7 @@ def test_losses_have_readable_names(row: dict[str, Any], name: str) -> None:
 
 def test_words() -> None:
     metrics = ("top5", "train.top1", "macro_top5", "candidates_99", "validation.top5", "nll")
-    words = ["top-5", "training top-1", "macro top-5", "candidates for 99 %", "validation top-5"]
+    words = ["top-5", "training top-1", "macro top-5", "guesses for 99 %", "validation top-5"]
     assert [report.metric_name(name) for name in metrics] == [*words, "negative log-likelihood"]
     assert report.listed("abc") == "a, b and c"
     assert (report.listed([]), report.listed([], "nothing")) == ("none", "nothing")
@@ -196,7 +196,7 @@ def test_provenance_names_where_runs_were_made() -> None:
 def test_the_table_of_accuracies(said: list[str]) -> None:
     report.accuracies(frame_of(THREE), ["top5", "absent", "candidates_99"], order="top5")
     rows = said[0].splitlines()
-    assert rows[0] == "| loss | seeds | top-5 | candidates for 99 % |"
+    assert rows[0] == "| loss | seeds | top-5 | guesses for 99 % |"
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| smooth", "| cross-entropy", "| focal"]
     half = 4.302653 * np.std([51, 61.2, 70.8], ddof=1) / 3**0.5
     assert f"61.00\u00a0±\u00a0{half:.2f}" in rows[2]

@@ -344,7 +344,7 @@ def feature_set(name: str) -> Parts:
         part: Split(np.load(folder / f"{part}.inputs.npy", mmap_mode="r"), np.load(folder / f"{part}.labels.npy"))
         for part in about["parts"]
     }
-    return Parts(parts, tuple(about["classes"]), about["superclasses"], about=about["origin"])
+    return Parts(parts, tuple(about["classes"]), about["superclasses"], about=about["origin"] | {"folder": folder})
 
 
 @lru_cache(maxsize=1)

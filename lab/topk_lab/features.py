@@ -36,6 +36,8 @@ from topk_lab import data
 from topk_lab.data import Array, Parts, Split
 from topk_lab.records import save_array, write_whole
 
+WEIGHTS = "weights.pt"
+"""Beside activations, the weights of the network that made them: a run trains on from there."""
 VERSION = 1
 """Part of every set's origin: a change of what is computed needs another."""
 _ROWS = 8192  # at a time, for the components
@@ -86,6 +88,8 @@ def extract(
         bar = f"{name}, {part}" if progress else None
         return _activations(net, found.parts[part], size, batch, place, bar, half=cut is not None)
 
+    if cut is not None:
+        write_whole(data.feature_folder(name) / WEIGHTS, lambda file: torch.save(state, file))
     _store(name, found, origin, rows)
     return name if components is None else reduce(name, components)
 

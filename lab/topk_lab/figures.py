@@ -161,7 +161,8 @@ class Panel:
         points: dots instead of lines (stems where a slider moves them).
         looks: {name: matplotlib's line properties} where the colour cycle is not wanted.
         levels, verticals: {text: place} of thin grey lines across the panel.
-        marks: {name: (x, y)} of single dots, in the colour of the line of that name, else in one of their own.
+        marks: {name: (x, y)} of single dots, large and in the colour and with the marker of the line of that name, else
+            in a colour of their own.
         x_ticks: {place: text}.
     """
 
@@ -245,11 +246,14 @@ def _draw(axis: Axes, panel: Panel) -> None:
         if band:
             edges = (_numbers(band.low), _numbers(band.high))
             axis.fill_between(x, *edges, color=drawn.get_color(), alpha=0.17, linewidth=0)
-    colours = {line.get_label(): line.get_color() for line in axis.lines}
+    known = {str(line.get_label()): line for line in axis.lines}
     for number, (name, place) in enumerate(panel.marks.items()):
-        colour, label = colours.get(name, COLOURS[number + 1]), None if name in colours else name
-        marker = "o" if name in colours else MARKERS[number % len(MARKERS)]
-        axis.plot(*map(float, place), marker, color=colour, markersize=6, label=label)
+        if name in known:
+            own, colour = str(known[name].get_marker()), known[name].get_color()
+            style = {"marker": "o" if own == "None" else own, "color": colour, "markersize": 8, "markeredgecolor": "white"}
+        else:
+            style = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number + 1], "label": name}
+        axis.plot(*map(float, place), linestyle="none", **style)
     for text, level in panel.levels.items():
         axis.axhline(level, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
         axis.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, color="grey",
@@ -456,10 +460,16 @@ def _short(values: Iterable[Any]) -> list[float]:
 # --- intervals, bars, maps ---
 
 
-def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points") -> None:
-    """One panel a title, one line a name: a mean with its interval (anything with mean, low and high)."""
+def dots(
+    panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points", *, share_x: bool = False
+) -> None:
+    """One panel a title, one line a name: a mean with its interval (anything with mean, low and high).
+
+    With `share_x` lengths may be compared across panels.
+    """
     names = list(next(iter(panels.values())))
-    figure, axes = _grid(len(panels), len(panels), (8.0, 0.9 + 0.24 * len(names)), sharey=True)
+    size = (8.0, 0.9 + 0.24 * len(names))
+    figure, axes = _grid(len(panels), len(panels), size, sharex=share_x, sharey=True)
     data: dict[str, list[Any]] = {"": names}
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         axis.axvline(0, color="black", linewidth=1, linestyle="solid")
@@ -561,7 +571,7 @@ def scatter(
     """One panel a title, one marker a name: clouds (x, y).
 
     `guides`: "axes", lines through 0; "diagonal"; or "", which leaves the frame without numbers. `written` puts words
-    beside points; `data` replaces the table of all points.
+    beside points, in place of a legend; `data` replaces the table of all points.
     """
     width, down = min(across, len(panels)), -(-len(panels) // across)
     size = (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
@@ -586,7 +596,7 @@ def scatter(
         axis.set_title(title, fontsize=9.5 if width > 2 else None)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.label_outer()
-    if guides:
+    if guides and not written:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
     points = dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True))
     show(figure, alt, points if data is None else data)

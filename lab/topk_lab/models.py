@@ -69,7 +69,6 @@ class LastBlocks(WithHead):
     """What comes after the cut of a set of cached activations (`topk_lab.features`), pretrained, and a new head."""
 
     name: Literal["last_blocks"]
-    weights: str = "DEFAULT"  # a file, or the name of published weights: those that the set was made with
     dropout: Share = 0.0
 
 
@@ -222,9 +221,7 @@ def _last_blocks(classes: int, settings: LastBlocks, about: Any) -> nn.Module:
 
     if not about or "cut" not in about:
         raise ValueError("model last_blocks needs a set of activations, one that was extracted with a cut")
-    state = features.state_of(about["network"], settings.weights)
-    if features.digest(state) != about["weights"]:
-        raise ValueError(f"model.weights must be those that the activations were made with, got {settings.weights!r}")
+    state = features.state_of(about["network"], str(about["folder"] / features.WEIGHTS))
     blocks: Any = features.loaded(about["network"], state).features
     rest = blocks[about["cut"] :]
     width = [layer for layer in rest.modules() if isinstance(layer, nn.Conv2d)][-1].out_channels

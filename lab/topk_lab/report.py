@@ -102,7 +102,7 @@ def metric_name(metric: str) -> str:
     """A column's name in words."""
     known = {"nll": "negative log-likelihood", "ece": "calibration error"}
     if metric.startswith("candidates_"):
-        return f"candidates for {metric.removeprefix('candidates_')} %"
+        return f"guesses for {metric.removeprefix('candidates_')} %"
     words = metric.replace("train.", "training ").replace(".", " ").replace("_", " ").replace("top", "top-")
     group, _, rest = words.partition(" ")
     return f"{_GROUPS[group]} {rest}" if group in _GROUPS else known.get(metric, words)
