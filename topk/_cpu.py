@@ -102,6 +102,12 @@ def scaled_exponentials(scores: Tensor, shift: Tensor, scale: Tensor, rate: floa
     return result
 
 
+def squares(field: Tensor) -> Tensor:
+    """The sum of every row's squares, without a gradient. torch's dot product would first make a tensor of products."""
+    norms: Tensor = torch.linalg.vector_norm(field, dim=1)
+    return norms.square()
+
+
 def largest_wrong(scores: Tensor, target: Tensor) -> Tensor:
     """The largest score of a class that is not y (rows,)."""
     result = torch.empty_like(scores[:, 0])

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from topk._cpu import buffers, chunks, exponentials, exponents, row_chunks
+from topk._cpu import buffers, chunks, exponentials, exponents, row_chunks, squares
 from topk.losses import polynomials
 from topk.losses.common import finite_or_zero, row_dtype
 
@@ -251,7 +251,7 @@ class Counts(Tail):
         for here in row_chunks(rows, classes, _COUNT_CHUNK) if classes else ():
             chances = self._chances(scores[here], hidden[here], shift[here], tilt[here], classes)
             found[0, here] = chances.sum(1)
-            found[1, here] = found[0, here] - torch.linalg.vecdot(chances, chances)
+            found[1, here] = found[0, here] - squares(chances)
         return found
 
     def _chances(self, scores: Tensor, hidden: Tensor, shift: Tensor, tilt: Tensor, width: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topk._cpu import exponentials
+from topk._cpu import exponentials, squares
 from topk.losses.common import not_finite_above, row_dtype, with_tail
 from topk.tails import Slice, Sum, Tail, Talk
 
@@ -287,7 +287,7 @@ class Level(Tail):
                 torch.sum(self._masked(field.copy_(lead), border), 1, out=sums[2, rows])
             else:
                 torch.sub(lead, border, out=field).relu_()
-                sums[2, rows] = field.sum(1) if variant == "polyhedral" else torch.linalg.vecdot(field, field)
+                sums[2, rows] = field.sum(1) if variant == "polyhedral" else squares(field)
             torch.sum(lead.masked_fill_(~above, 0.0), 1, out=sums[1, rows])
         return sums
 

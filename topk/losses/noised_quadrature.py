@@ -24,7 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from topk._cpu import row_chunks
+from topk._cpu import row_chunks, squares
 from topk.losses import polynomials
 from topk.losses.common import finite_or_zero, row_dtype
 from topk.tails import Every, Slice, Sum, Tail, Talk
@@ -79,7 +79,7 @@ def _moments(z: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     distance = (level.to(z.dtype)[:, None] - z).mul_(math.sqrt(0.5))
     probability = distance.erfc().mul_(0.5)
     total = probability.sum(1).to(level.dtype)
-    variance = total - torch.linalg.vecdot(probability, probability).to(level.dtype)
+    variance = total - squares(probability).to(level.dtype)
     density = distance.square_().neg_().exp_().sum(1).to(level.dtype) / math.sqrt(2 * math.pi)
     return total, variance, density
 

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk._cpu import SMALLEST, buffers, chunks, exponentials, exponents, lowest
+from topk._cpu import SMALLEST, buffers, chunks, exponentials, exponents, lowest, squares
 from topk.arguments import KArgument, check_k, check_number, check_scores
 from topk.autograd import Head, Loss
 from topk.losses import polynomials
@@ -357,7 +357,7 @@ def _balance(log_odds: Tensor, k: int, buffer: Tensor | None = None) -> Tensor:
     for done in range(1, most + 1):
         probability = torch.add(log_odds, tilt[:, None], out=buffer).sigmoid_()
         mean = probability.sum(1)
-        variance = mean - torch.linalg.vecdot(probability, probability)
+        variance = mean - squares(probability)
         low, high = torch.where(mean < k - 0.5, tilt, low), torch.where(mean > k - 0.5, tilt, high)
         step = tilt - (mean - (k - 0.5)) / variance
         tilt = torch.where((step >= low) & (step <= high), step, (low + high) / 2)

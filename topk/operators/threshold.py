@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from topk import kernels
-from topk._cpu import buffers, chunks
+from topk._cpu import buffers, chunks, squares
 from topk.backend import choose
 from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
 
@@ -49,14 +49,10 @@ class Family(NamedTuple):
     variance: float | None  # of the distribution; None where F is piecewise linear
     steps: int = 6
 
-    def sums(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """sum F and sum F' (rows,); z may be overwritten."""
-        if self.cdf is torch.sigmoid:
-            mass = z.sigmoid_()
-            total = mass.sum(1)
-            return total, total - torch.linalg.vector_norm(mass, dim=1).square()
-        mass = self.cdf(z)
-        return mass.sum(1), self.density(z, mass).sum(1)
+    @property
+    def logistic(self) -> bool:
+        """Whether F is the logistic function."""
+        return self.cdf is torch.sigmoid
 
 
 def _laplace_tail(z: Tensor) -> Tensor:
@@ -133,13 +129,12 @@ def _solve(
         return anchor, level
     anchor, level = torch.empty_like(temperature), torch.empty_like(temperature)
     for part in chunks(scores):
-        u, *space = buffers(scores, 1 if mask is not None else 2)
-        z = mask[part] if mask is not None else space[0][: part.stop - part.start]
-        rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], u[: z.shape[0]], z)
-        anchor[part], level[part] = _by_moments(rows) or _by_order(rows)
+        space = [each[: part.stop - part.start] for each in buffers(scores, 2 if mask is not None else 3)]
+        space.insert(0, mask[part] if mask is not None else space.pop())
+        rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], *space)
+        anchor[part], level[part], before = _by_moments(rows) or _by_order(rows)
         if mask is not None:
-            torch.sub(rows.u, level[part, None], out=z)
-            z.sigmoid_() if method == "logistic" else z.copy_(rows.family.cdf(z))
+            rows.masses(level[part], before)
     return anchor, level
 
 
@@ -211,13 +206,16 @@ class _Mask(Function):
 def _logistic_pull(grad: Tensor, grad_offset: Tensor, temperature: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients in the scores and in k, a chunk at a time: the density is m (1 - m)."""
     result, for_k = torch.empty_like(mask), torch.empty_like(temperature)
-    (space,) = buffers(mask, 1)
+    spaces = buffers(mask, 2)
     tiny = torch.finfo(mask.dtype).tiny
     for part in chunks(mask):
         m, scale = mask[part], temperature[part, None]
-        density, move = torch.addcmul(m, m, m, value=-1.0, out=result[part]), space[: len(m)]
+        density, (move, both) = (
+            torch.addcmul(m, m, m, value=-1.0, out=result[part]),
+            (each[: len(m)] for each in spaces),
+        )
         torch.div(grad[part], scale, out=move)
-        total, pulled = density.sum(1, keepdim=True), torch.linalg.vecdot(density, move)[:, None]
+        total, pulled = (each.sum(1, keepdim=True) for each in (density, torch.mul(density, move, out=both)))
         share = torch.where(total > tiny, (grad_offset[part, None] - pulled) / total.clamp(min=tiny), 0.0)
         density.mul_(move.add_(share))
         for_k[part] = -(share * scale)[:, 0]
@@ -249,15 +247,16 @@ class _ForwardMask(_Mask):
 
 
 class Rows(NamedTuple):
-    """What the solver knows of some rows, and its work space: u is to become (x - anchor) / T."""
+    """What the solver knows of some rows, and its work space: u is to become (x - anchor) / T, z masses F(u - b)."""
 
     scores: Tensor
     k: Tensor
     temperature: Tensor
     fixed: float | None  # k, if it is the same number for all rows
     family: Family
-    u: Tensor
     z: Tensor
+    u: Tensor
+    free: Tensor
 
     def standardize(self, anchor: Tensor) -> None:
         """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
@@ -265,11 +264,27 @@ class Rows(NamedTuple):
         if not self.u.is_cpu or bool((self.temperature != 1).any()):
             self.u.div_(self.temperature[:, None])
 
-    def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def masses(self, level: Tensor, before: Tensor | None) -> Tensor:
+        """F(u - level), into z, which holds it at the level `before` if that is given; and u - level."""
+        level, z = level.to(self.u.dtype), self.z
+        if before is not None and self.family.logistic and self.u.is_cpu:
+            move = level - before.to(level.dtype)
+            if bool((move.abs() <= 0.5).all()):  # farther, the rounding of 1 - m would grow
+                # m / (m + (1 - m) exp(move)) is exact, and needs no exponential a class.
+                factor = move.exp()[:, None]
+                z.div_(torch.mul(z, 1.0 - factor, out=self.free).add_(factor))
+                return self.u
+        torch.sub(self.u, level[:, None], out=self.free)
+        torch.sigmoid(self.free, out=z) if self.family.logistic else z.copy_(self.family.cdf(self.free))
+        return self.free
+
+    def newton(self, level: Tensor, k: Tensor, aim: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The next level, the sum S at this one, and how far off that is, in float64 where there is any."""
         n = self.u.shape[1]
-        torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.z)
-        total, slope = (each.to(level.dtype) for each in self.family.sums(self.z))
+        shifted, mass = self.masses(level, before), self.z
+        total = mass.sum(1)
+        slope = total - squares(mass) if self.family.logistic else self.family.density(shifted, mass).sum(1)
+        total, slope = total.to(level.dtype), slope.to(level.dtype)
         share = total / n
         link = self.family.quantile(share)
         gain = n * self.family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
@@ -284,8 +299,11 @@ class Rows(NamedTuple):
         return 4.0 * eps if self.family.variance is None else 2.0 * math.sqrt(eps)
 
 
-def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
-    """anchor and (b - anchor) / T, from where b would be if the scores were normally distributed; None if not found.
+Found = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _by_moments(rows: Rows) -> Found | None:
+    """What `_by_order` finds, from where b would be if the scores were normally distributed; None if not found.
 
     Where the temperature is not far below the scores' spread that is close, and saves the selection.
     """
@@ -295,22 +313,25 @@ def _by_moments(rows: Rows) -> tuple[Tensor, Tensor] | None:
     first, n = scores[:, 0], scores.shape[1]
     torch.sub(scores, first[:, None], out=u)
     mean = u.mean(1)
-    spread = (torch.linalg.vector_norm(u, dim=1).square() / n - mean * mean) / family.variance
+    spread = (squares(u) / n - mean * mean) / family.variance
     k = rows.k.to(torch.float64)
     aim = family.quantile(k / n)
     anchor = (first + mean - aim * (temperature * temperature + spread).sqrt()).to(scores.dtype)
     rows.standardize(anchor)
-    level = torch.zeros_like(k)
+    level, before = torch.zeros_like(k), None
     for _ in range(4):
-        level, _, off = rows.newton(level, k, aim)
+        (level, _, off), before = rows.newton(level, k, aim, before), level
         if bool(((off <= rows.enough()) & (level.abs() < torch.inf) & (temperature > 0)).all()):
-            return anchor, level.to(u.dtype)
+            return anchor, level.to(u.dtype), before
     return None
 
 
-def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
-    """anchor and (b - anchor) / T, from the bracket; what is settled without an equation comes out of it as such."""
-    scores, k, temperature, fixed, family, u, _ = rows
+def _by_order(rows: Rows) -> Found:
+    """anchor and (b - anchor) / T, from the bracket, and the level that z's masses are of.
+
+    What is settled without an equation comes out of it as such.
+    """
+    scores, k, temperature, fixed, family, _, u, _ = rows
     n, wide = scores.shape[1], float_type(scores)
     upper, lower, largest = order_statistics(scores, k if fixed is None else fixed).unbind(1)
     anchor = torch.where(upper.isfinite(), upper, 0.0)
@@ -325,8 +346,9 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
     level = (low + high) / 2.0 if family.variance is None else drop / 2.0
     aim = family.quantile(goal / n)
     rows.standardize(anchor)
+    before: Tensor | None = None
     for _ in range(family.steps):
-        step, total, off = rows.newton(level, goal, aim)
+        (step, total, off), before = rows.newton(level, goal, aim, before), level
         low, high = torch.where(total > goal, level, low), torch.where(total < goal, level, high)
         inside = (step > low) & (step < high)
         there = off <= 64.0 * torch.finfo(u.dtype).eps
@@ -336,4 +358,4 @@ def _by_order(rows: Rows) -> tuple[Tensor, Tensor]:
     # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
     far = LOWEST / temperature
     level = torch.where(full, far / 10.0, torch.where(empty, -10.0 * far, level.to(u.dtype)))
-    return anchor, torch.where(broken, torch.nan, level)
+    return anchor, torch.where(broken, torch.nan, level), before
