@@ -254,6 +254,15 @@ def test_a_run_that_two_sweeps_ask_for_is_done_once_and_belongs_to_both() -> Non
     assert records.load("77_x", sweep="77_x.other")["key"].is_unique
 
 
+def test_a_contender_is_done_before_the_next_begins() -> None:
+    asked = {"77_x": mini()}
+    sweep.records_of("77_x", {"77_x": mini().by_contender()[0]}, records="run", jobs=1)
+    told = {item["sweep"]: (item["runs"], item["recorded"]) for item in sweep.pending(asked, sweep.known("77_x"))}
+    assert told == {"77_x.tuning": (8, 4), "77_x": (6, 3)}
+    assert sweep.gather("77_x", asked)[1] == 7
+    assert sweep.records_of("77_x")["sweep"].value_counts().to_dict() == {"77_x.tuning": 4, "77_x": 3}
+
+
 def test_a_run_that_diverges_is_a_result_and_another_candidate_is_chosen() -> None:
     how = {**MINI["training"], "optimizer": "sgd"}
     tuning = {"data": {"validation": 5}, "search": {"training.learning_rate": [1e38, 0.1]}}
