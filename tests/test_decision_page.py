@@ -72,8 +72,17 @@ def test_the_decision_page_on_the_fair_comparison() -> None:
         assert fair.compared(final[name], "candidates_99")[LAST_FIRST].low > 0, "needs more candidates for 99 %"
     frame = final["fair.linear"].groupby("loss")["top1"].mean()
     assert -0.045 < frame["smooth"] - frame["cross-entropy"] < -0.035, "up to four points"
-    curves = fair.expected_best(fair.runs()["fair.linear.tuning"], "top5")
-    assert max(curves, key=lambda loss: curves[loss][3]) == LAST_FIRST, "few candidates suffice"
+    every = fair.runs()
+    for name in heads:
+        gap = {loss: around.mean for loss, around in fair.compared(final[name], "top1").items()}
+        assert one[name, "transition"] == "behind"
+        assert -2.5 < gap["transition"] < -1, "one to two points"
+        assert min(gap["smooth, k = 1 and 5"], gap[LAST_FIRST]) > -0.55, "about half a point"
+        curves = fair.expected_best(every[f"{name}.tuning"], "top5")
+        assert max(curves, key=lambda loss: curves[loss][3]) == LAST_FIRST, "few candidates suffice"
+        plain, last = curves["cross-entropy"], [curve[31] for curve in curves.values()]
+        assert 6.9 < plain[31] - plain[0] < 10.1, "seven to ten points"
+        assert max(last) - min(last) < 1, "less than one"
 
 
 def test_the_decision_page_on_long_tails() -> None:

@@ -161,8 +161,8 @@ class Panel:
         points: dots instead of lines (stems where a slider moves them).
         looks: {name: matplotlib's line properties} where the colour cycle is not wanted.
         levels, verticals: {text: place} of thin grey lines across the panel.
-        marks: {name: (x, y)} of single dots, large and in the colour and with the marker of the line of that name, else
-            in a colour of their own.
+        marks: {name: (x, y)} of single marks, large, open and in the colour of the line of that name, else dots in a
+            colour of their own.
         x_ticks: {place: text}.
     """
 
@@ -250,7 +250,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
     for number, (name, place) in enumerate(panel.marks.items()):
         if name in known:
             own, colour = str(known[name].get_marker()), known[name].get_color()
-            style = {"marker": "o" if own == "None" else own, "color": colour, "markersize": 8, "markeredgecolor": "white"}
+            marker = "o" if own == "None" else own
+            style = {"marker": marker, "color": colour, "markersize": 9, "fillstyle": "none", "markeredgewidth": 1.8}
         else:
             style = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number + 1], "label": name}
         axis.plot(*map(float, place), linestyle="none", **style)
@@ -460,9 +461,7 @@ def _short(values: Iterable[Any]) -> list[float]:
 # --- intervals, bars, maps ---
 
 
-def dots(
-    panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points", *, share_x: bool = False
-) -> None:
+def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points", *, share_x: bool = False) -> None:
     """One panel a title, one line a name: a mean with its interval (anything with mean, low and high).
 
     With `share_x` lengths may be compared across panels.

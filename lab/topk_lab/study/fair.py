@@ -361,7 +361,8 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         return f"{asked} **Open**: the runs are not finished."
     found = row["difference"]
     size = f"{found.mean:+.2f}"
-    size = f"it saves {size}" if sentence.metric.startswith("candidates") else f"the difference is {size} points"
+    saves = f"it saves {found.mean:.2f} guesses"
+    size = saves if sentence.metric.startswith("candidates") else f"the difference is {size} points"
     around = f"95 % interval {found.low:+.2f} to {found.high:+.2f}, {row['seeds']} seeds"
     return f"{asked} **{row['answer'].capitalize()}**: {size} ({around})."
 
