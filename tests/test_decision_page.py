@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from topk_lab import records, report
-from topk_lab.study import fair
+from topk_lab.study import fair, keyboard
 
 LAST_FIRST = "differentiable [.5, 0, 0, 0, .5]"
 
@@ -83,6 +83,19 @@ def test_the_decision_page_on_the_fair_comparison() -> None:
         plain, last = curves["cross-entropy"], [curve[31] for curve in curves.values()]
         assert 6.9 < plain[31] - plain[0] < 10.1, "seven to ten points"
         assert max(last) - min(last) < 1, "less than one"
+
+
+def test_the_decision_page_on_next_words() -> None:
+    every = keyboard.registered_first(report.runs("25_keyboard"))
+    final = keyboard.latest(every[~every["sweep"].str.endswith(".tuning")])
+    means = final[final["model.hidden"] == 16].groupby("loss")[["top1", "top3"]].mean()
+    gap = 100 * (means - means.loc["cross-entropy"])
+    assert gap.loc["smooth, k = 3", "top3"] < -1, "more than a point"
+    assert gap.loc["smooth, k = 1 and 3"].round(1).tolist() == [0.6, 0.3]
+    others = gap.drop(index=["cross-entropy", "smooth, k = 3", "smooth, k = 1 and 3"])
+    assert len(others) == 4, "transition, noised, differentiable, calibrated hinge"
+    assert (others < 0).all(axis=None)
+    assert others["top3"].idxmin() == "calibrated hinge, k = 3", "by far"
 
 
 def test_the_decision_page_on_long_tails() -> None:
