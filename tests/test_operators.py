@@ -373,3 +373,16 @@ def test_permutations_are_doubly_stochastic(method: str) -> None:
     hard = soft_permutation(scores, method=method, temperature=1e-2, distribution="logistic", iterations=5000)
     order = torch.nn.functional.one_hot(scores.argsort(1, descending=True), 7)
     assert ((hard > 0.5) == order).all()
+
+
+@pytest.mark.parametrize("temperature", [0.03, 0.37, 1.0, 2.9])
+def test_the_sparse_mask_moves_only_what_is_between_0_and_1(temperature: float) -> None:
+    torch.manual_seed(1)
+    scores = torch.randn(50, 40, dtype=torch.float64, requires_grad=True)
+    mask = topk.soft_topk(scores, 7, method="sparse", temperature=temperature)
+    pull = torch.randn_like(mask)
+    (gradient,) = torch.autograd.grad(mask, scores, pull)
+    inside = ((mask > 0) & (mask < 1)).to(mask)
+    assert inside.sum(1).max() > 1
+    mean = (inside * pull).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(min=1)
+    torch.testing.assert_close(gradient, inside * (pull - mean) / temperature)

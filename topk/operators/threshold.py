@@ -81,7 +81,13 @@ FAMILIES = {
     "logistic": Family(torch.sigmoid, lambda z, m: torch.addcmul(m, m, m, value=-1.0), torch.logit, math.pi**2 / 3.0),
     "laplace": Family(_laplace_cdf, lambda z, m: _laplace_tail(z), _laplace_quantile, 2.0),
     "gaussian": Family(_normal_cdf, lambda z, m: (-0.5 * z * z).exp() / _SQRT_2PI, torch.special.ndtri, 1.0),
-    "sparse": Family(lambda z: z.clamp(0.0, 1.0), lambda z, m: 1.0 - (z - m).abs().sign(), lambda p: p, None, steps=24),
+    "sparse": Family(
+        lambda z: z.clamp(0.0, 1.0),
+        lambda z, m: 1.0 - (z - z.clamp(0.0, 1.0)).abs().sign(),
+        lambda p: p,
+        None,
+        steps=24,
+    ),
 }
 METHODS = (*FAMILIES, "fixed")
 
