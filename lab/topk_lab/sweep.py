@@ -300,15 +300,24 @@ def records_of(
     parameters = tables.text_of({"profile": profile, "records": records})
     about = {"notebook": f"{chapter}.ipynb", "notebook_parameters": parameters, "profile": profile}
     rows = known(chapter)
-    asked = list[tuple[str, Run]]()
-    for name, sweep in found.items():
-        for part in sweep.by_contender():
+    asked, failed = list[tuple[str, Run]](), list[Exception]()
+    for name, part in _parts(found):
+        try:
             tuning = tuning_runs(name, part)
             rows |= _execute(chapter, tuning, rows, about, engine, jobs)
             final = final_runs(name, part, rows)
             rows |= _execute(chapter, final, rows, about, engine, jobs)
             asked += [*tuning.items(), *final.items()]
+        except (RuntimeError, ValueError) as error:  # the other contenders do not wait for this one
+            failed.append(error)
+    if failed:
+        raise failed[0]
     return pd.DataFrame([{**rows[key], "sweep": run.about["sweep"]} for key, run in asked])
+
+
+def _parts(sweeps: Mapping[str, Sweep]) -> Iterator[tuple[str, Sweep]]:
+    """Every sweep's contenders, one after the other."""
+    return ((name, part) for name, sweep in sweeps.items() for part in sweep.by_contender())
 
 
 def files_of(chapter: str) -> dict[str, Sweep]:
@@ -435,7 +444,7 @@ def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[s
 def _asked(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> dict[str, list[str]]:
     """{key: the sweeps that ask for this run}, as far as the tuning runs in `rows` say which."""
     found: dict[str, list[str]] = {}
-    for name, part in ((name, part) for name, sweep in sweeps.items() for part in sweep.by_contender()):
+    for name, part in _parts(sweeps):
         runs = tuning_runs(name, part)
         for key, run in (runs | (final_runs(name, part, rows) if set(runs) <= set(rows) else {})).items():
             found.setdefault(key, []).append(run.about["sweep"])

@@ -53,8 +53,8 @@ def band(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, Tensor
 def _band(z: Tensor, k: int, height: float, variant: str) -> Tensor:
     """low, height, u, m, and 1 where sum p is free (rows, 5)."""
     low, size, u, free = levels(z, k, height, variant)
-    m = (z > low).sum(1, keepdim=True) - u
-    return torch.cat((low, size, u, m.clamp(min=0), free), 1)
+    m = (z > low[:, None]).sum(1) - u
+    return torch.stack((low, size, u.to(z.dtype), m.clamp(min=0).to(z.dtype), free), 1)
 
 
 @_band.register_fake
@@ -69,7 +69,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], z: Tensor, k: int, height: flo
 
 
 def levels(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, ...]:
-    """low, height, u and where sum p is free, (rows, 1) each."""
+    """low, height, u and where sum p is free, (rows,) each."""
     sums = running_sums(z)
     low, u = _low(z, sums, k, height)
     size, free = torch.full_like(low, height), torch.zeros_like(low)
@@ -85,7 +85,7 @@ def levels(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, ...]
                 low, size, u = (torch.where(free > 0.0, *pair) for pair in zip(found, (low, size, u), strict=True))
             else:
                 low[rows], size[rows], u[rows] = found
-    return low, size, u, free
+    return low.squeeze(1), size.squeeze(1), u.squeeze(1), free.squeeze(1)
 
 
 def _low(z: Tensor, sums: Tensor, k: int, height: float) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ class Level(Tail):
             level = ((z.cumsum(1) - k * self.margin) / count).amax(1)
             return level, torch.full_like(level, height), z[:, 0] - self.margin < 0.0
         variant = "fixed sum" if self.variant == "polyhedral_smooth" else self.variant
-        level, found = (number.squeeze(1) for number in levels(z, k, height, variant)[:2])
+        level, found = levels(z, k, height, variant)[:2]
         return level, found, found > 0.0
 
     def _root(self, z: Tensor, level: Tensor, count: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:

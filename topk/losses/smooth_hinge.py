@@ -194,7 +194,7 @@ def _numbers(
         anchor = values.gather(1, size - 1)[:, 0]
         loss, bound, scale = margin + low + gap, rest, 1.0 / size[:, 0].to(x.dtype)
     elif variant == "polyhedral_smooth":
-        low = levels(x, k, margin, "fixed sum")[0].squeeze(1)
+        low = levels(x, k, margin, "fixed sum")[0]
         anchor, rest = _split(wide + low, scores)
         bound = (-low - margin).relu()  # the largest x_j - m_j, relative to low
         above = x - low[:, None]
@@ -203,7 +203,7 @@ def _numbers(
         loss, scale = margin + gap + low + bound + gamma * total.log(), 1.0 / total
     else:
         z = x + (gap + margin)[:, None]
-        low, bound = (number.squeeze(1) for number in levels(z, k, gamma / k, variant)[:2])
+        low, bound = levels(z, k, gamma / k, variant)[:2]
         p = torch.minimum((z - low[:, None]).relu_(), bound[:, None])
         loss, pull = _squared(z, low, p, gamma)
         low = low - gap - margin

@@ -142,7 +142,7 @@ def _solve(
         rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], *space)
         anchor[part], level[part], before = _by_moments(rows) or _by_order(rows)
         if mask is not None:
-            rows.masses(level[part], before)
+            rows.move(level[part], before)
     return anchor, level
 
 
@@ -218,10 +218,8 @@ def _logistic_pull(grad: Tensor, grad_offset: Tensor, temperature: Tensor, mask:
     tiny = torch.finfo(mask.dtype).tiny
     for part in chunks(mask):
         m, scale = mask[part], temperature[part, None]
-        density, (move, both) = (
-            torch.addcmul(m, m, m, value=-1.0, out=result[part]),
-            (each[: len(m)] for each in spaces),
-        )
+        move, both = (each[: len(m)] for each in spaces)
+        density = torch.addcmul(m, m, m, value=-1.0, out=result[part])
         torch.div(grad[part], scale, out=move)
         total, pulled = (each.sum(1, keepdim=True) for each in (density, torch.mul(density, move, out=both)))
         share = torch.where(total > tiny, (grad_offset[part, None] - pulled) / total.clamp(min=tiny), 0.0)
@@ -255,14 +253,14 @@ class _ForwardMask(_Mask):
 
 
 class Rows(NamedTuple):
-    """What the solver knows of some rows, and its work space: u is to become (x - anchor) / T, z masses F(u - b)."""
+    """What the solver knows of some rows, and its work space: u is to become (x - anchor) / T, mass F(u - level)."""
 
     scores: Tensor
     k: Tensor
     temperature: Tensor
     fixed: float | None  # k, if it is the same number for all rows
     family: Family
-    z: Tensor
+    mass: Tensor
     u: Tensor
     free: Tensor
 
@@ -272,34 +270,33 @@ class Rows(NamedTuple):
         if not self.u.is_cpu or bool((self.temperature != 1).any()):
             self.u.div_(self.temperature[:, None])
 
-    def masses(self, level: Tensor, before: Tensor | None) -> Tensor:
-        """F(u - level), into z, which holds it at the level `before` if that is given; and u - level."""
-        level, z = level.to(self.u.dtype), self.z
-        if before is not None and self.family.logistic and self.u.is_cpu:
-            move = level - before.to(level.dtype)
-            if bool((move.abs() <= 0.5).all()):  # farther, the rounding of 1 - m would grow
-                # m / (m + (1 - m) exp(move)) is exact, and needs no exponential a class.
-                factor = move.exp()[:, None]
-                z.div_(torch.mul(z, 1.0 - factor, out=self.free).add_(factor))
-                return self.u
+    def move(self, level: Tensor, before: Tensor | None) -> None:
+        """Brings the masses to a level. `before`: the one they are at, if any, else `free` becomes u - level."""
+        level, mass, family = level.to(self.u.dtype), self.mass, self.family
+        if before is not None and family.logistic and self.u.is_cpu:
+            step = level - before.to(level.dtype)
+            if bool((step.abs() <= 0.5).all()):  # farther, the rounding of 1 - m would grow
+                # m / (m + (1 - m) exp(step)) is exact, and needs no exponential a class.
+                factor = step.exp()[:, None]
+                mass.div_(torch.mul(mass, 1.0 - factor, out=self.free).add_(factor))
+                return
         torch.sub(self.u, level[:, None], out=self.free)
-        torch.sigmoid(self.free, out=z) if self.family.logistic else z.copy_(self.family.cdf(self.free))
-        return self.free
+        torch.sigmoid(self.free, out=mass) if family.logistic else mass.copy_(family.cdf(self.free))
 
     def newton(self, level: Tensor, k: Tensor, aim: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """The next level, the sum S at this one, and how far off that is, in float64 where there is any."""
-        n = self.u.shape[1]
-        shifted, mass = self.masses(level, before), self.z
-        total = mass.sum(1)
-        slope = total - squares(mass) if self.family.logistic else self.family.density(shifted, mass).sum(1)
+        n, family = self.u.shape[1], self.family
+        self.move(level, before)
+        total = self.mass.sum(1)
+        slope = total - squares(self.mass) if family.logistic else family.density(self.free, self.mass).sum(1)
         total, slope = total.to(level.dtype), slope.to(level.dtype)
         share = total / n
-        link = self.family.quantile(share)
-        gain = n * self.family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
+        link = family.quantile(share)
+        gain = n * family.density(link, share) / slope.clamp(min=torch.finfo(level.dtype).tiny)
         excess = (total - k).abs() / torch.minimum(k, n - k)
         # Where the sum's own rounding is all there is to see, a step would follow it.
         step = torch.where(excess <= 4.0 * torch.finfo(self.u.dtype).eps, 0.0, (link - aim) * gain)
-        return level + step, total, excess if self.family.variance is None else torch.maximum(excess, step.abs())
+        return level + step, total, excess if family.variance is None else torch.maximum(excess, step.abs())
 
     def enough(self) -> float:
         """An excess and a step whose squares do not count; where F is linear in pieces, an excess that is rounding."""
@@ -335,7 +332,7 @@ def _by_moments(rows: Rows) -> Found | None:
 
 
 def _by_order(rows: Rows) -> Found:
-    """anchor and (b - anchor) / T, from the bracket, and the level that z's masses are of.
+    """anchor and (b - anchor) / T, from the bracket, and the level that the masses are at.
 
     What is settled without an equation comes out of it as such.
     """

@@ -360,9 +360,8 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     if "difference" not in row:
         return f"{asked} **Open**: the runs are not finished."
     found = row["difference"]
-    size = f"{found.mean:+.2f}"
-    saves = f"it saves {found.mean:.2f} guesses"
-    size = saves if sentence.metric.startswith("candidates") else f"the difference is {size} points"
+    guesses = sentence.metric.startswith("candidates")
+    size = f"it saves {found.mean:.2f} guesses" if guesses else f"the difference is {found.mean:+.2f} points"
     around = f"95 % interval {found.low:+.2f} to {found.high:+.2f}, {row['seeds']} seeds"
     return f"{asked} **{row['answer'].capitalize()}**: {size} ({around})."
 
