@@ -112,6 +112,38 @@ def test_the_largest_mean_on_validation_is_chosen_and_its_settings_run() -> None
         sweep.final_runs("x", asked, {key: {} for key in rows})
 
 
+def test_the_best_candidates_run_again_and_the_choice_is_among_them() -> None:
+    """Four candidates; the two of the largest rates come again, longer, and there the smaller one is better."""
+    then = {"candidates": 2, "seeds": [7, 8], "training": {"epochs": 3}, "data": {"fraction": 0.2}}
+    asked = mini(tuning={**MINI["tuning"], "candidates": 4, "then": then})
+    rows: dict[str, Any] = {}
+    first, second, final = [], [], []
+    for part in asked.by_contender():
+        stages = sweep.stages("x", part, rows)
+        first += (runs := next(stages)).values()
+        rows |= {key: {"validation.top5": run.config.training.learning_rate} for key, run in runs.items()}
+        second += (runs := next(stages)).values()
+        rows |= {key: {"validation.top5": -run.config.training.learning_rate} for key, run in runs.items()}
+        final += next(stages).values()
+    rates = sorted({run.config.training.learning_rate for run in first})
+    assert len(first) == 2 * 4 * 2
+    assert len(second) == 2 * 2 * 2
+    assert {run.config.training.learning_rate for run in second} == set(rates[2:])
+    assert {run.about["sweep"] for run in second} == {"x.then"}
+    assert {(run.config.seed, run.config.training.epochs, run.config.data.fraction) for run in second} == {
+        (7, 3, 0.2), (8, 3, 0.2)
+    }  # fmt: skip
+    assert {run.config.data.validation for run in second} == {5}
+    candidates = {run.config.training.learning_rate: run.about["candidate"] for run in first}
+    assert all(run.about["candidate"] == candidates[run.config.training.learning_rate] for run in second)
+    assert {run.config.training.learning_rate for run in final} == {rates[2]}
+    assert {run.config.training.epochs for run in final} == {1}
+    told = [(item["sweep"], item["runs"], item["recorded"]) for item in sweep.pending({"x": asked}, rows)]
+    assert told == [("x.tuning", 16, 16), ("x.then", 8, 8), ("x", 6, 0)]
+    told = [(item["sweep"], item["runs"], item["recorded"]) for item in sweep.pending({"x": asked}, {})]
+    assert told == [("x.tuning", 16, 0), ("x.then", 8, 0), ("x", 6, 0)]
+
+
 def test_committed_runs_are_what_the_sweep_files_ask_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every record of a head is found by its key, and choosing again chooses what was run."""
     monkeypatch.delenv("TOPK_RESULTS")
@@ -123,6 +155,9 @@ def test_committed_runs_are_what_the_sweep_files_ask_for(monkeypatch: pytest.Mon
             there = [known[key]["key"] for key in tuning if key in known]
             assert set(there) == set(frame.loc[frame["sweep"] == f"{name}.tuning", "key"])
             if len(there) == len(tuning):
+                then = sweep.then_runs(name, asked, known)
+                if not set(then) <= set(known):
+                    continue
                 final = [known[key]["key"] for key in sweep.final_runs(name, asked, known) if key in known]
                 assert set(final) == set(frame.loc[frame["sweep"] == name, "key"])
                 covered += len(there) + len(final)

@@ -24,11 +24,13 @@ SWEEPS is {name: sweep}; a file NAME.yml holds one. A sweep:
       metric: validation.top5                             # the largest mean over the seeds is chosen
       candidates: 32                                      # without it: every combination of the lists
       search: {training.learning_rate: {log: [1.0e-3, 1.0]}, training.weight_decay: [0.0, 0.1]}
+      then: {candidates: 8, training: {epochs: 5}}        # the best 8 once more, nearer to the runs that count
     profiles: {smoke: {seeds: [0], data: {name: sample}}} # what a smaller size has instead; `full` is as written
 
 An axis may set several settings, joined by " + ". Ranges are `log` or `uniform`; the candidates' random numbers depend
 on the axis and the candidate alone, so that all contenders see the same learning rates. Tuning runs of two conditions
-that come to the same configuration are one run. Rows say `sweep` (NAME, or NAME.tuning), `contender`, `candidate`.
+that come to the same configuration are one run. Rows say `sweep` (NAME, NAME.tuning or NAME.then), `contender`,
+`candidate`.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ import re
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +71,7 @@ FEWEST = 3
 _METRIC = re.compile(r"((validation|train)\.)?(\w+_)?(top\d+|\d+|nll|ece|loss)")
 
 Section = dict[str, Any]
+Rows = Mapping[str, Mapping[str, Any]]
 Search = dict[str, "Range | list[Any]"]
 
 
@@ -109,6 +112,15 @@ class Contender(Strict):
         return self.name or " ".join([str(self.loss["name"]), *settings])
 
 
+class Then(Strict):
+    """The best candidates of a search once more, with these settings over the search's; the choice is among them."""
+
+    candidates: int
+    data: Section = {}
+    training: Section = {}
+    seeds: list[int] = [1000]
+
+
 class Tuning(Strict):
     """How every contender's settings are chosen."""
 
@@ -118,6 +130,7 @@ class Tuning(Strict):
     metric: str = "validation.top5"
     candidates: int | None = None
     search: Search = {}
+    then: Then | None = None
 
 
 class Sweep(Strict):
@@ -217,36 +230,73 @@ def candidates(tuning: Tuning, contender: Contender) -> list[dict[str, Any]]:
     return found
 
 
-def _tried(
-    sweep: Sweep, contender: Contender, settings: Mapping[str, Any]
-) -> list[tuple[dict[str, Any], list[Config]]]:
-    """For every candidate its values, and its configurations, one a tuning seed."""
+Tried = tuple[int, dict[str, Any], list[Config]]
+"""A candidate's number, its values, and its configurations, one a tuning seed."""
+
+
+def _tried(sweep: Sweep, contender: Contender, settings: Mapping[str, Any]) -> list[Tried]:
+    """The search's candidates."""
     if sweep.tuning is None:
         return []
     over = _merged(settings, {"data": sweep.tuning.data, "training": sweep.tuning.training})
     return [
-        (values, [Config.model_validate({**_with(over, values), "seed": seed}) for seed in sweep.tuning.seeds])
-        for values in candidates(sweep.tuning, contender)
+        (number, values, _configs(over, values, sweep.tuning.seeds))
+        for number, values in enumerate(candidates(sweep.tuning, contender))
     ]
+
+
+def _tried_then(sweep: Sweep, contender: Contender, settings: Mapping[str, Any], rows: Rows) -> list[Tried]:
+    """The candidates among which is chosen: the search's, or its best in their second runs."""
+    tried = _tried(sweep, contender, settings)
+    if sweep.tuning is None or sweep.tuning.then is None:
+        return tried
+    then = sweep.tuning.then
+    over = _merged(settings, {"data": sweep.tuning.data, "training": sweep.tuning.training})
+    over = _merged(over, {"data": then.data, "training": then.training})
+    best = sorted(tried, key=lambda candidate: -_reached(sweep.tuning, candidate, rows))[: then.candidates]
+    return [(number, values, _configs(over, values, then.seeds)) for number, values, _ in best]
+
+
+def _configs(settings: Mapping[str, Any], values: Mapping[str, Any], seeds: Sequence[int]) -> list[Config]:
+    return [Config.model_validate({**_with(settings, values), "seed": seed}) for seed in seeds]
+
+
+def _reached(tuning: Tuning | None, candidate: Tried, rows: Rows) -> float:
+    """The metric's mean over a candidate's runs; one that diverged has no metrics, and is not chosen."""
+    metric = tuning.metric if tuning else ""
+    return float(np.mean([rows[config.key].get(metric, -math.inf) for config in candidate[2]]))
 
 
 def tuning_runs(name: str, sweep: Sweep) -> dict[str, Run]:
     """The candidates' runs by key."""
+    tried = ((contender, _tried(sweep, contender, settings)) for contender, settings in _cases(sweep))
+    return _runs(f"{name}.tuning", sweep, tried)
+
+
+def then_runs(name: str, sweep: Sweep, rows: Rows) -> dict[str, Run]:
+    """The best candidates' second runs by key, if there are any; `rows` holds those of `tuning_runs`."""
+    if sweep.tuning is None or sweep.tuning.then is None:
+        return {}
+    tried = ((contender, _tried_then(sweep, contender, settings, rows)) for contender, settings in _cases(sweep))
+    return _runs(f"{name}.then", sweep, tried)
+
+
+def _runs(title: str, sweep: Sweep, tried: Iterable[tuple[Contender, list[Tried]]]) -> dict[str, Run]:
     found: dict[str, Run] = {}
-    for contender, settings in _cases(sweep):
-        for number, (_, configs) in enumerate(_tried(sweep, contender, settings)):
-            about = {"sweep": f"{name}.tuning", "contender": contender.title(), "candidate": number}
+    for contender, candidates_of_it in tried:
+        for number, _, configs in candidates_of_it:
+            about = {"sweep": title, "contender": contender.title(), "candidate": number}
             for config in configs:
                 found.setdefault(config.key, Run(config, sweep.threads, about))
     return found
 
 
-def final_runs(name: str, sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Run]:
-    """The runs that count, by key; `rows` holds those of `tuning_runs`."""
+def final_runs(name: str, sweep: Sweep, rows: Rows) -> dict[str, Run]:
+    """The runs that count, by key; `rows` holds those of `tuning_runs` and `then_runs`."""
     found: dict[str, Run] = {}
     seed_axis = "seed + data.seed" if sweep.data_seed_follows else "seed"
     for contender, settings in _cases(sweep):
-        chosen = choose(sweep, _tried(sweep, contender, settings), rows)
+        chosen = choose(sweep, _tried_then(sweep, contender, settings, rows), rows)
         for seed in sweep.seeds:
             config = Config.model_validate(_with(settings, {**chosen, seed_axis: seed}))
             about = {"sweep": name, "contender": contender.title()}
@@ -254,20 +304,21 @@ def final_runs(name: str, sweep: Sweep, rows: Mapping[str, Mapping[str, Any]]) -
     return found
 
 
-def choose(
-    sweep: Sweep, tried: Sequence[tuple[dict[str, Any], Sequence[Config]]], rows: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """The candidate with the largest mean of the metric over the tuning seeds, the first of equals; {} without tuning.
-
-    A run that diverged has no metrics, and its candidate is not chosen.
-    """
+def choose(sweep: Sweep, tried: Sequence[Tried], rows: Rows) -> dict[str, Any]:
+    """The candidate with the largest mean of the metric, the first of equals; {} without tuning."""
     if sweep.tuning is None:
         return {}
-    reached = [np.mean([rows[it.key].get(sweep.tuning.metric, -math.inf) for it in configs]) for _, configs in tried]
-    best = int(np.argmax(reached))
-    if reached[best] == -math.inf:
-        raise ValueError(f"no candidate of {tried[0][1][0].loss} has {sweep.tuning.metric!r}: did all diverge?")
-    return tried[best][0]
+    best = max(tried, key=lambda candidate: _reached(sweep.tuning, candidate, rows))
+    if _reached(sweep.tuning, best, rows) == -math.inf:
+        raise ValueError(f"no candidate of {best[2][0].loss} has {sweep.tuning.metric!r}: did all diverge?")
+    return best[1]
+
+
+def stages(name: str, sweep: Sweep, rows: Rows) -> Iterator[dict[str, Run]]:
+    """What is to run: the candidates, the best of them again, the runs that count; each needs the `rows` of those before."""
+    yield tuning_runs(name, sweep)
+    yield then_runs(name, sweep, rows)
+    yield final_runs(name, sweep, rows)
 
 
 # --- running ---
@@ -303,11 +354,9 @@ def records_of(
     asked, failed = list[tuple[str, Run]](), list[Exception]()
     for name, part in _parts(found):
         try:
-            tuning = tuning_runs(name, part)
-            rows |= _execute(chapter, tuning, rows, about, engine, jobs)
-            final = final_runs(name, part, rows)
-            rows |= _execute(chapter, final, rows, about, engine, jobs)
-            asked += [*tuning.items(), *final.items()]
+            for runs in stages(name, part, rows):
+                rows |= _execute(chapter, runs, rows, about, engine, jobs)
+                asked += runs.items()
         except (RuntimeError, ValueError) as error:  # the other contenders do not wait for this one
             failed.append(error)
     if failed:
@@ -429,25 +478,30 @@ def pending(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> list[dict[s
     """For every sweep how many runs it asks for, how many of them are in `rows`, and the command for the rest."""
     found = []
     for name, sweep in sweeps.items():
-        tuning, final = list[str](), list[bool]()
+        recorded: dict[str, list[bool]] = {f"{name}.tuning": [], f"{name}.then": [], name: []}
         for part in sweep.by_contender():
-            tuning += (own := tuning_runs(name, part))
-            runs = len(part.seeds) * sum(1 for _ in _cases(part))
-            ready = set(own) <= set(rows)
-            final += [key in rows for key in final_runs(name, part, rows)] if ready else [False] * runs
-        for title, asked in ((f"{name}.tuning", [key in rows for key in tuning]), (name, final)):
-            command = f"python -m topk_lab sweep notebooks/{name}.yml"
-            found += [{"sweep": title, "runs": len(asked), "recorded": sum(asked), "command": command}] if asked else []
+            ready, asked, cases = True, stages(name, part, rows), sum(1 for _ in _cases(part))
+            then = part.tuning.then if part.tuning else None
+            sizes = (0, cases * then.candidates * len(then.seeds) if then else 0, cases * len(part.seeds))
+            for there, size in zip(recorded.values(), sizes, strict=True):
+                own = [key in rows for key in next(asked)] if ready else [False] * size
+                there += own
+                ready &= all(own)
+        command = f"python -m topk_lab sweep notebooks/{name}.yml"
+        for title, there in recorded.items():
+            found += [{"sweep": title, "runs": len(there), "recorded": sum(there), "command": command}] if there else []
     return found
 
 
-def _asked(sweeps: Mapping[str, Sweep], rows: Mapping[str, Any]) -> dict[str, list[str]]:
-    """{key: the sweeps that ask for this run}, as far as the tuning runs in `rows` say which."""
+def _asked(sweeps: Mapping[str, Sweep], rows: Rows) -> dict[str, list[str]]:
+    """{key: the sweeps that ask for this run}, as far as the runs in `rows` say which."""
     found: dict[str, list[str]] = {}
     for name, part in _parts(sweeps):
-        runs = tuning_runs(name, part)
-        for key, run in (runs | (final_runs(name, part, rows) if set(runs) <= set(rows) else {})).items():
-            found.setdefault(key, []).append(run.about["sweep"])
+        for runs in stages(name, part, rows):
+            for key, run in runs.items():
+                found.setdefault(key, []).append(run.about["sweep"])
+            if not set(runs) <= set(rows):
+                break
     return found
 
 
