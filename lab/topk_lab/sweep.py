@@ -315,7 +315,7 @@ def choose(sweep: Sweep, tried: Sequence[Tried], rows: Rows) -> dict[str, Any]:
 
 
 def stages(name: str, sweep: Sweep, rows: Rows) -> Iterator[dict[str, Run]]:
-    """What is to run: the candidates, the best of them again, the runs that count; each needs the `rows` of those before."""
+    """What is to run: the candidates, the best again, the runs that count; each needs the `rows` of those before."""
     yield tuning_runs(name, sweep)
     yield then_runs(name, sweep, rows)
     yield final_runs(name, sweep, rows)
