@@ -48,7 +48,7 @@ def runs(records: str = "committed", profile: str = "full") -> dict[str, pd.Data
 
     Cross-entropy may choose label smoothing, and stays cross-entropy.
     """
-    frame = _named(report.runs("fair", profile, records))
+    frame = named(report.runs("fair", profile, records))
     return {str(name): report.of_sweep(frame, str(name)) for name in frame["sweep"].unique()}
 
 
@@ -63,11 +63,12 @@ def elsewhere() -> dict[str, pd.DataFrame]:
     for chapter, sweep in sorted({(s.chapter, s.sweep) for s in SENTENCES if s.chapter != "fair"}):
         frame = report.of_sweep(report.runs(chapter), sweep) if chapter in chapters() else pd.DataFrame()
         if len(frame):
-            found[sweep] = _named(frame)
+            found[sweep] = named(frame)
     return found
 
 
-def _named(frame: pd.DataFrame) -> pd.DataFrame:
+def named(frame: pd.DataFrame) -> pd.DataFrame:
+    """Runs of any chapter's random search with the names that losses have here, in `loss`."""
     return frame.assign(loss=[_contender(row) for row in rows_of(frame)])
 
 
@@ -164,7 +165,7 @@ def tabled(found: Judged, shown: Iterable[str]) -> list[dict[str, Any]]:
     """A row of a table for every condition that is shown and loss."""
     wanted = set(shown)
     return [
-        {"condition": CONDITIONS[rows[0]["sweep"]], "loss": rows[0]["loss"]}
+        {"condition": CONDITIONS.get(rows[0]["sweep"], rows[0]["sweep"]), "loss": rows[0]["loss"]}
         | {f"{metric} against {report.BASELINE}": _cell(row) for metric, row in zip(found, rows, strict=True)}
         for rows in zip(*found.values(), strict=True)
         if rows[0]["sweep"] in wanted
