@@ -143,5 +143,12 @@ def test_suggestions_begin_as_what_is_typed() -> None:
 def test_the_registered_search_stands_alone_once_it_is_there() -> None:
     first = pd.DataFrame({"sweep": ["25_keyboard.first", "25_keyboard.first.tuning", "25_keyboard.units64"]})
     assert len(keyboard.registered_first(first)) == 3
-    both = pd.concat([first, pd.DataFrame({"sweep": ["25_keyboard", "25_keyboard.tuning"]})])
+    later = [
+        "25_keyboard",
+        "25_keyboard.tuning",
+        "25_keyboard.long",
+        "25_keyboard.long.then",
+        "25_keyboard.long.tuning",
+    ]
+    both = pd.concat([first, pd.DataFrame({"sweep": later})])
     assert set(keyboard.registered_first(both)["sweep"]) == {"25_keyboard", "25_keyboard.tuning", "25_keyboard.units64"}

@@ -123,10 +123,9 @@ def conditions(runs: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def registered_first(runs: pd.DataFrame) -> pd.DataFrame:
-    """Without the first look, once the search that was registered has runs that count: S11 asks about these."""
-    if not (runs["sweep"] == CHAPTER).any():
-        return runs
-    return runs[~runs["sweep"].str.startswith(f"{CHAPTER}.first")].reset_index(drop=True)
+    """Without the longer search, and without the first look once the search that S11 asks about has runs that count."""
+    others = [f"{CHAPTER}.long"] + [f"{CHAPTER}.first"] * int((runs["sweep"] == CHAPTER).any())
+    return runs[~runs["sweep"].str.startswith(tuple(others))].reset_index(drop=True)
 
 
 def latest(runs: pd.DataFrame) -> pd.DataFrame:
@@ -141,7 +140,7 @@ def latest(runs: pd.DataFrame) -> pd.DataFrame:
 
 def there(runs: pd.DataFrame) -> str:
     """How many of the runs that the chapter's sweeps ask for, tuning aside, have a record."""
-    asked = sum(about["runs"] for about in records.sweeps(CHAPTER) if not about["sweep"].endswith(".tuning"))
+    asked = sum(about["runs"] for about in records.sweeps(CHAPTER) if not about["sweep"].endswith((".tuning", ".then")))
     return f"*Drawn from {len(runs)} of the {asked} runs that this chapter asks for.*"
 
 
