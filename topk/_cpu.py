@@ -67,14 +67,16 @@ def lowest(field: Tensor) -> float:
 
 
 def exponentials(field: Tensor, least: float | None = None) -> Tensor:
-    """exp of every number, in place, with 0 for what is below the smallest normal numbers; `least`: `lowest(field)`.
+    """exp of every number, in place, with 0 below the smallest normal numbers.
 
-    Denormal results, and exp(-inf), can cost the CPU a hundred times as much; to look for them costs next to nothing.
+    Denormal results, and exp(-inf), can cost the CPU a hundred times as much; to
+    look for them costs next to nothing. `least` is `lowest(field)`, if known.
     """
     smallest = SMALLEST[field.dtype]
     if (lowest(field) if least is None else least) > smallest:
         return field.exp_()
-    return torch.threshold_(field.clamp_(min=smallest).exp_(), 1.01 * math.exp(smallest), 0.0)
+    zero_below = 1.01 * math.exp(smallest)
+    return torch.threshold_(field.clamp_(min=smallest).exp_(), zero_below, 0.0)
 
 
 def exponents(scores: Tensor, shift: Tensor, rate: float, out: Tensor) -> Tensor:

@@ -149,8 +149,9 @@ def status(notebooks: dict[str, NotebookNode]) -> str:
         "\n\n".join(
             (
                 "# Status",
-                "How each chapter's code last ran for this copy of the book. The profile `smoke` takes seconds and "
-                "shows that everything works; `laptop` takes minutes; `full` is the size of the papers.",
+                "How each chapter's code last ran for this copy of the book. The profile `smoke` takes seconds, two "
+                "minutes at most, and shows that everything works; `laptop` takes minutes; `full` is the size of the "
+                "papers.",
                 "\n".join(lines),
                 "What the experiments and benchmarks were recorded on stands under each of their figures.",
                 "## Hardware",

@@ -490,19 +490,25 @@ def bars(
     line: float | None = None,
     scale: str = "linear",
 ) -> None:
-    """Horizontal bars, a name a row and a colour a series, stacked; `line` across them."""
+    """Horizontal bars, a name a row and a colour a series, stacked; `line` across them.
+
+    On a logarithmic axis with a `line`, bars start there and are not stacked.
+    """
     names = list(dict.fromkeys(name for values in series.values() for name in values))
     figure, axis = plt.subplots(figsize=(6.8, 1.0 + 0.3 * len(names)))
-    left = np.zeros(len(names))
+    start = line if line is not None and scale == "log" else 0.0
+    left = np.full(len(names), start)
     for (label, values), colour in zip(series.items(), COLOURS, strict=False):
-        lengths = np.array([values.get(name, 0.0) for name in names])
+        lengths = np.array([values.get(name, start) - start for name in names])
         axis.barh(names, lengths, 0.7, left=left, color=LOSSES.get(label, {"color": colour})["color"], label=label)
-        left += lengths
+        if not start:
+            left += lengths
     if line is not None:
         axis.axvline(line, color=BLACK, linewidth=1.2)
     axis.set(title=title, xlabel=x_label, xscale=scale)
     if scale == "log":
         everything = [x for values in series.values() for x in values.values()]
+        everything += [] if line is None else [line]
         axis.set_xlim(min(everything) / 1.5, max(everything) * 1.2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")

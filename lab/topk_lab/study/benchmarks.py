@@ -262,7 +262,7 @@ def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
         kind = "topk" if name.startswith("topk ") else "copies" if name.endswith("copy") else "others"
         series[kind][name] = float(rate)
     series = {kind: rates for kind, rates in series.items() if rates}
-    figures.bars(series, alt, x_label="effective bandwidth, GB/s", scale="log")
+    figures.bars(series, alt, x_label="effective bandwidth, GB/s")
     say(source_of(rows))
 
 
