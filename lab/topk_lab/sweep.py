@@ -112,21 +112,23 @@ class Contender(Strict):
         return self.name or " ".join([str(self.loss["name"]), *settings])
 
 
-class Then(Strict):
-    """The best candidates of a search once more, with these settings over the search's; the choice is among them."""
+class Round(Strict):
+    """Settings over those of the runs that count, or of the round before."""
+
+    data: Section = {}
+    training: Section = {}
+    seeds: list[int] = [1000]
+
+
+class Then(Round):
+    """The best candidates of a search once more; the choice is among them."""
 
     candidates: int
-    data: Section = {}
-    training: Section = {}
-    seeds: list[int] = [1000]
 
 
-class Tuning(Strict):
+class Tuning(Round):
     """How every contender's settings are chosen."""
 
-    data: Section = {}
-    training: Section = {}
-    seeds: list[int] = [1000]
     metric: str = "validation.top5"
     candidates: int | None = None
     search: Search = {}
@@ -236,34 +238,30 @@ Tried = tuple[int, dict[str, Any], list[Config]]
 
 def _tried(sweep: Sweep, contender: Contender, settings: Mapping[str, Any]) -> list[Tried]:
     """The search's candidates."""
-    if sweep.tuning is None:
+    if (tuning := sweep.tuning) is None:
         return []
-    over = _merged(settings, {"data": sweep.tuning.data, "training": sweep.tuning.training})
-    return [
-        (number, values, _configs(over, values, sweep.tuning.seeds))
-        for number, values in enumerate(candidates(sweep.tuning, contender))
-    ]
+    drawn = enumerate(candidates(tuning, contender))
+    return [(number, values, _configs(settings, values, tuning)) for number, values in drawn]
 
 
 def _tried_then(sweep: Sweep, contender: Contender, settings: Mapping[str, Any], rows: Rows) -> list[Tried]:
     """The candidates among which is chosen: the search's, or its best in their second runs."""
-    tried = _tried(sweep, contender, settings)
-    if sweep.tuning is None or sweep.tuning.then is None:
+    tried, tuning = _tried(sweep, contender, settings), sweep.tuning
+    if tuning is None or tuning.then is None:
         return tried
-    then = sweep.tuning.then
-    over = _merged(settings, {"data": sweep.tuning.data, "training": sweep.tuning.training})
-    over = _merged(over, {"data": then.data, "training": then.training})
-    best = sorted(tried, key=lambda candidate: -_reached(sweep.tuning, candidate, rows))[: then.candidates]
-    return [(number, values, _configs(over, values, then.seeds)) for number, values, _ in best]
+    best = sorted(tried, key=lambda candidate: -_reached(tuning.metric, candidate, rows))[: tuning.then.candidates]
+    return [(number, values, _configs(settings, values, tuning, tuning.then)) for number, values, _ in best]
 
 
-def _configs(settings: Mapping[str, Any], values: Mapping[str, Any], seeds: Sequence[int]) -> list[Config]:
-    return [Config.model_validate({**_with(settings, values), "seed": seed}) for seed in seeds]
+def _configs(settings: Mapping[str, Any], values: Mapping[str, Any], *rounds: Round) -> list[Config]:
+    """A candidate's configurations in the last of the rounds."""
+    for each in rounds:
+        settings = _merged(settings, {"data": each.data, "training": each.training})
+    return [Config.model_validate({**_with(settings, values), "seed": seed}) for seed in rounds[-1].seeds]
 
 
-def _reached(tuning: Tuning | None, candidate: Tried, rows: Rows) -> float:
+def _reached(metric: str, candidate: Tried, rows: Rows) -> float:
     """The metric's mean over a candidate's runs; one that diverged has no metrics, and is not chosen."""
-    metric = tuning.metric if tuning else ""
     return float(np.mean([rows[config.key].get(metric, -math.inf) for config in candidate[2]]))
 
 
@@ -306,11 +304,11 @@ def final_runs(name: str, sweep: Sweep, rows: Rows) -> dict[str, Run]:
 
 def choose(sweep: Sweep, tried: Sequence[Tried], rows: Rows) -> dict[str, Any]:
     """The candidate with the largest mean of the metric, the first of equals; {} without tuning."""
-    if sweep.tuning is None:
+    if (tuning := sweep.tuning) is None:
         return {}
-    best = max(tried, key=lambda candidate: _reached(sweep.tuning, candidate, rows))
-    if _reached(sweep.tuning, best, rows) == -math.inf:
-        raise ValueError(f"no candidate of {best[2][0].loss} has {sweep.tuning.metric!r}: did all diverge?")
+    best = max(tried, key=lambda candidate: _reached(tuning.metric, candidate, rows))
+    if _reached(tuning.metric, best, rows) == -math.inf:
+        raise ValueError(f"no candidate of {best[2][0].loss} has {tuning.metric!r}: did all diverge?")
     return best[1]
 
 
