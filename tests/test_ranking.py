@@ -121,6 +121,26 @@ def test_the_adaptive_temperature_solves_its_equation_and_no_larger_one_does() -
         both(LDR, scores, target, LDROptions(0.3, 1.0, None))
 
 
+@pytest.mark.parametrize("alpha", [1.01, 1.05, 1.2, 1.5, 4.0])
+@pytest.mark.parametrize("scale", [0.5, 2.0, 4.0, 20.0])
+def test_a_free_temperature_is_found_whatever_the_scores(alpha: float, scale: float) -> None:
+    scores, target = rows(64, 1000, scale)
+    options = LDROptions(1.0, 1.0, alpha)
+    loss, table = LDR.forward(scores, target, options)  # type: ignore[misc]
+    t, lead = 1.0 / table[:, 1], (scores - scores.gather(1, target[:, None]) + 1.0).scatter(1, target[:, None], 0.0)
+    p = (lead / t[:, None]).softmax(1)
+    solves = 1.0 - (torch.special.xlogy(p, p).sum(1) + math.log(1000)) / (alpha * math.log(1000))
+    torch.testing.assert_close(solves, t, rtol=1e-8, atol=1e-8)
+    price = alpha * math.log(1000) / 2 * (t - 1.0).square()
+    torch.testing.assert_close(t * ((lead / t[:, None]).logsumexp(1) - math.log(1000)) - price, loss, **EXACT)
+    x = scores.float().requires_grad_()
+    single = topk.ldr_loss(x, target, alpha=alpha, reduction="none")
+    torch.testing.assert_close(single.double(), loss, rtol=1e-6, atol=1e-5)
+    field = torch.autograd.grad(single.sum(), x)[0]
+    at = LDR.backward(torch.ones_like(loss), scores, target, options, (table,))  # type: ignore[misc]
+    assert float((field - at).abs().max()) < 1e-5
+
+
 def test_plain_rows_get_a_low_temperature() -> None:
     plain, doubtful = torch.tensor([[6.0, 0, 0, 0, 0]]).double(), torch.tensor([[0.1, 0, 0, 0, 0]]).double()
     options = LDROptions(1.0, 0.0, 2.0)

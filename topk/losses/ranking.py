@@ -12,7 +12,8 @@ k: (k + 1) / k times this loss at k + 1. With the hinge it is Lapin's beta.
 
 LDR's adaptive temperature is t = t_0 (1 - KL(p_t, uniform) / (alpha log n)), p_t = softmax((x + margin [j != y]) / t),
 for which the loss has - (alpha log n / (2 t_0)) (t - t_0)^2 beside it: a row whose class is plain gets a low one. This
-form is read from others' code of ALDR-KL, not from the paper: a reconstruction; its largest solution is taken.
+form is read from others' code of ALDR-KL, not from the paper: a reconstruction. Of several solutions the largest is
+sought, from t_0 on.
 
 Softmax at K weighs cross-entropy by how far y is above x_[k], the k-th largest of all scores, which is held fixed: so
 the field is not the gradient of the value. (The authors' code takes x_[k] from the epoch before.)
@@ -222,11 +223,13 @@ def ldr_definition(
         t, tail = tail[1].detach(), tail[:1]
         origin = finite_or_zero(scores.detach().scatter(1, target[:, None], -torch.inf).amax(1))
         price = strength / 2 * (t - temperature).square()
-    elif strength > 0.0:
-        shift = lead.detach().amax(1)
+    elif alpha is not None and strength > 0.0:
+        shift, rate = lead.detach().amax(1), 1.0 / t
+        bracket = rate, rate * alpha / (alpha - 1.0)
         for _ in range(_STEPS):
-            t = _next(t, _moments(lead.detach(), shift, t), n, temperature, strength)
-        t = _next(t, _moments(lead, shift, t), n, temperature, strength)  # and the derivatives of the solution
+            rate, bracket = _next(rate, bracket, _moments(lead.detach(), shift, rate), n, temperature, strength)
+        rate, _ = _next(rate, bracket, _moments(lead, shift, rate), n, temperature, strength)
+        t = 1.0 / rate  # with the derivatives of the solution
         price = strength / 2 * (t - temperature).square()
     return t * (with_tail((lead / t[:, None]).logsumexp(1), tail, (origin + margin - own) / t) - math.log(n)) - price
 
@@ -234,9 +237,9 @@ def ldr_definition(
 _STEPS = 30  # of a compiler; others stop when they are there
 
 
-def _moments(lead: Tensor, shift: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log sum exp(u), mean and variance of u under softmax(u), u = (lead - shift) / t (rows,)."""
-    u = (lead - shift[:, None]) / t[:, None]
+def _moments(lead: Tensor, shift: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log sum exp(u), mean and variance of u under softmax(u), u = (lead - shift) rate (rows,)."""
+    u = (lead - shift[:, None]) * rate[:, None]
     e = u.exp()
     u = torch.where(e > 0.0, u, 0.0)
     total = e.sum(1)
@@ -244,15 +247,23 @@ def _moments(lead: Tensor, shift: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Te
     return total.log(), mean, (e * u * u).sum(1) / total - mean * mean
 
 
-def _next(t: Tensor, moments: tuple[Tensor, Tensor, Tensor], n: int, start: float, strength: float) -> Tensor:
-    """Newton's step for strength (t - start) + KL = 0, KL = mean - log sum exp + log n, d KL / dt = - variance / t."""
+def _next(
+    rate: Tensor, bracket: tuple[Tensor, Tensor], moments: tuple[Tensor, ...], n: int, start: float, strength: float
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A step towards the rate 1 / t that solves f = rate (start - KL / strength) - 1 = 0, and the bracket it leaves.
+
+    KL = mean - log sum exp + log n, d KL / d rate = variance / rate. f is not positive at rate = 1 / start, not
+    negative where KL <= log n makes it so, and concave but where one class has almost all: Newton's steps from the
+    left fall short of the first root. Where they would leave the bracket, or f does not rise, it is halved.
+    """
     log_total, mean, variance = moments
-    divergence = mean - log_total + math.log(n)
-    slope = strength - (variance / t).detach()
-    steep = slope > 0.1 * strength
-    # Where the function does not rise, t = start - KL / strength: that too lies between the solution and t.
-    newton = t - (strength * (t - start) + divergence) / torch.where(steep, slope, 1.0)
-    return torch.where(steep, newton, start - divergence / strength)
+    level = start - (mean - log_total + math.log(n)) / strength
+    f = rate * level - 1.0
+    slope = (level - variance / strength).detach()
+    low, high = torch.where(f <= 0.0, rate, bracket[0]), torch.where(f >= 0.0, rate, bracket[1])
+    newton = rate - f / torch.where(slope > 1e-4 * start, slope, torch.inf)
+    kept = (slope > 1e-4 * start) & (newton >= low) & (newton <= high)
+    return torch.where(kept, newton, (low + high) / 2), (low.detach(), high.detach())
 
 
 def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Tensor, ...]:
@@ -292,24 +303,28 @@ def _own_temperature(
 ) -> Generator[Tensor, Sequence[Tensor], tuple[Tensor, Tensor]]:
     """t and the sum over the wrong classes of exp((x - best wrong) / t) (rows,); yields 1 / t, gets `_sums` there."""
     assert options.alpha is not None
-    t, strength = torch.full_like(gap, options.temperature), options.alpha * math.log(n) / options.temperature
-    enough = 2e-5 if dtype == torch.float64 else 6e-3  # the next step would be about a twentieth of its square
+    strength = options.alpha * math.log(n) / options.temperature
+    rate = torch.full_like(gap, 1.0 / options.temperature)
+    bracket = rate, rate * options.alpha / (options.alpha - 1.0)
+    enough, exact = (2e-5, 1e-14) if dtype == torch.float64 else (6e-3, 5e-7)
+    size = torch.full_like(gap, 0.1)
     for _ in range(_STEPS):
-        before, sums = t, (yield 1.0 / t)
-        t = _next(t, _with_target(sums, -gap / t), n, options.temperature, strength)
-        step = before / t - 1.0
-        if t.is_cpu and not bool((step.abs() * math.log(n) > enough).any()):
+        before, (total, first, second) = rate, (yield rate)
+        mean = first / total.clamp(min=1.0)
+        variance = (second / total.clamp(min=1.0) - mean * mean).relu()
+        moments = _with_target(total, first, second, -gap * rate)
+        rate, bracket = _next(rate, bracket, moments, n, options.temperature, strength)
+        step = rate / before - 1.0
+        earlier, size = size, step.abs()
+        after = (size / earlier.clamp(min=1e-20)).square() * size  # what is left, as steps shrink quadratically
+        spread = size * (1.0 + variance.sqrt())  # two cumulants give the sum to a sixth of its cube
+        if rate.is_cpu and not bool(((spread > enough) | ((after > exact) & (size < earlier))).any()):
             break
-    # After so short a step two cumulants give the sum to 4e-8, in float64 to 1e-15: u spreads over some log n.
-    total, first, second = sums
-    mean = first / total.clamp(min=1.0)
-    others = total * (mean * step + (second / total.clamp(min=1.0) - mean * mean) * step * step / 2).exp()
-    return t, others
+    return 1.0 / rate, total * (mean * step + variance * step * step / 2).exp()
 
 
-def _with_target(sums: Sequence[Tensor], y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _with_target(total: Tensor, first: Tensor, second: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`_moments` of all leads, relative to the larger of the best wrong class's and y's, from the wrong ones' sums."""
-    total, first, second = sums
     top = y.clamp(min=0.0)
     wrong, own = (-top).exp(), (y - top).exp()
     mass = wrong * total + own

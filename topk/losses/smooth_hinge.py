@@ -31,13 +31,14 @@ Where the k-th wrong class is masked (-inf) the loss is 0, but for beta_smooth's
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk._cpu import chunks, exponentials, largest, lowest, sum_exponentials
+from topk._cpu import buffers, chunks, exponentials, largest, largest_values, lowest, sum_exponentials
 from topk.autograd import Head, Loss
 from topk.losses.common import (
     finite_or_zero,
@@ -151,15 +152,19 @@ def _listed(options: Options) -> int:
 def _forward(scores: Tensor, target: Tensor, options: Options, count: int) -> tuple[Tensor, Tensor]:
     """The same from the `count` largest scores; of the rows for which they are too few, from all."""
     count = min(count, scores.shape[1]) if scores.is_cpu else scores.shape[1]
-    values, index = largest(scores, count)
-    best, own = values[:, 0], target_scores(scores, target)
-    if options.variant in VARIANTS[:3]:
-        values, index = without_target(values, index, target)
+    own, index = target_scores(scores, target), None
+    if options.variant == "topk_entropy":
+        values, index = without_target(*largest(scores, count), target)
+    elif options.variant in VARIANTS[3:]:
+        values = largest_values(scores, count)
+    else:
+        values = largest_values(scores, count - 1, target)
+    best = values[:, 0]
     parts = [_numbers(scores, target, values, index, own, k, options) for k in options.ks]
     loss = torch.stack([weight * part[0] for weight, part in zip(options.weights, parts, strict=True)]).sum(0)
     table = torch.cat([part[1] for part in parts], 1)
     if not (scores.is_cpu and math.isfinite(float(best.sum()) + float(own.sum()))):
-        bad, impossible = not_finite_above(best), own == -torch.inf
+        bad, impossible = not_finite_above(best, own), own == -torch.inf
         loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
         table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
     loss = loss.to(scores.dtype)
@@ -171,7 +176,7 @@ def _forward(scores: Tensor, target: Tensor, options: Options, count: int) -> tu
 
 
 def _numbers(
-    scores: Tensor, target: Tensor, values: Tensor, index: Tensor, own: Tensor, k: int, options: Options
+    scores: Tensor, target: Tensor, values: Tensor, index: Tensor | None, own: Tensor, k: int, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (rows,), anchor, rest, bound, scale and the pull on y (rows, 5), and where more than `values` counts."""
     _, _, variant, margin, gamma = options
@@ -185,6 +190,7 @@ def _numbers(
     x = x if missing is None else torch.where(missing[:, None], 0.0, x)
     pull, rest = torch.ones_like(gap), torch.zeros_like(gap)
     if variant == "topk_entropy":
+        assert index is not None
         beyond = sum_exponentials(scores, anchor, torch.cat((index[:, :k], target[:, None]), 1)).to(dtype)
         loss, bound, scale, pull = _entropy_numbers(x[:, :k], gap, beyond)
         low = torch.full_like(gap, torch.inf)
@@ -197,9 +203,7 @@ def _numbers(
         low = levels(x, k, margin, "fixed sum")[0]
         anchor, rest = _split(wide + low, scores)
         bound = (-low - margin).relu()  # the largest x_j - m_j, relative to low
-        above = x - low[:, None]
-        total = ((above - above.clamp(0.0, margin) - bound[:, None]) / gamma).exp().sum(1)
-        total = total + sum_exponentials(scores, anchor, index, 1.0 / gamma).to(dtype) * (-(rest + bound) / gamma).exp()
+        total = _sum_less_mask(scores, (anchor, rest.to(scores.dtype), bound.to(scores.dtype)), options).to(dtype)
         loss, scale = margin + gap + low + bound + gamma * total.log(), 1.0 / total
     else:
         z = x + (gap + margin)[:, None]
@@ -231,13 +235,23 @@ def _entropy_numbers(lead: Tensor, gap: Tensor, beyond: Tensor) -> tuple[Tensor,
     return softplus(average, threshold=50.0), rest - others.log(), s * others / k * (-rest).exp(), s
 
 
-def _less_mask(scores: Tensor, numbers: tuple[Tensor, ...], options: Options, out: Tensor) -> Tensor:
+def _less_mask(scores: Tensor, numbers: Sequence[Tensor], options: Options, out: Tensor) -> Tensor:
     """exp((x - m) / gamma) up to a factor, into `out`; m is the sparse soft top-k of height `margin`."""
     anchor, rest, bound = numbers
     half = options.margin / 2  # y - clip(y, 0, margin) is y - half drawn to 0 by half
     torch.sub(scores, anchor[:, None], out=out).sub_((rest + half)[:, None])
     torch.ops.aten.softshrink.out(out, half, out=out).sub_(bound[:, None])
     return exponentials(out if options.smoothing == 1.0 else out.div_(options.smoothing))
+
+
+def _sum_less_mask(scores: Tensor, numbers: Sequence[Tensor], options: Options) -> Tensor:
+    """The sum of `_less_mask` over all classes (rows,)."""
+    total = torch.empty_like(numbers[0])
+    (buffer,) = buffers(scores, 1)
+    for part in chunks(scores):
+        field = _less_mask(scores[part], [each[part] for each in numbers], options, buffer[: part.stop - part.start])
+        torch.sum(field, 1, out=total[part])
+    return total
 
 
 def backward(
