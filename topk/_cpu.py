@@ -69,7 +69,7 @@ def lowest(field: Tensor) -> float:
 def exponentials(field: Tensor, least: float | None = None) -> Tensor:
     """exp of every number, in place, with 0 below the smallest normal numbers.
 
-    Denormal results, and exp(-inf), can cost the CPU a hundred times as much; to
+    Denormal results, and exp(-inf), can cost the CPU some fifty times as much; to
     look for them costs next to nothing. `least` is `lowest(field)`, if known.
     """
     smallest = SMALLEST[field.dtype]

@@ -164,6 +164,18 @@ def test_committed_runs_are_what_the_sweep_files_ask_for(monkeypatch: pytest.Mon
     assert covered >= 5030
 
 
+def test_a_file_says_what_it_has_instead_of_its_base(tmp_path: Path) -> None:
+    (tmp_path / "14_x.yml").write_text(yaml.safe_dump(MINI))
+    path = tmp_path / "14_x.mlp.yml"
+    path.write_text("base: 14_x\nmodel: {name: mlp, hidden: 8}\nseeds: [7]\n")
+    (expected,) = sweep.read(tmp_path / "14_x.yml").values()
+    (found,) = sweep.read(path).values()
+    assert found.model_dump() == {**expected.model_dump(), "model": {"name": "mlp", "hidden": 8}, "seeds": [7]}
+    path.write_text("base: 14_y\n")
+    with pytest.raises(ValueError, match=r"14_x.mlp.yml: its base '14_y' is not there"):
+        sweep.read(path)
+
+
 def test_a_file_says_what_is_wrong_in_it(tmp_path: Path) -> None:
     path = tmp_path / "14_x.mlp.yml"
     path.write_text(yaml.safe_dump({**MINI, "contenderz": []}))

@@ -7,7 +7,7 @@ yet, with a progress bar, and returns the same kind of table. Interrupt it at an
 finished run lies in a file of its own, named by the hash of its configuration, and long runs go on from a checkpoint.
 `python -m topk_lab gather CHAPTER` folds the files into the table.
 
-SWEEPS is {name: sweep}; a file NAME.yml holds one. A sweep:
+SWEEPS is {name: sweep}; a file NAME.yml holds one, or `base: OTHER` and what it has instead of OTHER.yml. A sweep:
 
     data: {name: features, set: cifar100-...-pca256}      # sections of the configuration, see topk_lab.train.Config
     model: {name: linear}
@@ -172,9 +172,20 @@ class Run:
 def read(path: Path) -> dict[str, Sweep]:
     """The sweep of a file, by its name."""
     try:
-        return {path.stem: Sweep.model_validate(yaml.load(path.read_text(encoding="utf-8"), _Loader))}
+        return {path.stem: Sweep.model_validate(_settings(path))}
     except ValidationError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A file's settings, over those of the file beside it that its `base` names."""
+    settings: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    if "base" not in settings:
+        return settings
+    below = path.with_name(f"{settings.pop('base')}.yml")
+    if not below.is_file():
+        raise ValueError(f"{path}: its base {below.stem!r} is not there: no file {below}")
+    return _merged(_settings(below), settings)
 
 
 class _Loader(yaml.SafeLoader):
