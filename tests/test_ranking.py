@@ -168,6 +168,15 @@ def test_ldr_far_apart(alpha: float | None) -> None:
         torch.testing.assert_close(single.double(), double, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_ldr_where_only_the_target_is_left(alpha: float | None) -> None:
+    x = torch.full((1, 5), -torch.inf, dtype=torch.float64)
+    x[0, 2] = -1000.0
+    both(LDR, x, torch.tensor([2]), LDROptions(0.1, 5.0, alpha))
+    both(LDR, torch.tensor([[0.3, -torch.inf, 0.1]]).double(), torch.tensor([0]), LDROptions(0.1, 5.0, alpha))
+    assert topk.ldr_loss(x.float(), torch.tensor([2]), temperature=0.1, margin=5.0, alpha=alpha).isfinite()
+
+
 # --- softmax at K ---
 
 

@@ -231,7 +231,9 @@ def ldr_definition(
         rate, _ = _next(rate, bracket, _moments(lead, shift, rate), n, temperature, strength)
         t = 1.0 / rate  # with the derivatives of the solution
         price = strength / 2 * (t - temperature).square()
-    return t * (with_tail((lead / t[:, None]).logsumexp(1), tail, (origin + margin - own) / t) - math.log(n)) - price
+    exists = lead > -torch.inf
+    scaled = torch.where(exists, torch.where(exists, lead, 0.0) / t[:, None], -torch.inf)
+    return t * (with_tail(scaled.logsumexp(1), tail, (origin + margin - own) / t) - math.log(n)) - price
 
 
 _STEPS = 30  # of a compiler; others stop when they are there
@@ -239,9 +241,9 @@ _STEPS = 30  # of a compiler; others stop when they are there
 
 def _moments(lead: Tensor, shift: Tensor, rate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log sum exp(u), mean and variance of u under softmax(u), u = (lead - shift) rate (rows,)."""
-    u = (lead - shift[:, None]) * rate[:, None]
-    e = u.exp()
-    u = torch.where(e > 0.0, u, 0.0)
+    exists = lead > -torch.inf  # else 0 times infinity, in the slope in the rate
+    u = torch.where(exists, lead - shift[:, None], 0.0) * rate[:, None]
+    e = torch.where(exists, u.exp(), 0.0)
     total = e.sum(1)
     mean = (e * u).sum(1) / total
     return total.log(), mean, (e * u * u).sum(1) / total - mean * mean
@@ -253,8 +255,8 @@ def _next(
     """A step towards the rate 1 / t that solves f = rate (start - KL / strength) - 1 = 0, and the bracket it leaves.
 
     KL = mean - log sum exp + log n, d KL / d rate = variance / rate. f is not positive at rate = 1 / start, not
-    negative where KL <= log n makes it so, and concave but where one class has almost all: Newton's steps from the
-    left fall short of the first root. Where they would leave the bracket, or f does not rise, it is halved.
+    negative where KL <= log n makes it so, and concave until one class has most: there Newton's steps from the left
+    fall short of the first root. Where they would leave the bracket, or f does not rise, it is halved.
     """
     log_total, mean, variance = moments
     level = start - (mean - log_total + math.log(n)) / strength
@@ -271,7 +273,8 @@ def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Te
     temperature, margin, alpha, _ = options
     n, dtype = scores.shape[1], row_dtype(scores)
     largest = largest_wrong(scores, target)
-    own, shift = target_scores(scores, target), finite_or_zero(largest)
+    own = target_scores(scores, target)
+    shift = finite_or_zero(torch.where(largest == -torch.inf, own - margin, largest))  # y may be the only class left
     bad, impossible = not_finite_above(largest, own), own == -torch.inf
     # Relative to the best wrong class plus margin, y stands at -gap.
     gap = torch.where(bad | impossible, 0.0, shift.to(dtype) - own.to(dtype)) + margin
