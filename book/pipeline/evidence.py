@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from topk_lab.report import signed
 from topk_lab.study import fair
 
 _CHAPTER = "../notebooks/26_fair.ipynb#every-loss-in-every-condition"
@@ -31,10 +32,10 @@ def verdict_table() -> str:
 def _cell(row: dict[str, Any]) -> str:
     """Verdict, linked to where it comes from, difference in points, both intervals."""
     both, seeds = (
-        f"{around.low:+.2f} to {around.high:+.2f}".replace(" ", "\u00a0")
+        f"{signed(around.low)} to {signed(around.high)}".replace(" ", "\u00a0")
         for around in (row["over seeds and images"], row["over seeds"])
     )
-    return f"[{_SIGNS[row['verdict']]}]({_CHAPTER}) {row['difference']:+.2f} <small>({both}; {seeds})</small>"
+    return f"[{_SIGNS[row['verdict']]}]({_CHAPTER}) {signed(row['difference'])} <small>({both}; {seeds})</small>"
 
 
 @cache
@@ -44,7 +45,7 @@ def answer_table() -> str:
     for row in fair.answers({**fair.final_runs(fair.runs()), **fair.elsewhere()}):
         found = row.get("difference")
         numbers = (
-            f"{found.mean:+.2f} | {found.low:+.2f} to {found.high:+.2f} | {fair.p_value(row['p'])} | {row['seeds']}"
+            f"{signed(found.mean)} | {signed(found.low)} to {signed(found.high)} | {fair.p_value(row['p'])} | {row['seeds']}"
             if found
             else " | | | "
         )

@@ -129,9 +129,14 @@ def spans(numbers: Sequence[int], otherwise: str = "none") -> str:
     return listed((f"{a} to {b}" if b > a else f"{a}" for a, b in zip(starts, ends, strict=True)), otherwise)
 
 
+def signed(value: float) -> str:
+    """Two digits with their sign; what rounds to zero is not negative."""
+    return f"{round(value, 2) + 0.0:+.2f}"
+
+
 def side(interval: Interval, above: str = "above", level: str = "level", below: str = "below") -> str:
     """Where an interval lies, and its mean: `above (+0.31)`."""
-    return f"{(level, above, below)[interval.side]} ({interval.mean:+.2f})"
+    return f"{(level, above, below)[interval.side]} ({signed(interval.mean)})"
 
 
 # --- where numbers come from ---

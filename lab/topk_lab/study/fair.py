@@ -192,7 +192,8 @@ def chart(found: Judged, alt: str) -> None:
 
 def _cell(row: Mapping[str, Any]) -> str:
     around = row["over seeds and images"]
-    return f"{row['verdict']} {row['difference']:+.2f} [{around.low:+.2f},\u00a0{around.high:+.2f}]"
+    difference, low, high = map(report.signed, (row["difference"], around.low, around.high))
+    return f"{row['verdict']} {difference} [{low},\u00a0{high}]"
 
 
 def _difference(first: Array, second: Array, metric: str) -> Array:
@@ -362,8 +363,9 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
         return f"{asked} **Open**: the runs are not finished."
     found = row["difference"]
     guesses = sentence.metric.startswith("candidates")
-    size = f"it saves {found.mean:.2f} guesses" if guesses else f"the difference is {found.mean:+.2f} points"
-    around = f"95 % interval {found.low:+.2f} to {found.high:+.2f}, {row['seeds']} seeds"
+    size = f"it saves {found.mean:.2f} guesses" if guesses else f"the difference is {report.signed(found.mean)} points"
+    low, high = report.signed(found.low), report.signed(found.high)
+    around = f"95 % interval {low} to {high}, {row['seeds']} seeds"
     return f"{asked} **{row['answer'].capitalize()}**: {size} ({around})."
 
 
