@@ -44,11 +44,10 @@ def answer_table() -> str:
     lines = ["| | answer | difference | interval | p | seeds |", "|---|---|---|---|---|---|"]
     for row in fair.answers({**fair.final_runs(fair.runs()), **fair.elsewhere()}):
         found = row.get("difference")
-        numbers = (
-            f"{signed(found.mean)} | {signed(found.low)} to {signed(found.high)} | {fair.p_value(row['p'])} | {row['seeds']}"
-            if found
-            else " | | | "
-        )
+        numbers = " | | | "
+        if found:
+            mean, low, high = map(signed, (found.mean, found.low, found.high))
+            numbers = f"{mean} | {low} to {high} | {fair.p_value(row['p'])} | {row['seeds']}"
         lines.append(f"| {row['sentence']} | {row['answer']} | {numbers} |")
     return "\n".join(lines) + "\n"
 
