@@ -39,6 +39,23 @@ def test_selection_finds_the_largest(classes: int, count: int, dtype: torch.dtyp
     assert all(len(set(row.tolist())) == count for row in index)
 
 
+@pytest.mark.usefixtures("selector")
+@pytest.mark.parametrize(("classes", "count"), [(5, 4), (1000, 17), (1000, 999), (2049, 17)])
+def test_the_largest_values_of_other_classes(classes: int, count: int) -> None:
+    scores, without = torch.randn(400, classes), torch.randint(classes, (400,))  # more than fits one chunk
+    scores[1, ::2] = -torch.inf
+    scores[2] = scores[2].round()
+    scores[3, 1], without[3] = torch.nan, 0
+    scores[4, 1], without[4] = torch.inf, 1
+    kept = scores.clone()
+    with torch.device("meta"):
+        every, others = _cpu.largest_values(scores, count), _cpu.largest_values(scores, count, without)
+    torch.testing.assert_close(scores, kept, equal_nan=True)
+    torch.testing.assert_close(every, scores.topk(count).values, equal_nan=True)
+    masked = scores.scatter(1, without[:, None], -torch.inf)
+    torch.testing.assert_close(others, masked.topk(count).values, equal_nan=True)
+
+
 def test_the_selector_is_chosen_by_threads_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "_numpy_is_vectorised", lambda: True)
     scores = torch.zeros(256, 1000)

@@ -199,10 +199,9 @@ def _grouping_pays(scores: Tensor, count: int) -> bool:
 
 
 @functools.cache
-def _numpy_is_vectorised(*by: str) -> bool:
-    """Whether numpy sorts with one of these instructions. It partitions, and finds places, fast with AVX-512 only."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return np.lib.NumpyVersion(np.__version__) >= "2.0.0" and any(name in capability for name in by or ("AVX512",))
+def _numpy_is_vectorised() -> bool:
+    """Whether numpy partitions and sorts with AVX-512; without, it is slower than torch."""
+    return np.lib.NumpyVersion(np.__version__) >= "2.0.0" and "AVX512" in torch.backends.cpu.get_cpu_capability()
 
 
 _SORTED = 2048  # classes up to which numpy sorts the values sooner than `largest` finds them
@@ -212,7 +211,7 @@ def largest_values(scores: Tensor, count: int, without: Tensor | None = None) ->
     """The `count` largest scores in falling order, those of the classes `without` (rows,) left out."""
     rows, classes = scores.shape
     sorts = scores.is_cpu and rows * classes >= _WORTH_WHILE and classes <= _SORTED and torch.get_num_threads() <= 3
-    if not (sorts and _numpy_is_vectorised("AVX2", "AVX512")):
+    if not (sorts and _numpy_is_vectorised()):
         if without is not None:
             scores = scores.scatter(1, without[:, None], -torch.inf)
         return largest(scores, count)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from topk_lab.report import signed
+from topk_lab.report import low_to_high, signed
 from topk_lab.study import fair
 
 _CHAPTER = "../notebooks/26_fair.ipynb#every-loss-in-every-condition"
@@ -32,8 +32,7 @@ def verdict_table() -> str:
 def _cell(row: dict[str, Any]) -> str:
     """Verdict, linked to where it comes from, difference in points, both intervals."""
     both, seeds = (
-        f"{signed(around.low)} to {signed(around.high)}".replace(" ", "\u00a0")
-        for around in (row["over seeds and images"], row["over seeds"])
+        low_to_high(around).replace(" ", "\u00a0") for around in (row["over seeds and images"], row["over seeds"])
     )
     return f"[{_SIGNS[row['verdict']]}]({_CHAPTER}) {signed(row['difference'])} <small>({both}; {seeds})</small>"
 
@@ -46,8 +45,7 @@ def answer_table() -> str:
         found = row.get("difference")
         numbers = " | | | "
         if found:
-            mean, low, high = map(signed, (found.mean, found.low, found.high))
-            numbers = f"{mean} | {low} to {high} | {fair.p_value(row['p'])} | {row['seeds']}"
+            numbers = f"{signed(found.mean)} | {low_to_high(found)} | {fair.p_value(row['p'])} | {row['seeds']}"
         lines.append(f"| {row['sentence']} | {row['answer']} | {numbers} |")
     return "\n".join(lines) + "\n"
 

@@ -166,6 +166,11 @@ def test_losses_have_readable_names(row: dict[str, Any], name: str) -> None:
     assert report.loss_name(row) == name
 
 
+def test_what_rounds_to_zero_has_no_sign() -> None:
+    assert [report.signed(value) for value in (0.126, -0.3, 0.001, -0.001)] == ["+0.13", "-0.30", "0.00", "0.00"]
+    assert report.low_to_high(Interval(0.18, -0.004, 0.37, 10)) == "0.00 to +0.37"
+
+
 def test_words() -> None:
     metrics = ("top5", "train.top1", "macro_top5", "candidates_99", "validation.top5", "nll")
     words = ["top-5", "training top-1", "macro top-5", "guesses for 99 %", "validation top-5"]

@@ -130,8 +130,13 @@ def spans(numbers: Sequence[int], otherwise: str = "none") -> str:
 
 
 def signed(value: float) -> str:
-    """Two digits with their sign; what rounds to zero is not negative."""
-    return f"{round(value, 2) + 0.0:+.2f}"
+    """Two digits with their sign; what rounds to zero has none."""
+    return f"{value:+.2f}" if round(value, 2) else "0.00"
+
+
+def low_to_high(interval: Interval) -> str:
+    """The ends of an interval: `-0.51 to -0.09`."""
+    return f"{signed(interval.low)} to {signed(interval.high)}"
 
 
 def side(interval: Interval, above: str = "above", level: str = "level", below: str = "below") -> str:

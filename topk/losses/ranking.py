@@ -263,8 +263,9 @@ def _next(
     f = rate * level - 1.0
     slope = (level - variance / strength).detach()
     low, high = torch.where(f <= 0.0, rate, bracket[0]), torch.where(f >= 0.0, rate, bracket[1])
-    newton = rate - f / torch.where(slope > 1e-4 * start, slope, torch.inf)
-    kept = (slope > 1e-4 * start) & (newton >= low) & (newton <= high)
+    rises = slope > 1e-4 * start
+    newton = rate - f / torch.where(rises, slope, 1.0)
+    kept = rises & (newton >= low) & (newton <= high)
     return torch.where(kept, newton, (low + high) / 2), (low.detach(), high.detach())
 
 

@@ -364,8 +364,7 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     found = row["difference"]
     guesses = sentence.metric.startswith("candidates")
     size = f"it saves {found.mean:.2f} guesses" if guesses else f"the difference is {report.signed(found.mean)} points"
-    low, high = report.signed(found.low), report.signed(found.high)
-    around = f"95 % interval {low} to {high}, {row['seeds']} seeds"
+    around = f"95 % interval {report.low_to_high(found)}, {row['seeds']} seeds"
     return f"{asked} **{row['answer'].capitalize()}**: {size} ({around})."
 
 
