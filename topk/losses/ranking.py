@@ -310,8 +310,8 @@ def _own_temperature(
     strength = options.alpha * math.log(n) / options.temperature
     rate = torch.full_like(gap, 1.0 / options.temperature)
     bracket = rate, rate * options.alpha / (options.alpha - 1.0)
-    enough, exact = (2e-5, 1e-14) if dtype == torch.float64 else (6e-3, 5e-7)
-    size = torch.full_like(gap, 0.1)
+    enough, exact = (2e-5, 1e-14) if dtype == torch.float64 else (6e-3, 5e-7)  # for the sum, and for the rate itself
+    size = torch.full_like(gap, 0.1)  # as if such a step had come before the first
     for _ in range(_STEPS):
         before, (total, first, second) = rate, (yield rate)
         mean = first / total.clamp(min=1.0)
