@@ -1,0 +1,44 @@
+"""Folded code on a page: below what it makes, and what shows nothing together with the next fold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("bs4")
+import nbformat
+import small_site
+from bs4 import BeautifulSoup, Tag
+
+
+def _cell(source: str, *tags: str, text: str = "") -> Any:
+    outputs = [nbformat.v4.new_output("stream", text=text)] if text else []
+    return nbformat.v4.new_code_cell(source, metadata={"tags": list(tags)}, outputs=outputs)
+
+
+def test_folds_join_and_stand_below_their_output(tmp_path: Path) -> None:
+    cells = [
+        nbformat.v4.new_markdown_cell("# A page"),
+        _cell("one = 1", "hide-input"),
+        _cell("two = 2", "hide-cell", text="not seen"),
+        _cell("print(one + two)", "hide-input", text="seen"),
+        nbformat.v4.new_markdown_cell("Text."),
+        _cell("last = 1", "hide-cell"),
+        _cell("print(last)", text="code in sight"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "page.ipynb")
+    out = small_site.built(tmp_path, "page", extensions=["myst_nb", "folds"], nb_execution_mode="off")
+    found = BeautifulSoup((out / "page.html").read_text(), "html.parser").select("div.cell")
+    assert len(found) == 3
+    first, alone, plain = found
+    parts = [child for child in first.children if isinstance(child, Tag)]
+    assert [part.name for part in parts] == ["div", "details"]
+    assert parts[0].get_text().strip() == "seen"
+    folded = parts[1].get_text()
+    assert folded.index("one = 1") < folded.index("two = 2") < folded.index("not seen") < folded.index("print(one")
+    assert alone.find("details") is not None
+    assert "last = 1" in alone.get_text()
+    assert plain.find("details") is None
