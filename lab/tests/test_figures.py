@@ -104,10 +104,11 @@ def test_a_loss_looks_the_same_everywhere() -> None:
 
 def test_marks_take_the_colour_of_their_line() -> None:
     marks = {"smooth": (1.0, 1.0), "a measurement": (2.0, 2.0)}
-    figure = figures._drawn([Panel([1, 2], {"smooth": [1, 2]}, marks=marks)], None)
-    line, own, other = figure.axes[0].lines
+    figure = figures._drawn([Panel([1, 2], {"smooth": [1, 2]}, marks=marks, marked="chosen")], None)
+    line, own, other, _ = figure.axes[0].lines
     assert own.get_color() == line.get_color() != other.get_color()
-    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["smooth", "a measurement"]
+    words = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert words == ["smooth", "a measurement", "chosen"]
 
 
 def test_one_legend_where_all_panels_say_the_same() -> None:

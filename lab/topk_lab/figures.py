@@ -74,9 +74,9 @@ def use_style() -> None:
         "axes.axisbelow": True, "axes.grid": True, "axes.labelsize": 10, "axes.spines.right": False,
         "axes.prop_cycle": cycler(color=COLOURS) + cycler(linestyle=DASHES), "axes.spines.top": False,
         "axes.titlelocation": "left", "axes.titlesize": 10.5, "figure.constrained_layout.use": True,
-        "figure.facecolor": "white", "figure.figsize": (7.0, 3.4), "font.size": 10, "grid.alpha": 0.35,
-        "grid.linewidth": 0.6, "image.cmap": SEQUENTIAL, "legend.fontsize": 8.5, "legend.frameon": False,
-        "legend.handlelength": 2.8, "lines.linewidth": 1.8, "mathtext.fontset": "cm",
+        "figure.constrained_layout.w_pad": 0.08, "figure.facecolor": "white", "figure.figsize": (7.0, 3.4),
+        "font.size": 10, "grid.alpha": 0.35, "grid.linewidth": 0.6, "image.cmap": SEQUENTIAL, "legend.fontsize": 8.5,
+        "legend.frameon": False, "legend.handlelength": 2.8, "lines.linewidth": 1.8, "mathtext.fontset": "cm",
     })  # fmt: skip
 
 
@@ -163,6 +163,7 @@ class Panel:
         levels, verticals: {text: place} of thin grey lines across the panel.
         marks: {name: (x, y)} of single marks, large, open and in the colour of the line of that name, else dots in a
             colour of their own.
+        marked: what the open marks are, for the legend.
         x_ticks: {place: text}.
     """
 
@@ -179,6 +180,7 @@ class Panel:
     levels: Mapping[str, float] = field(default_factory=dict)
     verticals: Mapping[str, float] = field(default_factory=dict)
     marks: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    marked: str = ""
     x_ticks: Mapping[float, str] = field(default_factory=dict)
 
 
@@ -205,7 +207,10 @@ def _drawn(panels: Sequence[Panel], size: Size | None, columns: int = 3, share_y
         if share_y:
             axis.label_outer(remove_inner_ticks=False)
             axis.set_xlabel(panel.x_label)
-    names = [[*panel.lines, *(name for name in panel.marks if name not in panel.lines)] for panel in panels]
+    names = [
+        [*panel.lines, *(name for name in (*panel.marks, panel.marked) if name and name not in panel.lines)]
+        for panel in panels
+    ]
     if len(panels) > 1 and all(each == names[0] for each in names) and len(names[0]) > 1:
         handles = axes[0].get_legend_handles_labels()
         figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0]))
@@ -247,14 +252,16 @@ def _draw(axis: Axes, panel: Panel) -> None:
             edges = (_numbers(band.low), _numbers(band.high))
             axis.fill_between(x, *edges, color=drawn.get_color(), alpha=0.17, linewidth=0)
     known = {str(line.get_label()): line for line in axis.lines}
+    open_mark: Look = {"marker": "o", "markersize": 9, "fillstyle": "none", "markeredgewidth": 1.8}
     for number, (name, place) in enumerate(panel.marks.items()):
         if name in known:
-            own, colour = str(known[name].get_marker()), known[name].get_color()
-            marker = "o" if own == "None" else own
-            style = {"marker": marker, "color": colour, "markersize": 9, "fillstyle": "none", "markeredgewidth": 1.8}
+            own = str(known[name].get_marker())
+            style = {**open_mark, "color": known[name].get_color(), **({} if own == "None" else {"marker": own})}
         else:
             style = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number + 1], "label": name}
         axis.plot(*map(float, place), linestyle="none", **style)
+    if panel.marked:
+        axis.plot([], [], linestyle="none", label=panel.marked, **{**open_mark, "color": "grey"})
     for text, level in panel.levels.items():
         axis.axhline(level, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
         axis.annotate(text, (0.01, level), xycoords=("axes fraction", "data"), fontsize=8, color="grey",
@@ -597,7 +604,8 @@ def scatter(
             axis.grid(False)
         axis.margins(x=0.2 if written else None)
         for place, words in (written or {}).items():
-            axis.annotate(words, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
+            axis.annotate(words, place, fontsize=8.5, xytext=(6, -3), textcoords="offset points",
+                          bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip
         axis.set_title(title, fontsize=9.5 if width > 2 else None)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.label_outer()
