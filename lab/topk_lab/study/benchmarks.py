@@ -74,14 +74,14 @@ def usual(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_machine(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row of a table for every machine that has the usual problem: each loss's time over that of cross-entropy."""
+    """A row of a table for every machine that has the usual problem: each loss's time over cross-entropy's, and when."""
     rows = []
     for name, mine in usual(frame[frame["p50_ms"].notna()]).groupby("machine"):
         first, times = mine.iloc[0], mine.set_index("family")["times_ce"]
         machine = str(first["processor"] or name)
         threads = "" if first["device"] == "cuda" else f", threads: {first['threads']:.0f}"
         found = {_named(family): f"{times[family]:.1f}" for family in FAMILIES if family in times}
-        rows.append({"machine": machine + threads} | found)
+        rows.append({"machine": machine + threads} | found | {"measured": f"{first['date']}, {first['commit'][:7]}"})
     return rows
 
 
