@@ -88,7 +88,7 @@ def test_scores_follow_keys_and_pointer(page: Any) -> None:
 
 
 def test_the_picture_is_that_of_the_start() -> None:
-    assert front.drawn_from() == front.digest(), "run `make address`"
+    assert front.PICTURE.drawn_from() == front.PICTURE.digest(), "run `make address`"
 
 
 def test_every_chapter_has_a_card() -> None:

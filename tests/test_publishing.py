@@ -230,7 +230,7 @@ def test_both_licences_are_named_everywhere() -> None:
 
 
 def test_picture_is_drawn_from_the_record() -> None:
-    assert picture.drawn_from() == picture.digest(), "run `make address`"
+    assert picture.PICTURE.drawn_from() == picture.PICTURE.digest(), "run `make address`"
     pairs = picture.costs()
     assert {"smooth", "transition", "noised", "differentiable", "hinge"} <= set(pairs)
     slowest = max(pair["peer"] / pair["ours"] for pair in pairs.values() if "peer" in pair)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import nbformat
 
-from book.pipeline import checks, execute, front, imprint, picture, site, times
+from book.pipeline import checks, evidence, execute, front, imprint, picture, site, times
 from book.pipeline.chapters import commit, refresh, with_outputs
 from book.pipeline.layout import HTML, PDF, PROFILES, RELEASE, ROOT, SHEET, BookError, twins, version
 
@@ -67,9 +67,9 @@ def check() -> None:
 
 def address() -> None:
     """Writes address, release and times wherever they are generated; the committed notebooks keep their outputs."""
-    for drawn in (picture, front):
+    for drawn in (picture.PICTURE, front.PICTURE, evidence.PICTURE):
         if drawn.write():
-            print(f"drew {drawn.PATH.relative_to(ROOT)}")
+            print(f"drew {drawn.path.relative_to(ROOT)}")
     for path in imprint.write():
         print(f"wrote {path.relative_to(ROOT)}")
     for twin in twins():

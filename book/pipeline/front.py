@@ -1,16 +1,12 @@
 """The figure of the front page: how it starts, its picture for readers without scripts, the element that holds both.
 
-`book/_static/front.js` makes it move. The picture carries the digest of this file: a test tells when it is stale.
+`book/_static/front.js` makes it move.
 """
 
 from __future__ import annotations
 
-import hashlib
 import html
-import inspect
-import io
 import json
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -62,29 +58,12 @@ def steps(scores: tuple[float, ...], right: int, k: int) -> dict[str, tuple[floa
     return found
 
 
-def digest() -> str:
-    """Changes with this code."""
-    return hashlib.sha256(inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
-
-
-def drawn_from() -> str:
-    """The digest that the picture carries."""
-    from PIL import Image
-
-    with Image.open(PATH) as image:
-        return str(image.info.get("Source", ""))
-
-
-def draw() -> bytes:
-    """The picture: the scores, and below them a row of bars for each loss."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+def draw() -> Any:
+    """The figure: the scores, and below them a row of bars for each loss."""
     import matplotlib.pyplot as plt
 
     from topk_lab import figures
 
-    figures.use_style()
     found = steps(SCORES, RIGHT, K)
     figure, axes = plt.subplots(1 + len(found), figsize=(7, 5.6), sharex=True, height_ratios=[3] + [1] * len(found))
     guessed = sorted(SCORES, reverse=True)[:K]
@@ -94,10 +73,7 @@ def draw() -> bytes:
         _bars(axis, step, (figures.BLUE, figures.VERMILION))
         axis.set_title(f"{name}: loss {value:.2f}, and how a step moves the scores", fontsize=9)
     axes[-1].get_xticklabels()[RIGHT].set_fontweight("bold")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Source": digest()})
-    plt.close(figure)
-    return pictures.smaller(buffer.getvalue())
+    return figure
 
 
 def _bars(axis: Any, step: list[float], colours: tuple[str, str]) -> None:
@@ -106,9 +82,4 @@ def _bars(axis: Any, step: list[float], colours: tuple[str, str]) -> None:
     axis.set(ylim=(-1, 1), yticks=[-1, 0, 1])
 
 
-def write() -> bool:
-    """Draws the picture again if it is stale; says whether it was."""
-    if PATH.exists() and drawn_from() == digest():
-        return False
-    PATH.write_bytes(draw())
-    return True
+PICTURE = pictures.Drawn(PATH, draw)

@@ -208,7 +208,7 @@ def _badges() -> str:
 
 
 def _picture() -> str:
-    return f"![{picture.words()}]({picture.PATH.relative_to(ROOT)})\n"
+    return f"![{picture.words()}]({picture.PICTURE.path.relative_to(ROOT)})\n"
 
 
 # --- BibTeX ----------------------------------------------------------------------------------------------------------

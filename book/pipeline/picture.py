@@ -1,23 +1,15 @@
-"""The README's picture: the losses themselves, and what a step of each costs beside its peer, from the record.
-
-The picture carries the digest of what it was drawn from, so that a test can tell when it is stale.
-"""
+"""The README's picture: the losses themselves, and what a step of each costs beside its peer, from the record."""
 
 from __future__ import annotations
 
 import csv
-import hashlib
-import inspect
-import io
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 from book.pipeline import pictures
 from book.pipeline.layout import ROOT, BookError
 
-PATH = ROOT / "book" / "_static" / "losses.png"
 _PROBLEM = {"batch": "256", "classes": "1000", "k": "5", "dtype": "float32"}
 FAMILIES = ("smooth", "transition", "noised", "differentiable", "hinge")
 _K = 5
@@ -30,19 +22,6 @@ def record() -> Path:
     if named is None:
         raise BookError("README.md names no record bench/results/MACHINE/headline.csv")
     return ROOT / named[1]
-
-
-def digest() -> str:
-    """Changes with the record and with this code."""
-    return hashlib.sha256(record().read_bytes() + inspect.getsource(sys.modules[__name__]).encode()).hexdigest()
-
-
-def drawn_from() -> str:
-    """The digest that the picture carries."""
-    from PIL import Image
-
-    with Image.open(PATH) as image:
-        return str(image.info.get("Source", ""))
 
 
 def words() -> str:
@@ -98,16 +77,12 @@ def cost(family: str) -> str:
     return f"{pair['ours'] / pair['cross_entropy']:.1f}"
 
 
-def draw() -> bytes:
-    """The picture."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
+def draw() -> Any:
+    """The figure."""
     import matplotlib.pyplot as plt
 
     from topk_lab import figures
 
-    figures.use_style()
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5))
     leads, lines = losses()
     for name, line in lines.items():
@@ -115,10 +90,7 @@ def draw() -> bytes:
     left.set(title="loss, k = 5", xlabel="lead of the right class over the fifth wrong score", ylim=(-0.2, 8))
     left.legend(fontsize=8.5)
     _bars(right)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Source": digest()})
-    plt.close(figure)
-    return pictures.smaller(buffer.getvalue())
+    return figure
 
 
 def _bars(axes: Any) -> None:
@@ -141,10 +113,4 @@ def _bars(axes: Any) -> None:
     axes.invert_yaxis()
 
 
-def write() -> bool:
-    """Draws the picture again if it is stale; says whether it was."""
-    if PATH.exists() and drawn_from() == digest():
-        return False
-    PATH.parent.mkdir(exist_ok=True)
-    PATH.write_bytes(draw())
-    return True
+PICTURE = pictures.Drawn(ROOT / "book" / "_static" / "losses.png", draw, lambda: record().read_bytes())

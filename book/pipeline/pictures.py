@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
+import inspect
 import io
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nbformat import NotebookNode
 from PIL import Image
@@ -25,6 +30,49 @@ def smaller(png: bytes) -> bytes:
                 information.add_text(key, value)
         image.convert("RGB").quantize(256).save(buffer, format="png", optimize=True, pnginfo=information)
     return min(png, buffer.getvalue(), key=len)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture of the checkout, with the digest of what it was drawn from: a test can tell when it is stale.
+
+    `draw` gives the figure and `sources` what it depends on besides the code of its module.
+    """
+
+    path: Path
+    draw: Callable[[], Any]
+    sources: Callable[[], bytes] = bytes
+
+    def digest(self) -> str:
+        """Changes with the sources and with the code."""
+        code = Path(inspect.getfile(self.draw)).read_bytes()
+        return hashlib.sha256(self.sources() + code).hexdigest()
+
+    def drawn_from(self) -> str:
+        """The digest that the picture carries; empty where there is none."""
+        if not self.path.exists():
+            return ""
+        with Image.open(self.path) as image:
+            return str(image.info.get("Source", ""))
+
+    def write(self) -> bool:
+        """Draws the picture again if it is stale; says whether it was."""
+        digest = self.digest()
+        if self.drawn_from() == digest:
+            return False
+        import matplotlib as mpl
+
+        mpl.use("Agg")
+        import matplotlib.pyplot as plt
+
+        from topk_lab import figures
+
+        figures.use_style()
+        figure, buffer = self.draw(), io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=144, metadata={"Source": digest})
+        plt.close(figure)
+        self.path.write_bytes(smaller(buffer.getvalue()))
+        return True
 
 
 def lighten(notebook: NotebookNode) -> None:
