@@ -194,3 +194,9 @@ def test_a_good_notebook_runs_once(small_book: Path, capsys: pytest.CaptureFixtu
     assert execute.key(chapters.read(twin), "smoke") == before
     twin.write_text(twin.read_text().replace("sorted", "list"))
     assert execute.key(chapters.read(twin), "smoke") != before
+
+
+def test_two_runs_at_once_are_refused(small_book: Path) -> None:
+    with execute._alone(), pytest.raises(layout.BookError, match="run here by another process"):
+        execute.run_all([], "smoke", 1)
+    assert execute.run_all([], "smoke", 1) == {}

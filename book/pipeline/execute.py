@@ -6,6 +6,8 @@ of Python and of the packages. Editing prose runs nothing again.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -13,7 +15,7 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from multiprocessing import get_context
@@ -76,7 +78,7 @@ def run_all(chosen: Iterable[Path], profile: str, jobs: int, *, fresh: bool = Fa
     length = times.expected(todo, profile, jobs)
     print(f"notebooks: {len(results)} unchanged, {len(todo)} to run under the {profile} profile{length}", flush=True)
     complaints: list[str] = []
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+    with _alone(), ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(_run_one, stem, profile, jobs): stem for stem in todo}
         for done, future in enumerate(as_completed(running), 1):
             stem = running[future]
@@ -90,6 +92,18 @@ def run_all(chosen: Iterable[Path], profile: str, jobs: int, *, fresh: bool = Fa
     if complaints:
         raise BookError("\n".join(complaints))
     return results
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One run at a time: two would take each other's files."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with (SCRATCH / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BookError("notebooks are being run here by another process: wait for it or stop it") from None
+        yield
 
 
 def _store(executed: NotebookNode, path: Path) -> None:
