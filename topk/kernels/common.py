@@ -450,10 +450,11 @@ def scan(
                     fade = tl.exp(tl.minimum(shift - finite_or_zero(t), 0.0))
                     shift = finite_or_zero(t)
                     outside *= fade[:, None]
-                    rest = rest * fade + _exponentials_up_to(score_of(before), t) - ties(score_of(kept), t)
+                    rest = rest * fade + _exponentials_up_to(score_of(before), t)
+                    rest -= _counted_as_one(kept, kept_classes, last, start)
             if REST:
-                below = tl.where(x <= t[:, None], x - shift[:, None], float("-inf"))
-                outside += _sum_by_group(exponential(below), ALIGN, GROUPS)
+                up_to_t = tl.minimum(x, t[:, None])
+                outside += _sum_by_group(exponential(up_to_t - shift[:, None]), ALIGN, GROUPS)
         if REST:
             rest += tl.sum(outside, 1)
         if origin is not None:
@@ -501,6 +502,13 @@ def _exponentials_up_to(scores, t):
 
 
 @triton.jit
+def _counted_as_one(kept, kept_classes, last, start):
+    """How many kept scores the sums hold as exp(t - t): those that are t, and of the tile at `start` all above it."""
+    counted = ((kept == last[:, None]) | (kept_classes >= start)) & (last > _OF_MINUS_INFINITY)[:, None]
+    return tl.sum(counted.to(tl.int32), 1).to(tl.float32)
+
+
+@triton.jit
 def ties(scores, t):
-    """How many of the scores kept are t, above -inf: their share of `_exponentials_up_to`."""
+    """How many of the scores kept are t, above -inf."""
     return tl.sum(((scores == t[:, None]) & (t > float("-inf"))[:, None]).to(tl.float32), 1)
