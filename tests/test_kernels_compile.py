@@ -46,3 +46,17 @@ def test_kernels_compile_for_capability_9(loss: str) -> None:
 def test_kernels_compile_for_every_size_type_and_capability(loss: str, capability: str) -> None:
     sizes = ["--classes", "10", "33", "101", "1000", "8192", "20001"]
     _check(_compiled(loss, *sizes, "--types", "float32", "float16", "bfloat16", "--capabilities", capability))
+
+
+@pytest.mark.parametrize(
+    ("loss", "capability"),
+    [
+        ("transition", "90"),
+        pytest.param("transition", "75", marks=pytest.mark.slow),
+        pytest.param("hinge", "90", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_for_rows_that_are_split_compile(loss: str, capability: str) -> None:
+    rows = _compiled(loss, "--classes", "70000", "--types", "bfloat16", "--capabilities", capability)
+    assert any(row["kernel"] == "_scan_part" for row in rows)
+    _check(rows)

@@ -314,12 +314,12 @@ def insert(kept, kept_classes, last, last_class, orders, classes):
 def in_order(kept, kept_classes, COUNT: tl.constexpr, LANES: tl.constexpr):
     """Scores and classes of what is kept, descending; from lane COUNT on -inf and what no row has."""
     orders = tl.where(tl.arange(0, LANES)[None, :] < COUNT, kept, _LOWEST)
-    orders, classes = _ordered(orders, kept_classes, COUNT, LANES)
+    orders, classes = ordered(orders, kept_classes, COUNT, LANES)
     return score_of(orders), classes
 
 
 @triton.jit
-def _ordered(orders, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
+def ordered(orders, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
     """The COUNT largest of (ROWS, n), descending (ROWS, LANES), and their classes."""
     lanes = tl.arange(0, LANES)[None, :]
     largest = tl.full((orders.shape[0], LANES), _OF_MINUS_INFINITY, tl.int32)
@@ -391,7 +391,7 @@ def largest_of(scores, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
     lanes = tl.arange(0, LANES)[None, :]
     tops = tops_of(scores)
     best, found = _best_of_groups(scores, classes, tops)
-    orders, places = _ordered(order_of(tops), found, COUNT, LANES)
+    orders, places = ordered(order_of(tops), found, COUNT, LANES)
     kept, kept_classes, _, _ = nothing_kept(scores.shape[0], COUNT, LANES)
     filled = (lanes < COUNT) & (orders > _LOWEST)
     kept = tl.where(filled, orders, kept)
@@ -401,7 +401,7 @@ def largest_of(scores, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
     tops = tops_of(scores)
     if offers(tops, last):
         kept, kept_classes, _, _ = take(kept, kept_classes, last, last_class, scores, classes, tops)
-        kept, kept_classes = _ordered(tl.where(lanes < COUNT, kept, _LOWEST), kept_classes, COUNT, LANES)
+        kept, kept_classes = ordered(tl.where(lanes < COUNT, kept, _LOWEST), kept_classes, COUNT, LANES)
     kept = tl.where(lanes < COUNT, kept, _OF_MINUS_INFINITY)
     return score_of(kept), tl.where(lanes < COUNT, kept_classes, NO_CLASS)
 
@@ -410,7 +410,7 @@ def largest_of(scores, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
 def scan(
     starts, class_stride, classes, used, left_out, origin,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr, ALIGN: tl.constexpr,
-    GROUPS: tl.constexpr, STREAMS: tl.constexpr, REST: tl.constexpr,
+    GROUPS: tl.constexpr, STREAMS: tl.constexpr, REST: tl.constexpr, first=0,
 ):  # fmt: skip
     """One read of the rows that start at `starts`, whose NaNs count as +inf. Returns five things:
 
@@ -418,6 +418,8 @@ def scan(
         their classes; after them -inf and no class;
     rest (ROWS,): with REST, the sum of exp(x - t) over all others but `left_out`, t the COUNT-th score (0 for -inf);
     total, possible (ROWS,): the sum of x - origin over the scores above -inf, and their number; 0 where origin is None.
+
+    Where rows stream, only their columns from `first`, a multiple of BLOCK, up to `classes` count.
     """
     rest = tl.zeros((ROWS,), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -428,7 +430,7 @@ def scan(
         outside = tl.zeros((ROWS, GROUPS), tl.float32)
         totals = tl.zeros((ROWS, GROUPS), tl.float32)
         counts = tl.zeros((ROWS, GROUPS), tl.float32)
-        for start in range(0, classes, BLOCK):
+        for start in range(first, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             x = load_tile(starts, columns, class_stride, classes, used)
             if origin is not None:

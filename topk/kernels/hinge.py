@@ -2,7 +2,8 @@
 
 All but calibrated select among the wrong classes. The scan also adds up the exponentials of what it does not select,
 which is what entropy needs. Slopes live on the selected classes and on y; only entropy has a field besides, the
-exponentials of the other classes. Backward is elementwise, a program a tile.
+exponentials of the other classes. Backward is elementwise, a program a tile. Rows that are long and few are split over
+programs by `parts`.
 
 Bytes moved a row, with n classes of s bytes and w = k + 1 places (k + 2 for calibrated): forward reads n s and writes
 8 w + 16; backward reads n s for entropy, nothing else for the others, and writes n s.
@@ -24,9 +25,9 @@ from topk.kernels.common import (
     lane,
     row_pointers,
     row_states,
-    scan,
     softplus,
 )
+from topk.kernels.parts import scanned, split
 from topk.kernels.patched import patched_exponentials
 from topk.losses.hinge import VARIANTS, Options
 
@@ -50,25 +51,29 @@ def forward(scores: Tensor, target: Tensor, options: Options, ignore_index: int)
     places, slopes, field = common.allocate(scores, saved(rows, classes, options))
     loss = scores.new_empty(rows, dtype=torch.float32)
     depth = _depth(options)
+    target = target.contiguous()
     tiling = common.whole_rows(classes)
+    pieces, number, constants = split(
+        scores, target, ignore_index, tiling, common.whole_row_constants(tiling, scores, depth + 1), COUNT=depth,
+        LEAVES_OUT=options.variant != "calibrated", CENTRED=False, REST=options.variant == "entropy",
+    )  # fmt: skip
     common.launch(
         _forward, tiling.programs(rows),
-        scores, target.contiguous(), loss, places, slopes, field,
-        rows, classes, *scores.stride(), ignore_index, float(options.margin),
+        scores, target, loss, places, slopes, field, pieces,
+        rows, classes, *scores.stride(), ignore_index, float(options.margin), number,
         TERMS=len(options.ks), KS=tuple(options.ks), WEIGHTS=tuple(options.weights), VARIANT=options.variant,
-        COUNT=depth,
-        **common.whole_row_constants(tiling, scores, depth + 1),
+        COUNT=depth, **constants,
     )  # fmt: skip
     return loss, places, slopes, field
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "number"])
 def _forward(
-    scores_ptr, target_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr,
-    rows, classes, row_stride, class_stride, ignore_index, margin,
+    scores_ptr, target_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr, pieces_ptr,
+    rows, classes, row_stride, class_stride, ignore_index, margin, number,
     TERMS: tl.constexpr, KS: tl.constexpr, WEIGHTS: tl.constexpr, VARIANT: tl.constexpr, COUNT: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr, GROUPS: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -78,9 +83,10 @@ def _forward(
     impossible = mine == float("-inf")
     entropy: tl.constexpr = VARIANT == "entropy"
     left_out = None if VARIANT == "calibrated" else target
-    scores, found, rest, _, _ = scan(
-        starts, class_stride, classes, used, left_out, None, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, entropy
-    )
+    scores, found, rest, _, _ = scanned(
+        pieces_ptr, number, row, starts, class_stride, classes, used, left_out, None,
+        ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, entropy, PARTS,
+    )  # fmt: skip
     lanes = tl.arange(0, LANES)[None, :]
     t = finite_or_zero(lane(scores, lanes, COUNT - 1))
 

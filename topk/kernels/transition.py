@@ -7,9 +7,7 @@ k share the scan. Backward is elementwise, a program a tile: softmax, overwritte
 Bytes moved a row, with n classes of s bytes: forward reads n s and writes 8 (k + 1) + 16; backward reads n s, reads
 what forward wrote once a tile, and writes n s.
 
-A row is one program's, however long. So 64 rows of a million classes leave half of a Hopper device idle in forward; as
-a million classes take 16 instructions a score, that costs little by count: 0.36 times the time of 3 n s bytes on an
-H100 and 0.52 on an H200, where 0.33 is the least. The count knows nothing of waiting for memory, which is longer there.
+Rows that are long and few are split over programs by `parts`, which is one more launch forward.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ from topk.kernels.common import (
     lane,
     row_pointers,
     row_states,
-    scan,
 )
+from topk.kernels.parts import scanned, split
 from topk.kernels.patched import patched_exponentials
 from topk.losses.transition import Options
 
@@ -52,25 +50,29 @@ def forward(
     places, slopes, field = common.allocate(scores, saved(rows, classes, options))
     loss = scores.new_empty(rows, dtype=torch.float32)
     given = loss if a is None else a.to(torch.float32).contiguous()  # `loss`: anything, since it is not read
+    target, count, smoothed = target.contiguous(), ks[-1] + 1, options.label_smoothing > 0.0
     tiling = common.whole_rows(classes)
+    pieces, number, constants = split(
+        scores, target, ignore_index, tiling, common.whole_row_constants(tiling, scores, count),
+        COUNT=count, LEAVES_OUT=False, CENTRED=smoothed, REST=True,
+    )  # fmt: skip
     common.launch(
         _forward, tiling.programs(rows),
-        scores, target.contiguous(), given, loss, places, slopes, field,
-        rows, classes, *scores.stride(), ignore_index, float(options.width), float(options.label_smoothing),
+        scores, target, given, loss, places, slopes, field, pieces,
+        rows, classes, *scores.stride(), ignore_index, float(options.width), float(options.label_smoothing), number,
         TERMS=len(ks), KS=tuple(ks), WEIGHTS=tuple(options.weights), GIVEN=a is not None,
-        SMOOTHED=options.label_smoothing > 0.0, COUNT=ks[-1] + 1,
-        **common.whole_row_constants(tiling, scores, ks[-1] + 1),
+        SMOOTHED=smoothed, COUNT=count, **constants,
     )  # fmt: skip
     return loss, places, slopes, field
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "number"])
 def _forward(
-    scores_ptr, target_ptr, given_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr,
-    rows, classes, row_stride, class_stride, ignore_index, width, smoothing,
+    scores_ptr, target_ptr, given_ptr, loss_ptr, places_ptr, slopes_ptr, field_ptr, pieces_ptr,
+    rows, classes, row_stride, class_stride, ignore_index, width, smoothing, number,
     TERMS: tl.constexpr, KS: tl.constexpr, WEIGHTS: tl.constexpr, GIVEN: tl.constexpr, SMOOTHED: tl.constexpr,
     COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STREAMS: tl.constexpr,
-    GROUPS: tl.constexpr, ALIGN: tl.constexpr,
+    GROUPS: tl.constexpr, ALIGN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     classes = aligned(classes, ALIGN)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -78,9 +80,10 @@ def _forward(
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=float("-inf")).to(tl.float32)
     origin = finite_or_zero(mine) if SMOOTHED else None
-    scores, found, rest, total, possible = scan(
-        starts, class_stride, classes, used, None, origin, ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, True
-    )
+    scores, found, rest, total, possible = scanned(
+        pieces_ptr, number, row, starts, class_stride, classes, used, None, origin,
+        ROWS, BLOCK, COUNT, LANES, ALIGN, GROUPS, STREAMS, True, PARTS,
+    )  # fmt: skip
 
     # softmax of the best: exp(x - m) / s, with m the largest score and t the last one kept
     lanes = tl.arange(0, LANES)[None, :]
