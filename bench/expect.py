@@ -98,7 +98,8 @@ def settings() -> list[Setting]:
         ("differentiable", {"k": 5}),
     ]
     sizes = ((65536, 1000), (2048, 32_000), (655, 100_000))
-    return [Setting(family, batch, n, **options) for batch, n in sizes for family, options in kinds]
+    usual = [Setting(family, batch, n, **options) for batch, n in sizes for family, options in kinds]
+    return [*usual, Setting("transition", 64, 1_000_000, 5)]
 
 
 COLUMNS = (
@@ -139,7 +140,7 @@ def expected(setting: Setting, capability: int = 90) -> list[Expected]:
 
 def traced(setting: Setting, rows: int) -> list[Traced]:
     """The launches for that many rows, run by the interpreter in a process of its own."""
-    described = (setting.family, setting.classes, setting.k, setting.samples, setting.dtype, rows)
+    described = (setting.family, setting.batch, setting.classes, setting.k, setting.samples, setting.dtype, rows)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "bench.trips", *map(str, described)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

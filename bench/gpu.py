@@ -140,7 +140,7 @@ def sanitizer(run: Run) -> None:
 
 
 def benchmark(run: Run) -> None:
-    """The goals, then 32,000 and 100,000 classes, cross-entropy beside; a broken context starts a new process."""
+    """The goals, then 32,000 classes to a million, cross-entropy beside; a broken context starts a new process."""
     while True:
         command = [*_python(), "bench.gpu", "--inside", *_passed(run), "measure", f"{run.left:.0f}"]
         done = subprocess.run(command, cwd=ROOT, env=_environment(run))

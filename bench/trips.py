@@ -1,6 +1,6 @@
 """How often every line of a kernel runs: kernels interpreted on the CPU, and watched line by line.
 
-`python -m bench.trips FAMILY CLASSES K ...` is what `bench.expect` starts, since a process either interprets kernels or
+`python -m bench.trips FAMILY BATCH ...` is what `bench.expect` starts, since a process either interprets kernels or
 compiles them: it prints the launches of a forward and a backward pass and, of each, the counts and the bytes moved.
 """
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from bench.contenders import Setting, _ours
-from topk.kernels import common
+from topk.kernels import common, parts
 from topk_lab.study.traffic import kernel_traffic
 
 KERNELS = os.path.dirname(common.__file__)
@@ -147,10 +147,11 @@ def traced_launches() -> Iterator[list[Traced]]:
 
 
 def main() -> None:
-    """Prints the launches of a setting, of as many rows as its last argument says."""
-    family, classes, k, samples, dtype, rows = sys.argv[1:]
-    setting = Setting(family, int(rows), int(classes), int(k), samples=int(samples), dtype=dtype)
-    scores, target = setting.problem(setting.batch)
+    """Prints the launches of a setting, of as many rows as its last argument says, split as those of the batch."""
+    family, batch, classes, k, samples, dtype, rows = sys.argv[1:]
+    setting = Setting(family, int(batch), int(classes), int(k), samples=int(samples), dtype=dtype)
+    scores, target = setting.problem(int(rows))
+    parts.PROGRAMS = parts.PROGRAMS * int(rows) // setting.batch  # the device's share of these rows
     with traced_launches() as traced, np.errstate(all="ignore"):
         loss = _ours(setting, "triton")(scores.requires_grad_(), target)
         torch.autograd.grad(loss, scores)
