@@ -16,10 +16,13 @@ from bench.trips import halving
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, about what a kernel masks afterwards
 
-# Units in the last place, as CUDA's documentation bounds them: ex2.approx and div.full 2, sqrt.approx 1, lg2.approx an
-# absolute 2^-22 and one rounding of the product with log 2.
+# Units in the last place, as CUDA's documentation bounds them: ex2.approx and div.full 2, sqrt.approx 1 (and so does
+# rcp.approx, a division here); lg2.approx an absolute 2^-22 and one rounding of the product with log 2, between -pi and
+# pi sin.approx an absolute 2^-21.41 and cos.approx 2^-21.19.
 _RELATIVE = {"create_exp": 2, "create_exp2": 2, "create_fdiv": 2, "create_sqrt": 1, "create_log": 1, "create_log2": 1}
 _ABSOLUTE = {"create_log": 2.0**-22 * np.log(2.0), "create_log2": 2.0**-22}
+_RELATIVE.update(create_sin=0, create_cos=0)
+_ABSOLUTE.update(create_sin=2.0**-21.41, create_cos=2.0**-21.19)
 
 CASES = [
     pytest.param(function, keywords, id=f"{name}-{keywords}", marks=[] if name == "smooth" else [pytest.mark.slow])

@@ -226,6 +226,42 @@ def log2(values):
 
 
 @triton.jit
+def reciprocal(values):
+    """1 / values to the last place, 0 for a denormal result: one instruction where a division takes eight."""
+    if _INTERPRETED:
+        result = 1.0 / values
+    else:
+        result = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def sine(angle):
+    """The device's own sine, off by 2^-21.41 at most between -pi and pi."""
+    if _INTERPRETED:
+        result = tl.sin(angle)
+    else:
+        result = tl.inline_asm_elementwise(
+            "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
+def cosine(angle):
+    """The device's own cosine, off by 2^-21.19 at most between -pi and pi."""
+    if _INTERPRETED:
+        result = tl.cos(angle)
+    else:
+        result = tl.inline_asm_elementwise(
+            "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return result
+
+
+@triton.jit
 def softplus(z):
     """log(1 + exp z); where exp z is small its digits count, not those of 1 + exp z."""
     small = tl.exp(-tl.abs(z))
@@ -300,11 +336,11 @@ def insert(kept, kept_classes, last, last_class, orders, classes):
     order, found = best_of(orders, classes)
     better = beats(order, found, last, last_class)
     while tl.max(better.to(tl.int32), 0) > 0:
-        there = (kept == last[:, None]) & (kept_classes == last_class[:, None]) & better[:, None]
+        there = (kept_classes == last_class[:, None]) & better[:, None]
         kept = tl.where(there, order[:, None], kept)
         kept_classes = tl.where(there, found[:, None], kept_classes)
         last, last_class = _worst_of(kept, kept_classes)
-        orders = tl.where((orders == order[:, None]) & (classes == found[:, None]), _LOWEST, orders)
+        orders = tl.where(classes == found[:, None], _LOWEST, orders)
         order, found = best_of(orders, classes)
         better = beats(order, found, last, last_class)
     return kept, kept_classes, last, last_class
@@ -328,7 +364,7 @@ def ordered(orders, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
         order, place = best_of(orders, classes)
         largest = tl.where(lanes == j, order[:, None], largest)
         found = tl.where(lanes == j, place[:, None], found)
-        orders = tl.where((orders == order[:, None]) & (classes == place[:, None]), _LOWEST, orders)
+        orders = tl.where(classes == place[:, None], _LOWEST, orders)
     return largest, found
 
 
@@ -357,15 +393,15 @@ def offers(tops, last):
 
 @triton.jit
 def _best_of_groups(scores, classes, tops):
-    """Where the best of every group are, and their classes (ROWS, GROUPS)."""
+    """The classes of the best of every group (ROWS, GROUPS)."""
     best = scores == tops[:, None, :, None]
-    return best, tl.min(tl.min(tl.where(best, classes, NO_CLASS), 3), 1)
+    return tl.min(tl.min(tl.where(best, classes, NO_CLASS), 3), 1)
 
 
 @triton.jit
-def _without(scores, classes, best, found):
+def _without(scores, classes, found):
     """A score that has been offered becomes NaN, which a maximum passes over."""
-    return tl.where(best & (classes == found[:, None, :, None]), float("nan"), scores)
+    return tl.where(classes == found[:, None, :, None], float("nan"), scores)
 
 
 @triton.jit
@@ -373,13 +409,13 @@ def take(kept, kept_classes, last, last_class, scores, classes, tops):
     """`insert` for a tile by group: the best of every group, `tops`, then the next of each; worth it where `offers`."""
     open = tl.full((), 1, tl.int1)
     while open:
-        best, found = _best_of_groups(scores, classes, tops)
+        found = _best_of_groups(scores, classes, tops)
         orders = order_of(tops)
         better = beats(orders, found, last[:, None], last_class[:, None])
         open = tl.max(tl.max(better.to(tl.int32), 1), 0) > 0
         if open:
             kept, kept_classes, last, last_class = insert(kept, kept_classes, last, last_class, orders, found)
-            scores = _without(scores, classes, best, found)
+            scores = _without(scores, classes, found)
             tops = tops_of(scores)
             open = offers(tops, last)
     return kept, kept_classes, last, last_class
@@ -390,14 +426,14 @@ def largest_of(scores, classes, COUNT: tl.constexpr, LANES: tl.constexpr):
     """What `in_order` tells after `take`, of a whole row by group: most of the largest are the best of their groups."""
     lanes = tl.arange(0, LANES)[None, :]
     tops = tops_of(scores)
-    best, found = _best_of_groups(scores, classes, tops)
+    found = _best_of_groups(scores, classes, tops)
     orders, places = ordered(order_of(tops), found, COUNT, LANES)
     kept, kept_classes, _, _ = nothing_kept(scores.shape[0], COUNT, LANES)
     filled = (lanes < COUNT) & (orders > _LOWEST)
     kept = tl.where(filled, orders, kept)
     kept_classes = tl.where(filled, places, kept_classes)
     last, last_class = _worst_of(kept, kept_classes)
-    scores = _without(scores, classes, best, found)
+    scores = _without(scores, classes, found)
     tops = tops_of(scores)
     if offers(tops, last):
         kept, kept_classes, _, _ = take(kept, kept_classes, last, last_class, scores, classes, tops)

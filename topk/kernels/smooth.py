@@ -213,6 +213,7 @@ def _backward(
     inside = row < rows
     target, used, wrong = row_states(target_ptr, row, rows, classes, ignore_index)
     grad = tl.load(grad_ptr + row.to(tl.int64) * grad_stride, mask=used, other=0.0).to(tl.float32)
+    grad = tl.where(wrong, float("nan"), grad)
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     x = load_tile(starts, columns, class_stride, classes, used)
     slopes = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -222,7 +223,6 @@ def _backward(
         record += _RECORD
     pull = tl.load(record, mask=used, other=0.0)
     slopes = tl.where(columns[None, :] == target[:, None], pull[:, None], slopes) * grad[:, None]
-    slopes = tl.where(wrong[:, None], float("nan"), slopes)
     store_tile(row_pointers(result_ptr, row, classes), columns, classes, inside, slopes)
 
 

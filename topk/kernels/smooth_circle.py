@@ -76,10 +76,10 @@ def turns(product, circle):
 
 @triton.jit
 def _times(real, imag, other_real, other_imag):
-    """(1 + a)(1 + b) - 1, in real and imaginary parts."""
+    """(1 + a)(1 + b) - 1, in real and imaginary parts, each an addition and two fused products."""
     return (
-        real + other_real + (real * other_real - imag * other_imag),
-        imag + other_imag + (real * other_imag + imag * other_real),
+        real + other_real + real * other_real - imag * other_imag,
+        imag + other_imag + real * other_imag + imag * other_real,
     )
 
 

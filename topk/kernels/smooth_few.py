@@ -44,7 +44,6 @@ from topk.kernels.common import (
     softplus,
     store_tile,
     take,
-    ties,
     tile_of_program,
     tops_of,
     without,
@@ -55,6 +54,7 @@ LARGEST = 6
 """The largest k that this serves: beyond, Newton's identities cancel too much in float32 sums."""
 
 _TOGETHER = 128  # rows of a program of the second kernel
+_HIGH = tl.constexpr(3e38)  # no score is larger, but for those next to overflow
 
 
 def saved(rows: int, ks: list[int]) -> tuple[SavedShape, ...]:
@@ -109,42 +109,43 @@ def _read(
     starts = row_pointers(scores_ptr, row, aligned(row_stride, ALIGN))
     mine = tl.load(starts + target.to(tl.int64) * class_stride, mask=used, other=0.0).to(tl.float32)
 
-    sums = _zeros(tl.zeros((ROWS, GROUPS), tl.float32), TOTAL)  # of the scores that were never kept
-    rest = _zeros(tl.zeros((ROWS, 1), tl.float32), TOTAL)  # of those that were
+    lanes = tl.arange(0, LANES)[None, :]
+    # What exceeds the smallest score kept counts as tied with it, so that every score kept adds 1: these are taken off.
+    sums = _zeros(tl.zeros((ROWS, GROUPS), tl.float32), TOTAL)
     if STREAMS:
         kept, kept_classes, last, last_class = nothing_kept(ROWS, COUNT, LANES)
-        shift = tl.zeros((ROWS,), tl.float32)
+        shift = tl.full((ROWS,), _HIGH, tl.float32)  # until COUNT scores are kept nothing is added
+        rest = _zeros(tl.zeros((ROWS, LANES), tl.float32), TOTAL)  # of scores kept once, less 1 for each kept now
         for start in range(0, classes, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
-            t = score_of(last)
+            x = tl.minimum(load_tile(starts, columns, class_stride, classes, used), float("inf"))
+            if tl.max(((target >= start) & (target < start + BLOCK)).to(tl.int32), 0) > 0:
+                x = tl.where(columns[None, :] == target[:, None], float("-inf"), x)
             tops = tops_of(by_group(x, ALIGN, GROUPS))
             if offers(tops, last):
-                before = score_of(kept)
+                before = tl.where(lanes < COUNT, score_of(kept), float("-inf"))
                 kept, kept_classes, last, last_class = take(
                     kept, kept_classes, last, last_class,
-                    by_group(x, ALIGN, GROUPS), by_group(columns, ALIGN, GROUPS), tops,
+                    by_group(x, ALIGN, GROUPS), by_group(tl.broadcast_to(columns[None, :], x.shape), ALIGN, GROUPS),
+                    tops,
                 )  # fmt: skip
-                # The smallest only grows, except from the stand-in for -inf, while all sums are still 0.
                 t = score_of(last)
-                fade = tl.minimum(shift - finite_or_zero(t), 0.0)[:, None]
-                shift = finite_or_zero(t)
+                filled = t > float("-inf")
+                t = tl.where(filled, t, _HIGH)
+                fade = tl.minimum(shift - t, 0.0)[:, None]
+                shift = t
                 sums = _faded(sums, fade, tau, KS)
-                rest = _faded(rest, fade, tau, KS)
-                rest = _added(rest, before, t, shift, tau, KS, 1, 1)
-                # Less the kept ones that are summed up here or in their tile.
-                rest = _less(rest, ties(score_of(kept), t)[:, None])
-            sums = _added(sums, x, t, shift, tau, KS, ALIGN, GROUPS)
+                rest = _added(_faded(rest, fade, tau, KS), before, shift, tau, KS, ALIGN, 0)
+                rest = _less(rest, tl.where((lanes < COUNT) & filled[:, None], 1.0, 0.0))
+            sums = _added(sums, x, shift, tau, KS, ALIGN, GROUPS)
         best, found = in_order(kept, kept_classes, COUNT, LANES)
     else:
         columns = tl.arange(0, BLOCK)
         x, columns = without(load_tile(starts, columns, class_stride, classes, used), columns, target)
         best, found = largest_of(by_group(x, ALIGN, GROUPS), by_group(columns, ALIGN, GROUPS), COUNT, LANES)
-        t = lane(best, tl.arange(0, LANES)[None, :], COUNT - 1)
-        sums = _added(sums, x, t, finite_or_zero(t), tau, KS, ALIGN, GROUPS)
-        rest = _less(rest, ties(best, t)[:, None])
+        t = finite_or_zero(lane(best, lanes, COUNT - 1))  # of fewer scores the sums are not asked for
+        sums = _added(sums, x, t, tau, KS, ALIGN, GROUPS)
 
-    lanes = tl.arange(0, LANES)[None, :]
     row = row.to(tl.int64)
     here = inside[:, None] & (lanes < COUNT)
     tl.store(places_ptr + row[:, None] * (COUNT + 1) + lanes, others(found, target), mask=here)
@@ -152,7 +153,8 @@ def _read(
     tl.store(record, mine, mask=inside)
     tl.store(record[:, None] + 1 + lanes, best, mask=here)
     for m in tl.static_range(TOTAL):
-        tl.store(record + 1 + COUNT + m, tl.sum(sums[m], 1) + tl.sum(rest[m], 1), mask=inside)
+        total = tl.sum(sums[m], 1) + (tl.sum(rest[m], 1) if STREAMS else -COUNT)
+        tl.store(record + 1 + COUNT + m, total, mask=inside)
 
 
 @triton.jit
@@ -192,12 +194,12 @@ def _faded_powers(sums, FIRST: tl.constexpr, factor, K: tl.constexpr):
 
 
 @triton.jit
-def _added(sums, x, t, shift, tau, KS: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
-    """The power sums by group, with those of the scores of a tile added that do not exceed t (ROWS,)."""
-    below = tl.where(x <= t[:, None], x - shift[:, None], float("-inf"))
+def _added(sums, x, t, tau, KS: tl.constexpr, ALIGN: tl.constexpr, GROUPS: tl.constexpr):
+    """The power sums by group (each for itself: 0) with those of a tile added, relative to t (ROWS,) and 1 above it."""
+    below = tl.minimum(x - t[:, None], 0.0)
     result = ()
     for i in tl.static_range(len(KS)):
-        odds = exponential(below * (1.0 / (KS[i] * tau)))
+        odds = tl.exp2(below * (1.4426950408889634 / (KS[i] * tau)))
         result = result + _added_powers(sums, len(result), odds, KS[i], ALIGN, GROUPS)
     return result
 
@@ -207,10 +209,9 @@ def _added_powers(sums, FIRST: tl.constexpr, odds, K: tl.constexpr, ALIGN: tl.co
     result = ()
     power = odds
     for m in tl.static_range(K):
-        if GROUPS > 1:
+        more = power
+        if GROUPS > 0:
             more = tl.sum(tl.sum(by_group(power, ALIGN, GROUPS), 3), 1)
-        else:
-            more = tl.sum(power, 1)[:, None]
         result = result + (sums[FIRST + m] + more,)
         power *= odds
     return result
@@ -466,7 +467,7 @@ def _backward(
 def _polynomial(table, x, grad, used, tau, K: tl.constexpr):
     """grad times the polynomial in w; w stays at 1 for the larger scores, which are overwritten."""
     center = tl.load(table, mask=used, other=0.0)[:, None]
-    odds = exponential(tl.minimum(x - center, 0.0) * (1.0 / (K * tau)))
+    odds = tl.exp2(tl.minimum(x - center, 0.0) * (1.4426950408889634 / (K * tau)))
     value = (tl.load(table + K, mask=used, other=0.0) * grad)[:, None] + tl.zeros_like(x)
     for m in tl.static_range(1, K):
         value = value * odds + (tl.load(table + K - m, mask=used, other=0.0) * grad)[:, None]

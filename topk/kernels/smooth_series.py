@@ -1,8 +1,10 @@
 """The smooth loss, k > 6: its slopes d rho / d u, a smooth function of P, from two short series a row.
 
 Where the variance of S is at least 8 they are q (1 - q) times a Chebyshev series in 2 P - 1, whose coefficients fall as
-tan(t / 4)^d: 12 terms at most, 7 at k = 50. Where it is less, Pr[S = j] itself dies out after some 6 sqrt(var) + 5
-terms, and leaving a class out of the polynomial gives the series
+tan(t / 4)^d: 12 terms at most, 7 at k = 50. It is kept as a polynomial, one operation a term where a Chebyshev series
+takes two; that loses no digits, since the coefficients of T_d grow as 2.4^d, and nodes beyond the t at which
+2.4 tan(t / 4) = 1 have a weight below exp(-8). Where the variance is less, Pr[S = j] itself dies out after some
+6 sqrt(var) + 5 terms, and leaving a class out of the polynomial gives the series
 
     w (r_0 - r_1 w + r_2 w^2 - ...),   r_j = f_{k-1-j} / f_k - f_{k-2-j} / f_{k-1},   f_j = Pr[S = j],
 
@@ -14,16 +16,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from topk.kernels.common import exponential
+from topk.kernels.common import exponential, reciprocal
 from topk.kernels.smooth_circle import NODES, SPREAD, modulo, sine_and_cosine, terms_of_chances, turned, turns
 
 TERMS = tl.constexpr(24)
 """Of a series, on either side of P = 1/2."""
 
+_USUAL = tl.constexpr(8)  # terms of a polynomial, for variances from 22 on
+
+
+def _doubled_chebyshev(count: int) -> tuple[int, ...]:
+    """The coefficients of 2 T_d(v / 2), d < count, one after the other, each from the constant one on."""
+    rows = [[2], [0, 1]]
+    for _ in range(2, count):
+        rows.append([a - b for a, b in zip([0, *rows[-1]], rows[-2] + [0, 0], strict=True)])
+    return tuple(number for row in rows for number in row + [0] * (count - len(row)))
+
+
+_SIGN = tl.constexpr(-(2**31))
+_CHEBYSHEV = tl.constexpr(_doubled_chebyshev(TERMS.value // 2))
+
 
 @triton.jit
 def store_series(record, inside, real, imag, steps, circle, count, weight, variance, up, down, k, ROWS: tl.constexpr):
-    """The number of terms, negative for a Chebyshev series, and their coefficients times the loss's slope."""
+    """The number of terms, negative for a polynomial in P, and their coefficients times the loss's slope."""
     wide = variance >= SPREAD
     terms = tl.where(wide, _terms_of_chebyshev(variance), terms_of_chances(variance))
     tl.store(record, tl.where(wide, -terms, terms).to(tl.float32), mask=inside)
@@ -40,7 +56,10 @@ def _terms_of_chebyshev(variance):
 
 @triton.jit
 def _store_chebyshev(record, here, real, imag, steps, circle, weight, up, down):
-    """sum over nodes of Re(2 i g sin(t/2) (2 - [d = 0]) (-i tan(t/4))^d), g the node's part of the slopes."""
+    """sum over nodes of Re(2 i g sin(t/2) (2 - [d = 0]) (-i tan(t/4))^d), g the node's part of the slopes.
+
+    Those are the terms of T_d(s); they are stored as those of (2 s)^j.
+    """
     lanes = tl.arange(0, NODES)[None, :]
     m = lanes.to(tl.float32)
     size = circle.to(tl.float32)
@@ -58,10 +77,16 @@ def _store_chebyshev(record, here, real, imag, steps, circle, weight, up, down):
     rest = tl.arange(0, 64)[None, :]
     unused = here[:, None] & (rest >= TERMS // 2) & (rest < 2 * TERMS)
     tl.store(record[:, None] + rest, tl.zeros_like(rest).to(tl.float32), mask=unused)
+    series = ()
     for d in tl.static_range(TERMS // 2):
         value = tl.sum((part_imag if d % 2 == 0 else part_real) * power, 1)
-        tl.store(record + d, -value if d % 4 == 0 or d % 4 == 3 else value, mask=here)
-        power *= tangent if d > 0 else 2.0 * tangent
+        series = series + (-value if d % 4 == 0 or d % 4 == 3 else value,)
+        power *= tangent
+    for j in tl.static_range(TERMS // 2):
+        value = series[j]
+        for d in tl.static_range(j + 2, TERMS // 2, 2):
+            value += _CHEBYSHEV[d * (TERMS // 2) + j] * series[d]
+        tl.store(record + j, value, mask=here)
 
 
 @triton.jit
@@ -108,7 +133,7 @@ def slopes_of(record, x, used, tau, k, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     if tl.max(terms, 0) > 0:
         slopes += _power_series(record + 3, odds, head, terms, ROWS, BLOCK)
     if tl.min(terms, 0) < 0:
-        slopes += _chebyshev_series(record + 3, odds, head, terms, ROWS, BLOCK)
+        slopes += _polynomial(record + 3, odds, log_odds, terms, ROWS, BLOCK)
     return slopes
 
 
@@ -126,14 +151,21 @@ def _power_series(record, odds, head, terms, ROWS: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def _chebyshev_series(record, odds, head, terms, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """q (1 - q) (c_0 + c_1 T_1(s) + ...), s = 2 P - 1, by Clenshaw's recurrence; 0 in rows with another series."""
-    q = odds / (1.0 + odds)
-    doubled = tl.where(head, 2.0 - 4.0 * q, 4.0 * q - 2.0)
+def _polynomial(record, odds, log_odds, terms, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """q (1 - q) (a_0 + a_1 v + ...), v = 4 P - 2, which has the sign of the log-odds; 0 in rows with another series."""
+    q = odds * reciprocal(1.0 + odds)
+    sign = log_odds.to(tl.int32, bitcast=True) & _SIGN
+    v = ((2.0 - 4.0 * q).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
     value = tl.zeros((ROWS, BLOCK), tl.float32)
-    before = tl.zeros((ROWS, BLOCK), tl.float32)
-    for step in tl.static_range(TERMS // 2 - 1):  # all of them: a loop would copy both tiles at every step
-        term = tl.load(record + TERMS // 2 - 1 - step, mask=terms < 0, other=0.0)
-        value, before = value * doubled + (term[:, None] - before), value
-    term = tl.load(record, mask=terms < 0, other=0.0)
-    return (value * (doubled * 0.5) + term[:, None] - before) * (q - q * q)
+    if tl.min(terms, 0) < -_USUAL:
+        value = _more_terms(value, v, record, terms, TERMS // 2, _USUAL)
+    return _more_terms(value, v, record, terms, _USUAL, 0) * (q - q * q)
+
+
+@triton.jit
+def _more_terms(value, v, record, terms, FROM: tl.constexpr, TO: tl.constexpr):
+    """By Horner, from the term before FROM down to the one at TO."""
+    for step in tl.static_range(FROM - TO):
+        term = tl.load(record + FROM - 1 - step, mask=terms < 0, other=0.0)
+        value = value * v + term[:, None]
+    return value

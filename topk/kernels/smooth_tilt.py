@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from topk.kernels.common import exponential, finite_or_zero, order_of, score_of
+from topk.kernels.common import exponential, finite_or_zero, order_of, reciprocal, score_of
 from topk.kernels.smooth_sift import middle, tile_of
 
 
@@ -58,7 +58,7 @@ def signed_odds(x, center, shift, rate):
     """q = min(P, 1 - P) with the sign of 1/2 - P, and whether P > 1/2. rate: one for all rows, or one a row."""
     log_odds = (x - center[:, None]) * (rate + tl.zeros_like(center))[:, None] + shift[:, None]
     odds = exponential(-tl.abs(log_odds))
-    q = odds / (1.0 + odds)
+    q = odds * reciprocal(1.0 + odds)
     head = log_odds > 0.0
     return tl.where(head, -q, q), head
 
