@@ -3,7 +3,7 @@
 Three kernels. The first reads the rows, keeps the target and the m - 1 largest others, and if the loss wants it the
 log-sum-exp of all. The second sorts the kept scores softly and computes the loss with its slopes: of a network a row's
 m values and the target's m probabilities pass from layer to layer in registers, a wire a lane, partners changing places
-by `tl.gather`; what every layer received stays in registers too, for the sweep back. The third, backward, writes zeros
+by `tl.gather`; what every comparator saw stays in registers too, for the sweep back. The third, backward, writes zeros
 (or the softmax of all classes) and the m slopes over them.
 
 Everything is float32, so that rounding must not touch what the loss is the logarithm of: a comparator's two
@@ -33,6 +33,7 @@ from topk.kernels.common import (
     finite_or_zero,
     lane,
     order_of,
+    reciprocal,
     row_pointers,
     row_states,
     scan,
@@ -285,18 +286,22 @@ def _network(
     values = tl.minimum(tl.maximum(x * beta, _LOWEST), -_LOWEST)
     chances = tl.where(own, 1.0, 0.0)
     layers = tl.arange(0, MEMORY)[:, None, None]
-    # What every layer received: bits, since adding zeros to integers costs the compiled program nothing.
-    values_of = tl.zeros((MEMORY, x.shape[0], WIRES), tl.int32)
-    chances_of = tl.zeros((MEMORY, x.shape[0], WIRES), tl.int32)
+    # Of every layer: bits, since adding zeros to integers costs the compiled program nothing.
+    leads = tl.zeros((MEMORY, x.shape[0], WIRES), tl.int32)  # of the partner's value
+    tails = tl.zeros((MEMORY, x.shape[0], WIRES), tl.int32)
+    rises = tl.zeros((MEMORY, x.shape[0], WIRES), tl.int32)  # to the partner's chance
     for layer in tl.static_range(LAYERS):
-        if SLOPES:
-            values_of = tl.where(layers == layer, values.to(tl.int32, bitcast=True)[None], values_of)
-            chances_of = tl.where(layers == layer, chances.to(tl.int32, bitcast=True)[None], chances_of)
         partner, ahead = _partner_of(table_ptr, layer, wires, x.shape[0], WIRES)
-        others = tl.gather(values, partner, 1)
-        apart = tl.where(ahead, others - values, values - others)
-        stay, change = _swap(apart, beta, art_lambda, DISTRIBUTION)
-        chances = stay * chances + change * tl.gather(chances, partner, 1)
+        others, others_chances = tl.gather(values, partner, 1), tl.gather(chances, partner, 1)
+        lead = others - values
+        apart = tl.where(ahead, lead, -lead)
+        tail = _tail(tl.abs(lead), beta, art_lambda, DISTRIBUTION)
+        if SLOPES:
+            leads = _remembered(leads, layers, layer, lead)
+            tails = _remembered(tails, layers, layer, tail)
+            rises = _remembered(rises, layers, layer, others_chances - chances)
+        stay, change = _swap(apart, tail)
+        chances = stay * chances + change * others_chances
         values = stay * values + change * others
     share = tl.zeros((1, WIRES), tl.float32)
     for rank in tl.static_range(len(SHARES)):
@@ -307,15 +312,13 @@ def _network(
     if SLOPES:
         of_chances = tl.broadcast_to(share, (x.shape[0], WIRES))
         for back in tl.static_range(LAYERS):
-            values = _recalled(values_of, layers, LAYERS - 1 - back)
-            chances = _recalled(chances_of, layers, LAYERS - 1 - back)
+            lead = _recalled(leads, layers, LAYERS - 1 - back)
             partner, ahead = _partner_of(table_ptr, LAYERS - 1 - back, wires, x.shape[0], WIRES)
-            lead = tl.gather(values, partner, 1) - values
             apart = tl.where(ahead, lead, -lead)
-            stay, change = _swap(apart, beta, art_lambda, DISTRIBUTION)
+            stay, change = _swap(apart, _recalled(tails, layers, LAYERS - 1 - back))
             others_values, others_chances = tl.gather(of_values, partner, 1), tl.gather(of_chances, partner, 1)
             exchanged = (others_values - of_values) * lead
-            exchanged += (others_chances - of_chances) * (tl.gather(chances, partner, 1) - chances)
+            exchanged += (others_chances - of_chances) * _recalled(rises, layers, LAYERS - 1 - back)
             moved = exchanged * _density(apart, stay, change, beta, art_lambda, DISTRIBUTION)
             of_values = stay * of_values + change * others_values - tl.where(ahead, moved, -moved)
             of_chances = stay * of_chances + change * others_chances
@@ -330,31 +333,40 @@ def _partner_of(table_ptr, layer: tl.constexpr, wires, ROWS: tl.constexpr, WIRES
 
 
 @triton.jit
+def _remembered(memory, layers, layer: tl.constexpr, tile):
+    return tl.where(layers == layer, tile.to(tl.int32, bitcast=True)[None], memory)
+
+
+@triton.jit
 def _recalled(memory, layers, layer: tl.constexpr):
     return tl.sum(tl.where(layers == layer, memory, 0), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _swap(d, beta, art_lambda, DISTRIBUTION: tl.constexpr):
-    """F(d) and 1 - F(d), each with all its digits; exactly 1 and 0 against an impossible class."""
-    size = tl.abs(d)
+def _tail(size, beta, art_lambda, DISTRIBUTION: tl.constexpr):
+    """1 - F(size), size >= 0; exactly 0 against an impossible class."""
     if DISTRIBUTION == "logistic":
         odds = tl.exp(-size)
-        tail = odds / (1.0 + odds)
+        tail = odds * reciprocal(1.0 + odds)
     elif DISTRIBUTION == "logistic_phi":
         odds = tl.exp(-size * tl.exp(-art_lambda * tl.log(size / beta + 1e-10)))
-        tail = odds / (1.0 + odds)
+        tail = odds * reciprocal(1.0 + odds)
     elif DISTRIBUTION == "gaussian":
         tail = _normal_tail(tl.minimum(size, 30.0))
     elif DISTRIBUTION == "cauchy":
-        near = tl.where(size > 1.0, 1.0 / tl.maximum(size, 1.0), size)
+        near = tl.minimum(size, reciprocal(tl.maximum(size, 0.5)))
         angle = _arctangent_over_pi(near)
         tail = tl.where(size > 1.0, angle, 0.5 - angle)
     elif DISTRIBUTION == "reciprocal":
-        tail = 1.0 / (2.0 + size)
+        tail = reciprocal(2.0 + size)
     else:
-        tail = tl.where(size > 0.25, 0.0625 / tl.maximum(size, 0.25), 0.5 - size)
-    tail = tl.where(size > -0.1 * _LOWEST, 0.0, tail)
+        tail = tl.where(size > 0.25, 0.0625 * reciprocal(tl.maximum(size, 0.25)), 0.5 - size)
+    return tl.where(size > -0.1 * _LOWEST, 0.0, tail)
+
+
+@triton.jit
+def _swap(d, tail):
+    """F(d) and 1 - F(d), each with all its digits, from the smaller one."""
     likely = 1.0 - tail
     return tl.where(d >= 0.0, likely, tail), tl.where(d >= 0.0, tail, likely)
 
@@ -375,13 +387,13 @@ def _density(d, stay, change, beta, art_lambda, DISTRIBUTION: tl.constexpr):
         density = tl.exp(-0.5 * near * near) * 0.3989422804014327
     elif DISTRIBUTION == "cauchy":
         near = tl.minimum(size, 1e15)
-        density = 0.3183098861837907 / (near * near + 1.0)
+        density = 0.3183098861837907 * reciprocal(near * near + 1.0)
     elif DISTRIBUTION == "reciprocal":
         near = tl.minimum(size, 1e15) + 2.0
-        density = 1.0 / (near * near)
+        density = reciprocal(near * near)
     else:
         near = tl.minimum(tl.maximum(size, 0.25), 1e15)
-        density = 0.0625 / (near * near)
+        density = 0.0625 * reciprocal(near * near)
     return density
 
 
