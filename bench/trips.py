@@ -152,6 +152,7 @@ def main() -> None:
     setting = Setting(family, int(batch), int(classes), int(k), samples=int(samples), dtype=dtype)
     scores, target = setting.problem(int(rows))
     parts.PROGRAMS = parts.PROGRAMS * int(rows) // setting.batch  # the device's share of these rows
+    torch.manual_seed(0)  # for the losses that draw
     with traced_launches() as traced, np.errstate(all="ignore"):
         loss = _ours(setting, "triton")(scores.requires_grad_(), target)
         torch.autograd.grad(loss, scores)
