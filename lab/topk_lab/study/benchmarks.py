@@ -74,7 +74,7 @@ def usual(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_machine(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """A row of a table for every machine that has the usual problem: each loss's time over cross-entropy's, and when."""
+    """A row for every machine that has the usual problem: each loss's time over cross-entropy's, and when."""
     rows = []
     for name, mine in usual(frame[frame["p50_ms"].notna()]).groupby("machine"):
         first, times = mine.iloc[0], mine.set_index("family")["times_ce"]
