@@ -305,7 +305,7 @@ def _statements(file: str) -> _Statements:
     for node in ast.walk(ast.parse(Path(KERNELS, file).read_text())):
         if isinstance(node, (ast.For, ast.While)):
             loops[node.lineno] = node.body[0].lineno
-        elif isinstance(node, ast.If):
+        elif isinstance(node, ast.If) and ast.unparse(node.test) != "_INTERPRETED":  # counted on its other side
             for side in (node.body, node.orelse):
                 if side:
                     branches.append((node.lineno, side[0].lineno, side[-1].end_lineno or side[-1].lineno))

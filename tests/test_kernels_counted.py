@@ -178,3 +178,12 @@ def test_a_memory_bound_kernel_takes_its_bytes_time() -> None:
         "counting", 1e6, Resources(32, 0, 0, 128), {**idle, "issue": 100.0, "compare": 100.0}, 1.0
     )
     assert counting.seconds(device) == pytest.approx(1e6 * 128 * 100 / 64 / (100 * 1e9) / expect.EFFICIENCY)
+
+
+def test_what_only_a_device_runs_is_counted() -> None:
+    """The interpreter takes the other side of such a branch, which no machine code has."""
+    lines = inspect.getsource(common).splitlines()
+    asked = [lines[line - 1].strip() for line, _, _ in expect._statements("common.py").branches]
+    assert "if STREAMS:" in asked
+    assert "    if _INTERPRETED:" in lines
+    assert "if _INTERPRETED:" not in asked

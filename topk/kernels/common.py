@@ -214,14 +214,18 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
+def _instruction(values, ASSEMBLY: tl.constexpr):
+    """One of the device's own approximations, for every number of a tile."""
+    return tl.inline_asm_elementwise(ASSEMBLY, "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def log2(values):
     """The device's own logarithm, off by 2^-22 at most: one instruction where tl.log2 takes a dozen."""
     if _INTERPRETED:
         result = tl.log2(values)
     else:
-        result = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
-        )
+        result = _instruction(values, "lg2.approx.ftz.f32 $0, $1;")
     return result
 
 
@@ -231,9 +235,7 @@ def reciprocal(values):
     if _INTERPRETED:
         result = 1.0 / values
     else:
-        result = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1
-        )
+        result = _instruction(values, "rcp.approx.ftz.f32 $0, $1;")
     return result
 
 
@@ -243,9 +245,7 @@ def sine(angle):
     if _INTERPRETED:
         result = tl.sin(angle)
     else:
-        result = tl.inline_asm_elementwise(
-            "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
-        )
+        result = _instruction(angle, "sin.approx.ftz.f32 $0, $1;")
     return result
 
 
@@ -255,9 +255,7 @@ def cosine(angle):
     if _INTERPRETED:
         result = tl.cos(angle)
     else:
-        result = tl.inline_asm_elementwise(
-            "cos.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
-        )
+        result = _instruction(angle, "cos.approx.ftz.f32 $0, $1;")
     return result
 
 
