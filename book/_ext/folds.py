@@ -1,4 +1,4 @@
-"""A Sphinx extension: folded code stands below what it makes, and code that shows nothing is folded with what follows.
+"""A Sphinx extension: folded code stands below what it makes, and code that shows nothing is folded with its neighbour.
 
 So a page reads as text and figures, each with its code one click below it.
 """
@@ -21,12 +21,16 @@ class JoinFolds(SphinxPostTransform):
     formats = ("html",)
 
     def run(self, **kwargs: Any) -> None:
-        """Cell by cell: its fold goes into the next one's where nothing else of it is seen, else below its output."""
+        """Each fold goes below its output; of a cell that shows nothing else, into the next fold or the last."""
         for cell in list(_folded(self.document)):
             fold, parent = cell.children[0], cell.parent
-            following = parent.children[parent.index(cell) + 1 :]
-            if len(cell.children) == 1 and following and _is_folded(following[0]):
-                following[0].children[0].insert(0, fold.children)
+            place = parent.index(cell)
+            before, after = (parent.children[at : at + 1] if at >= 0 else [] for at in (place - 1, place + 1))
+            if len(cell.children) == 1 and after and _is_folded(after[0]):
+                after[0].children[0].insert(0, fold.children)
+                parent.remove(cell)
+            elif len(cell.children) == 1 and before and _ends_folded(before[0]):
+                before[0].children[-1].extend(fold.children)
                 parent.remove(cell)
             elif len(cell.children) > 1:
                 cell.remove(fold)
@@ -41,6 +45,12 @@ def _is_folded(node: nodes.Node) -> bool:
     """A code cell that begins with its fold."""
     cell = isinstance(node, nodes.container) and node.get("nb_element") == "cell_code"
     return cell and bool(node.children) and isinstance(node.children[0], HideCodeCellNode)
+
+
+def _ends_folded(node: nodes.Node) -> bool:
+    """A code cell whose fold stands below its output already."""
+    cell = isinstance(node, nodes.container) and node.get("nb_element") == "cell_code"
+    return cell and len(node.children) > 1 and isinstance(node.children[-1], HideCodeCellNode)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import pkgutil
 import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
@@ -19,7 +21,7 @@ EQUATIONS = ROOT / "book" / "equations.yml"
 
 def generated(notebooks: dict[str, NotebookNode]) -> dict[str, str]:
     """File name below book/ -> text."""
-    return {"api.md": api(), "equations.md": equations(), "status.md": status(notebooks)}
+    return {"api.md": api(), "equations.md": equations(notebooks), "status.md": status(notebooks)}
 
 
 # --- API -------------------------------------------------------------------------------------------------------------
@@ -93,23 +95,29 @@ def _test_exists(test: str) -> bool:
     return f"def {function}(" in text if function else "assert " in text
 
 
-def equations() -> str:
-    """The page."""
+def equations(notebooks: dict[str, NotebookNode]) -> str:
+    """The page, a table for every chapter."""
     table, known = equation_table(), numbers().twins
-    head = [
+    parts = [
         "# Equations, functions, tests",
         "Every numbered equation and theorem, the function that implements it and the test that checks it. "
         "A test of the book fails when a label is missing here or leads nowhere. "
         "Where the test is a chapter, the assertion stands in the chapter itself.",
     ]
-    lines = ["| | states | function | test |", "|---|---|---|---|"]
-    for label in sorted(known, key=_order):
+    titles = {chapter_number(twin): _title(notebooks[twin.stem]) for twin in twins()}
+    for chapter, labels in itertools.groupby(sorted(known, key=_order), lambda label: _order(label)[0]):
+        parts += [f"## {chapter}. {titles[chapter]}", "\n".join(_equation_rows(labels, table))]
+    return "\n\n".join(parts) + "\n"
+
+
+def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> Iterator[str]:
+    yield from ("| | states | function | test |", "|---|---|---|---|")
+    for label in labels:
         entry = table.get(label, {})
         is_equation = label in numbers().equations
         reference = f"{{eq}}`{label}`" if is_equation else f"{{prf:ref}}`{label}`"
         function = _breakable(entry["function"]) if entry.get("function") else "–"
-        lines.append(f"| {reference} | {entry.get('states', '')} | {function} | {_breakable(entry.get('test', ''))} |")
-    return "\n\n".join((*head, "\n".join(lines))) + "\n"
+        yield f"| {reference} | {entry.get('states', '')} | {function} | {_breakable(entry.get('test', ''))} |"
 
 
 def _breakable(name: str) -> str:

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import yaml
@@ -102,7 +103,7 @@ def _stage(outputs: dict[str, NotebookNode]) -> str:
     notebooks = {}
     for twin in twins():
         notebook = notebooks[twin.stem] = with_outputs(twin, outputs[twin.stem])
-        _name_pictures(notebook)
+        _dress(notebook)
         pictures.lighten(notebook)
         wanted[Path("notebooks") / f"{twin.stem}.ipynb"] = nbformat.writes(notebook).encode()
     for name, text in pages.generated(notebooks).items():
@@ -143,13 +144,24 @@ def _staged_config() -> dict[str, object]:
     return staged
 
 
-def _name_pictures(notebook: NotebookNode) -> None:
-    """Moves a picture's alternative text from its output, where Jupyter keeps it, to where MyST-NB reads it."""
+def _dress(notebook: NotebookNode) -> None:
+    """Tells MyST-NB what a page shows: words of pictures, what a fold holds, and no call above the code it prints."""
     for cell in notebook.cells:
+        about: dict[str, Any] = {}
         for output in cell.get("outputs", []):
-            text = output.get("metadata", {}).get("image/png", {}).get("alt")
-            if text:
-                cell.metadata["mystnb"] = {"image": {"alt": text}}
+            picture = output.get("metadata", {}).get("image/png", {})
+            if "alt" in picture:
+                about["image"] = {"alt": picture["alt"], **({"classes": "field"} if picture.get("field") else {})}
+        tags = set(cell.metadata.get("tags", []))
+        if "hide-output" in tags:
+            about["code_prompt_show"] = "The table" if "hide-input" in tags else "The output"
+        if cell.cell_type == "code" and not tags and _PRINTS_CODE.fullmatch(cell.source):
+            cell.metadata["tags"] = ["remove-input"]
+        if about:
+            cell.metadata["mystnb"] = about
+
+
+_PRINTS_CODE = re.compile(r"source\([^()]*\)\s*")
 
 
 def _plain_downloads(outputs: dict[str, NotebookNode]) -> None:

@@ -1,6 +1,4 @@
 // What the interactive figures share; each of them is put into one function together with this.
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#AA4F88", "#E69F00", "#56B4E9"];
-
 function svg(name, attributes, parent, text) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", name);
   for (const key in attributes) node.setAttribute(key, attributes[key]);

@@ -29,6 +29,8 @@ import numpy as np
 import pandas as pd
 import torch
 from cycler import cycler
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -88,6 +90,32 @@ def look(loss: str) -> Look:
     return LOSSES.get(loss, LOSSES.get(family, {"color": GREY}))
 
 
+def looks_of(names: Iterable[str], own: Mapping[str, Look] | None = None) -> dict[str, Look]:
+    """{name: colour and dash} for a picture with all of these lines: a loss's own where it is free, else the next."""
+    found: dict[str, Look] = {}
+    for name in names:
+        wanted = (own or {}).get(name) or look(name)
+        if wanted.get("color") not in (GREY, *(each["color"] for each in found.values())):
+            found[name] = wanted
+    free = (
+        {"color": colour, "linestyle": dash}
+        for colour, dash in zip(COLOURS, DASHES, strict=True)
+        if colour not in [each["color"] for each in found.values()]
+    )
+    return {name: found[name] if name in found else next(free) for name in names}
+
+
+def _for_scripts(looks: Mapping[str, Look]) -> dict[str, list[str]]:
+    """{name: [colour, dashes]} as SVG has them; what is black there is light on dark pages."""
+    return {
+        _plain(name): [
+            "currentColor" if style["color"] == BLACK else str(style["color"]),
+            " ".join(f"{1.2 * part:g}" for part in style["linestyle"][1]) if len(style["linestyle"]) == 2 else "",
+        ]
+        for name, style in looks.items()
+    }
+
+
 # --- showing ---
 
 
@@ -108,14 +136,15 @@ def png(figure: Figure, palette: bool = False) -> bytes:
 def show(figure: Figure, alt: str, data: Table | None = None, palette: bool = False) -> None:
     """Shows a figure with its text for readers who cannot see it, and its data as a folded table.
 
-    Of long columns some evenly spaced rows are shown, first and last among them. `palette` is for fields of colour,
-    which make heavy pages otherwise.
+    Of long columns some evenly spaced rows are shown, first and last among them. `palette` is for fields of colour:
+    they make heavy pages otherwise, and dark pages leave them as they are.
     """
     from IPython.display import HTML, display
 
     width = int(figure.get_figwidth() * _PIXELS_PER_INCH)
     bundle = {"image/png": png(figure, palette), "text/plain": f"<figure: {alt}>"}
-    display(bundle, raw=True, metadata={"image/png": {"width": width, "alt": alt}})  # type: ignore[no-untyped-call]
+    about = {"width": width, "alt": alt, **({"field": True} if palette else {})}
+    display(bundle, raw=True, metadata={"image/png": about})  # type: ignore[no-untyped-call]
     if data:
         display(HTML(_folded_table(data)))  # type: ignore[no-untyped-call]
 
@@ -308,9 +337,6 @@ def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
     return found
 
 
-_LOOKS_OF_THE_SCRIPT = 6  # colours and dashes in dom.js and knobs.js
-
-
 def knobs(
     settings: Mapping[str, Sequence[float]],
     draw: Callable[..., Sequence[Panel]],
@@ -324,7 +350,7 @@ def knobs(
     Args:
         settings: for every slider, its name and values.
         draw: for one value of each (keywords by name with spaces as underscores), panels with a title, a `y_range` and
-            at most six names of lines between them. Only the lines' values may depend on the settings.
+            at most seven names of lines between them. Only the lines' values may depend on the settings.
         start: the values shown first.
         alt: what there is to see, in words.
         compare: values of the first slider that the picture for readers without scripts compares by the first line of
@@ -340,9 +366,10 @@ def knobs(
         {"name": name, "values": list(values), "start": list(values).index(start[name])}
         for name, values in settings.items()
     ]
-    named = list(dict.fromkeys(name for panel in panels if not panel.points for name in panel.lines))
-    if len(named) > _LOOKS_OF_THE_SCRIPT:
-        raise ValueError(f"panels must name at most {_LOOKS_OF_THE_SCRIPT} lines between them, got {', '.join(named)}")
+    named = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    if len(named) > len(COLOURS):
+        raise ValueError(f"panels must name at most {len(COLOURS)} lines between them, got {', '.join(named)}")
+    looks = looks_of(named, {name: style for panel in panels for name, style in panel.looks.items()})
     words = ("title", "x_label", "y_label")  # the script sets no formulas
     frame = {
         "knobs": sliders,
@@ -353,6 +380,7 @@ def knobs(
             for panel in panels
         ],
         "frames": {at: [[_short(line) for line in p.lines.values()] for p in found] for at, found in drawn.items()},
+        "looks": _for_scripts(looks),
     }
     _show_script("topk-knobs", "knobs.js", frame, _still(draw, start, names[0], compare), alt)
 
@@ -391,6 +419,7 @@ def draggable(
     picture = _simplex_still(rests, simplex_grid(steps)[spots.index(start)], spots.index(start), knob)
     begin = {"first": start[0], "second": start[1], "view": 0}
     frame = {"steps": steps, "knob": knob, "names": names, "start": begin, "rests": frames}
+    frame["looks"] = _for_scripts(looks_of(names))
     _show_script("topk-simplex", "simplex.js", frame, picture, alt)
 
 
@@ -406,8 +435,9 @@ def _simplex_still(rests: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], q: 
             axis.plot(ends[:, 0], ends[:, 1], color="grey", linewidth=0.6, linestyle="solid")
             x, y = (1.12 * corner[number] - 0.12 * middle).tolist()
             axis.text(x, y, f"class {number + 1}", ha="center", va="center")
-        axis.plot(*(q @ corner).tolist(), "o", color="black", markersize=9, label="$q$")
-        for (name, (p, right)), colour, marker in zip(found.items(), COLOURS, "os^D", strict=False):
+        axis.plot(*(q @ corner).tolist(), "o", color="black", fillstyle="none", markersize=15, label="$q$")
+        for (name, (p, right)), marker in zip(found.items(), "os^D", strict=False):
+            colour = looks_of(found)[name]["color"]
             fill = colour if right[at] else "none"
             axis.plot(*(p[at] @ corner).tolist(), marker, color=colour, markerfacecolor=fill, label=name)
         axis.set(title=f"{knob} = {value}", aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.15, 1.05))
@@ -451,10 +481,11 @@ def _still(
     at_start = _called(draw, start)
     rest = ", ".join(f"{name} {value:g}" for name, value in start.items() if not compare or name != first)
     found = {f"{first} {value:g}": _called(draw, {**start, first: value}) for value in compare}
-    still = []
+    still, looks = [], looks_of(dict.fromkeys(name for panel in at_start for name in panel.lines))
     for number, panel in enumerate(at_start):
         shown = {text: next(iter(panels[number].lines.values())) for text, panels in found.items()} or panel.lines
-        still.append(replace(panel, lines=shown, markers=panel.points, points=False))
+        own = panel.looks if found else {**looks, **panel.looks}
+        still.append(replace(panel, lines=shown, markers=panel.points, points=False, looks=own))
     figure = _drawn(still, (7.6, 3.4) if len(still) > 1 else (5.4, 3.4))
     figure.suptitle(f"at {rest}" if rest else "", fontsize=9, color="grey")
     return figure
@@ -536,20 +567,24 @@ def heat(
     x_label: str = "",
     reach: float | None = None,
     marks: Mapping[str, Any] | None = None,
+    kinds: Mapping[str, str] | None = None,
     across: int = 5,
     size: Size | None = None,
     data: Table | None = None,
 ) -> None:
     """One map a title, of numbers (rows, columns), with `marks` (texts of the same shape) or the numbers written in.
 
-    With `reach` colours have two signs and end at -reach and reach.
+    With `reach` colours have two signs and end at -reach and reach. With `kinds`, {name: colour}, the numbers say which
+    of these a cell is, and a legend stands in place of the bar.
     """
     width, down = min(across, len(panels)), -(-len(panels) // across)
     size = size or (1.6 + width * (0.8 + 0.42 * len(columns)), down * (0.9 + 0.26 * len(rows)))
     figure, axes = _grid(len(panels), across, size, sharex=True, sharey=True)
     everything = np.concatenate([np.ravel(np.array(values, dtype=np.float64)) for values in panels.values()])
     low, high = (-reach, reach) if reach else (np.nanmin(everything), np.nanmax(everything))
-    colours = DIVERGING if reach else SEQUENTIAL
+    colours: Any = DIVERGING if reach else SEQUENTIAL
+    if kinds:
+        colours, low, high = ListedColormap([*kinds.values()]), -0.5, len(kinds) - 0.5
     numbers: dict[str, list[Any]] = {"": list(rows)}
     for axis, (title, values) in zip(axes, panels.items(), strict=True):
         cells = np.array(values, dtype=np.float64)
@@ -564,9 +599,18 @@ def heat(
         axis.set_xlabel(x_label)
         axis.label_outer()
         axis.grid(False)
+        if kinds:  # white lines between the squares
+            axis.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
+            axis.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+            axis.grid(which="minor", color="white", linewidth=1.2, alpha=1, linestyle="solid")
+            axis.tick_params(which="both", length=0)
         numbers |= {f"{title}, {name}": cells[:, place].tolist() for place, name in enumerate(columns)}
-    figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.6, label=label, extend="both" if reach else "neither")
-    show(figure, alt, numbers if data is None else data)
+    if kinds:
+        keys = [Patch(facecolor=colour, label=name) for name, colour in kinds.items()]
+        figure.legend(handles=keys, loc="outside lower center", ncol=len(keys))
+    else:
+        figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.6, label=label, extend="both" if reach else "neither")
+    show(figure, alt, numbers if data is None else data, palette=True)
 
 
 def scatter(
@@ -690,7 +734,7 @@ def over_two_wrong_scores(losses: Mapping[str, RowLoss], alt: str, reach: float 
         figure.colorbar(picture, ax=axis, shrink=0.7)
         data[f"{_plain(name)}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
     axes[0].set_ylabel("$x_2 - x_y$")
-    show(figure, alt, data)
+    show(figure, alt, data, palette=True)
 
 
 def _plane(axis: Tensor) -> Tensor:
@@ -717,4 +761,4 @@ def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap
         axis.set(title=name, aspect="equal", xlim=(-0.25, 1.15), ylim=(-0.15, 1.05))
         axis.axis("off")
         data[name] = value[edge].tolist()
-    show(figure, alt, data)
+    show(figure, alt, data, palette=True)

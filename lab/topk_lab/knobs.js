@@ -1,7 +1,6 @@
 // Panels of lines that follow sliders. Every frame is already worked out; this only draws.
-const DASHES = ["", "7 4", "2 3", "7 3 2 3", "4 2", "10 3"];
 let clips = document.querySelectorAll(".topk-knobs clipPath").length; // every figure on the page brings this script
-const W = 360, H = 250, L = 46, R = 10, T = 26, B = 40;
+const H = 250, L = 46, R = 10, T = 26, B = 40;
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = Math.pow(10, Math.floor(Math.log10(rough)));
@@ -11,8 +10,8 @@ function ticks(low, high, count) {
   return found;
 }
 
-// A line looks like its name in the legend, which all panels share; dots have no entry there.
-function makePanel(spec, parent, names) {
+// A line looks like its name in the legend, which all panels share: looks are {name: [colour, dashes]}.
+function makePanel(spec, parent, looks, W) {
   const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": spec.title }, parent);
   const x0 = Math.min(...spec.x), x1 = Math.max(...spec.x), [y0, y1] = spec.y_range;
   const px = (x) => L + ((x - x0) / (x1 - x0)) * (W - L - R);
@@ -31,30 +30,30 @@ function makePanel(spec, parent, names) {
   svg("text", { x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle", "font-size": 12 }, root, spec.x_label);
   svg("text", { x: 12, y: (T + H - B) / 2, "text-anchor": "middle", "font-size": 12,
     transform: `rotate(-90 12 ${(T + H - B) / 2})` }, root, spec.y_label);
-  const marks = spec.lines.map((name, i) => {
-    const group = svg("g", { "clip-path": `url(#${clip})` }, root), look = spec.points ? i : names.indexOf(name);
+  const marks = spec.lines.map((name) => {
+    const group = svg("g", { "clip-path": `url(#${clip})` }, root), [colour, dashes] = looks[name];
     return (values) => {
       group.textContent = "";
       if (spec.points) {
         values.forEach((y, j) => {
-          svg("line", { x1: px(spec.x[j]), x2: px(spec.x[j]), y1: py(0), y2: py(y), stroke: COLOURS[look], "stroke-width": 2 }, group);
-          svg("circle", { cx: px(spec.x[j]), cy: py(y), r: 4, fill: COLOURS[look] }, group);
+          svg("line", { x1: px(spec.x[j]), x2: px(spec.x[j]), y1: py(0), y2: py(y), stroke: colour, "stroke-width": 2 }, group);
+          svg("circle", { cx: px(spec.x[j]), cy: py(y), r: 4, fill: colour }, group);
         });
       } else {
         const path = values.map((y, j) => `${j ? "L" : "M"}${px(spec.x[j]).toFixed(1)} ${py(y).toFixed(1)}`).join("");
-        svg("path", { d: path, fill: "none", stroke: COLOURS[look], "stroke-width": 2.2, "stroke-dasharray": DASHES[look] }, group);
+        svg("path", { d: path, fill: "none", stroke: colour, "stroke-width": 2.2, "stroke-dasharray": dashes }, group);
       }
     };
   });
   return (frame) => frame.forEach((values, i) => marks[i](values));
 }
 
-function legend(names, parent) {
+function legend(names, parent, looks) {
   const box = html("div", "legend", parent);
-  names.forEach((name, i) => {
+  names.forEach((name) => {
     const item = html("span", "", box);
     const key = svg("svg", { viewBox: "0 0 30 8", width: 30, height: 8, "aria-hidden": "true" }, item);
-    svg("line", { x1: 0, x2: 30, y1: 4, y2: 4, stroke: COLOURS[i], "stroke-width": 2.2, "stroke-dasharray": DASHES[i] }, key);
+    svg("line", { x1: 0, x2: 30, y1: 4, y2: 4, stroke: looks[name][0], "stroke-width": 2.2, "stroke-dasharray": looks[name][1] }, key);
     item.appendChild(document.createTextNode(" " + name));
   });
 }
@@ -77,8 +76,9 @@ function make(box, spec) {
   });
   const row = html("div", "panels", box);
   const names = [...new Set(spec.panels.flatMap((panel) => (panel.points ? [] : panel.lines)))];
-  const panels = spec.panels.map((panel) => makePanel(panel, row, names));
-  legend(names, box);
+  const width = spec.panels.length > 1 ? 360 : 640; // a panel alone has the room of two, its letters the same size
+  const panels = spec.panels.map((panel) => makePanel(panel, row, spec.looks, width));
+  legend(names, box, spec.looks);
   function draw() {
     shown.forEach((show) => show());
     spec.frames[place.join(",")].forEach((frame, i) => panels[i](frame));

@@ -33,12 +33,15 @@ function make(box, spec) {
     };
   });
   const root = triangle(html("div", "panels", box));
-  const lines = spec.names.map((_, i) => svg("line", { stroke: COLOURS[i], "stroke-width": 1.5, opacity: 0.6 }, root));
-  const marks = spec.names.map((_, i) => svg("path", { d: SHAPES[i], stroke: COLOURS[i], "stroke-width": 2.5 }, root));
-  const handle = svg("circle", { r: 9, class: "handle" }, root);
+  const colours = spec.names.map((name) => spec.looks[name][0]);
+  const lines = colours.map((colour) => svg("line", { stroke: colour, "stroke-width": 1.5, opacity: 0.6 }, root));
+  const marks = colours.map((colour, i) => svg("path", { d: SHAPES[i], stroke: colour, "stroke-width": 2.5 }, root));
+  const handle = svg("g", {}, root);
+  svg("circle", { r: 12, class: "handle" }, handle);
+  svg("text", { y: -17, "text-anchor": "middle", "font-size": 15, "font-style": "italic" }, handle, "q");
   const legend = html("div", "legend", box), words = spec.names.map((name, i) => {
     const item = html("div", "", legend), key = svg("svg", { viewBox: "-9 -9 18 18", width: 18, height: 18, "aria-hidden": "true" }, item);
-    svg("path", { d: SHAPES[i], fill: COLOURS[i] }, key);
+    svg("path", { d: SHAPES[i], fill: colours[i] }, key);
     item.appendChild(document.createTextNode(` ${name}: `));
     return html("span", "", item);
   });
@@ -69,7 +72,7 @@ function make(box, spec) {
     spec.names.forEach((name, i) => {
       const rest = spec.rests[keys[place.view]][i][place.first][place.second], [px, py] = at(rest.p);
       marks[i].setAttribute("transform", `translate(${px} ${py})`);
-      marks[i].setAttribute("fill", rest.right ? COLOURS[i] : "none");
+      marks[i].setAttribute("fill", rest.right ? colours[i] : "none");
       for (const [key, value] of Object.entries({ x1: x, y1: y, x2: px, y2: py })) lines[i].setAttribute(key, value);
       words[i].textContent = rest.right ? "right" : "not right";
     });
@@ -80,7 +83,7 @@ function make(box, spec) {
 begin("topk-simplex",
   ".topk-simplex{max-width:520px;font-family:inherit}.topk-simplex svg text{fill:currentColor}.topk-simplex .panels svg{touch-action:none;cursor:pointer}" +
   ".topk-simplex .edge{fill:none;stroke:currentColor}.topk-simplex .grid{stroke:currentColor;opacity:.2}" +
-  ".topk-simplex .handle{fill:currentColor;opacity:.8}.topk-simplex .controls{display:flex;flex-wrap:wrap;gap:.4rem 1.5rem}" +
+  ".topk-simplex .handle{fill:transparent;stroke:currentColor;stroke-width:2.5}.topk-simplex .controls{display:flex;flex-wrap:wrap;gap:.4rem 1.5rem}" +
   ".topk-simplex label{white-space:nowrap;display:flex;align-items:center;gap:.5rem;flex:1 1 220px}.topk-simplex input{flex:1;min-width:120px;accent-color:#0072B2}" +
   ".topk-simplex output{min-width:2.5em;font-weight:600}.topk-simplex .legend svg{vertical-align:middle}",
   make);

@@ -20,6 +20,7 @@ CHAPTER, EXPECTED = "13_benchmarks", "13_benchmarks_expected"
 PROBLEM = ["family", "batch", "classes", "k", "spread", "epsilon", "samples", "method", "m", "dtype", "features"]
 FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
 CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
+_SCORES = r"scores in the batch: rows $\times$ classes"
 _AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"}
 
 
@@ -176,30 +177,50 @@ def look(contender: str) -> dict[str, Any]:
         style: dict[str, Any] = {"color": "#AAAAAA" if family else figures.GREY, "linestyle": "dotted"}
     elif who == "topk":
         style = dict(figures.LOSSES.get(family, figures.LOSSES["calibrated hinge"]))
+    elif who == CROSS_ENTROPY:
+        style = dict(figures.LOSSES["cross-entropy"])
     else:
-        peer = figures.ORANGE if family == "hinge" else figures.SKY
-        style = {"color": figures.BLACK if who == CROSS_ENTROPY else peer, "linestyle": (0, (9, 2))}
+        style = {"color": figures.ORANGE if family == "hinge" else figures.SKY, "linestyle": (0, (9, 2))}
     return {**style, "marker": marker, "markersize": 4}
 
 
+def in_prose(contender: str) -> str:
+    """A contender as a figure calls it: our losses by their names alone."""
+    who, _, family = contender.removesuffix(" compiled").removesuffix(" triton").partition(" ")
+    name = {CROSS_ENTROPY: "cross-entropy", "topk": _named(family), "plain": PLAIN_COPY}.get(
+        who, f"{who} {family}".strip()
+    )
+    return name + "".join(f", {word}" for word in ("triton", "compiled") if contender.endswith(f" {word}"))
+
+
 def time_and_memory(frame: pd.DataFrame, family: str, along: str, clock: str = "", fixed_batch: bool = True) -> None:
-    """Two panels against `along`: median time with its 20 to 80 % band, and peak memory in copies of the scores."""
+    """Two panels against `along`: median time with its 20 to 80 % band, and peak memory in copies of the scores.
+
+    The figure leaves out what is compiled and the plain copy; its table has all contenders.
+    """
     rows = sweep(frame, family, along, fixed_batch)
     if rows.empty:
         say(f"No record over this axis yet for the {family} loss ({along}).")
         return
     what = _held(rows.iloc[-1], along, fixed_batch)
     wide = rows.pivot(index=along, columns="contender")
-    names = list(wide["p50_ms"])
-    times = {
-        name: Band(*(wide[f"{clock}{column}"][name] for column in ("p50_ms", "p20_ms", "p80_ms"))) for name in names
-    }
-    memory = {name: wide["score_copies"][name] for name in names}
-    common: dict[str, Any] = {"x_label": _AXIS[along], "scale": "log", "looks": {name: look(name) for name in names}}
+    columns = [f"{clock}{column}" for column in ("p50_ms", "p20_ms", "p80_ms")]
+    data: dict[str, list[Any]] = {_words(along): list(wide.index)}
+    for name in wide["p50_ms"]:
+        data[f"time, ms: {name}"] = [
+            "not run" if np.isnan(mean) else f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+            for mean, low, high in zip(*(wide[column][name] for column in columns), strict=True)
+        ]
+        data[f"peak memory, in copies of the scores: {name}"] = list(wide["score_copies"][name])
+    names = [name for name in wide["p50_ms"] if name != PLAIN_COPY and not name.endswith(" compiled")]
+    times = {in_prose(name): Band(*(wide[column][name] for column in columns)) for name in names}
+    memory = {in_prose(name): wide["score_copies"][name] for name in names}
+    looks = {in_prose(name): look(name) for name in names}
+    common: dict[str, Any] = {"x_label": _AXIS[along], "scale": "log", "looks": looks}
     panels = [Panel(wide.index, times, "time, ms", **common),
               Panel(wide.index, memory, "peak memory, in copies of the scores", **common)]  # fmt: skip
     alt = f"Time and peak memory of the {family} loss and its rivals against the {_words(along)}; {what}."
-    figures.lines(*panels, alt=alt, size=(7.8, 3.9))
+    figures.lines(*panels, alt=alt, size=(7.0, 3.6), data=data)
     say(f"The {family} loss, {what}. {source_of(rows)}")
 
 
@@ -221,31 +242,41 @@ def _words(along: str) -> str:
 
 
 def ratio_to_cross_entropy(frame: pd.DataFrame, along: str, clock: str = "", fixed_batch: bool = True) -> None:
-    """Every family's time over cross-entropy's against `along`."""
-    series = {family: ours(sweep(frame, family, along, fixed_batch)) for family in FAMILIES}
-    found = {family: rows.set_index(along)[f"{clock}times_ce"].dropna() for family, rows in series.items() if len(rows)}
-    if not found:
+    """Two panels against `along`: the times of cross-entropy and of every family, and the same over cross-entropy's."""
+    rows = pd.concat([ours(sweep(frame, family, along, fixed_batch)) for family in FAMILIES])
+    rows = rows[rows[f"{clock}times_ce"].notna()]
+    if rows.empty:
         say(f"No record over this axis yet ({along}).")
         return
-    places = sorted({place for ratios in found.values() for place in ratios.index})
-    lines = {_named(family): [ratios.get(place, np.nan) for place in places] for family, ratios in found.items()}
-    looks = {_named(family): look(f"topk {family}") for family in found}
-    panel = Panel(places, lines, "time over that of cross-entropy", _AXIS[along], scale="log", looks=looks,
-                  levels={"": 1.0})  # fmt: skip
-    figures.lines(panel, alt=f"Time over that of cross-entropy against the {_words(along)}, for {', '.join(lines)}.")
-    say(source_of(pd.concat(series.values())))
+    wide = rows.pivot(index=along, columns="family")
+    own, over = wide[f"{clock}p50_ms"], wide[f"{clock}times_ce"]
+    names = {family: _named(family) for family in FAMILIES if family in own}
+    base = (own / over).T.median()
+    compared = "cross-entropy, to compare"
+    times = {compared: base} | {name: own[family] for family, name in names.items()}
+    ratios = {compared: base / base} | {name: over[family] for family, name in names.items()}
+    common: dict[str, Any] = {"x_label": _AXIS[along], "scale": "log", "markers": True,
+                              "looks": {compared: figures.LOSSES["cross-entropy"]}}  # fmt: skip
+    panels = [Panel(own.index, times, "time, ms", **common),
+              Panel(own.index, ratios, "time over that of cross-entropy", **common)]  # fmt: skip
+    alt = f"Time, and time over that of cross-entropy, against the {_words(along)}, for {', '.join(names.values())}."
+    data = {_words(along): list(own.index)} | {f"{name}, ms": list(line) for name, line in times.items()}
+    figures.lines(*panels, alt=alt, size=(7.0, 3.6), data=data | {name: list(over[f]) for f, name in names.items()})
+    say(source_of(rows))
 
 
 def ratio_to_peers(frame: pd.DataFrame, alt: str) -> None:
-    """Every peer's time over ours, a bar for every problem that both solve."""
+    """Every peer's time over ours, a mark for every problem that both solve, against its number of scores."""
     both = against_peers(frame).sort_values("faster", ascending=False)
     if both.empty:
         say("No record with a peer yet.")
         return
-    series: dict[str, dict[str, float]] = {family: {} for family in FAMILIES if family in set(both["family"])}
-    for _, row in both.iterrows():
-        series[row["family"]][f"{describe(row)} | {row['contender_peer'].split()[0]}"] = row["faster"]
-    figures.bars(series, alt, x_label="the peer's time over ours", line=1.0, scale="log")
+    families = [family for family in FAMILIES if family in set(both["family"])]
+    found = {_named(family): both["faster"].where(both["family"] == family) for family in families}
+    names = [f"{describe(row)} | {row['contender_peer'].split()[0]}" for _, row in both.iterrows()]
+    panel = Panel(both["batch"] * both["classes"], found, "", _SCORES,
+                  "the peer's time over ours", scale="log", points=True, levels={"equally fast": 1.0})  # fmt: skip
+    figures.lines(panel, alt=alt, size=(6.6, 3.5), data={"": names} | {name: list(one) for name, one in found.items()})
     say(source_of(both))
 
 
@@ -255,26 +286,39 @@ def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
     if rows.empty:
         say("No record yet.")
         return
-    series: dict[str, dict[str, float]] = {"copies": {}, "topk": {}, "others": {}}
+    series: dict[str, dict[str, float]] = {"copies": {}, "our losses": {}, "others": {}}
     found = rows.groupby("contender")[f"{clock}gbps"].median().dropna().sort_values(ascending=False)
     for contender, rate in found.items():
         name = str(contender)
-        kind = "topk" if name.startswith("topk ") else "copies" if name.endswith("copy") else "others"
-        series[kind][name] = float(rate)
+        kind = "our losses" if name.startswith("topk ") else "copies" if name.endswith("copy") else "others"
+        series[kind][in_prose(name)] = float(rate)
     series = {kind: rates for kind, rates in series.items() if rates}
     figures.bars(series, alt, x_label="effective bandwidth, GB/s")
     say(source_of(rows))
 
 
+def slower_than_cross_entropy(frame: pd.DataFrame, alt: str) -> None:
+    """Our time over cross-entropy's, a mark for every problem, and at how many someone else is faster."""
+    mine = ours(frame).sort_values("times_ce", ascending=False)
+    lost, families = slower(frame), [family for family in FAMILIES if family in set(mine["family"])]
+    found = {_named(family): mine["times_ce"].where(mine["family"] == family) for family in families}
+    panel = Panel(mine["batch"] * mine["classes"], found, "", _SCORES, "our time over that of cross-entropy",
+                  scale="log", points=True, levels={"equally fast": 1.0})  # fmt: skip
+    names = [describe(row) for _, row in mine.iterrows()]
+    figures.lines(panel, alt=alt, size=(6.6, 3.5), data={"": names} | {name: list(one) for name, one in found.items()})
+    peers = int(lost["contender_other"].str.contains("difftopk|pytopk").sum())
+    say(
+        f"Of {len(mine)} problems ours is slower than cross-entropy in "
+        f"{(lost['contender_other'] == CROSS_ENTROPY).sum()}, and slower than a peer in "
+        f"{peers} of the {len(against_peers(frame))} that a peer solves."
+    )
+
+
 def slower_table(frame: pd.DataFrame) -> None:
-    """Every problem at which someone else is faster, counted, and the worst of each loss."""
-    lost, mine = slower(frame), ours(frame)
+    """The worst problem of each loss against cross-entropy, and against a peer for each number of rows."""
+    lost = slower(frame)
     against_peer = lost[lost["contender_other"].str.contains("difftopk|pytopk")]
     against_ce = lost[lost["contender_other"] == CROSS_ENTROPY]
-    say(
-        f"Of {len(mine)} problems ours is slower than cross-entropy in {len(against_ce)}, and slower than a peer in "
-        f"{len(against_peer)} of the {len(against_peers(frame))} that a peer solves."
-    )
     worst = pd.concat([against_ce.drop_duplicates("family"), against_peer.drop_duplicates(["family", "batch"])])
     if len(worst):
         table([
