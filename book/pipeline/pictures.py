@@ -21,15 +21,30 @@ _INLINE = re.compile(r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)")
 _IMAGE = re.compile(r"<img\b[^>]*>")
 
 
-def smaller(png: bytes) -> bytes:
-    """The picture with a palette of 256 colours, if that is fewer bytes; what is written into it is kept."""
+def smaller(png: bytes, *, shrunk: bool = False) -> bytes:
+    """The picture with a palette, if that is fewer bytes; what is written into it is kept.
+
+    Lines and letters need few colours, photographs more. `shrunk` is for large fields of colour: a pixel for each that
+    is shown, none for fine screens.
+    """
     information, buffer = PngInfo(), io.BytesIO()
     with Image.open(io.BytesIO(png)) as image:
         for key, value in image.info.items():
             if isinstance(key, str) and isinstance(value, str):
                 information.add_text(key, value)
-        image.convert("RGB").quantize(256).save(buffer, format="png", optimize=True, pnginfo=information)
+        plain = image.convert("RGB")
+        colours = 256 if plain.getcolors(_FEW) is None else 36
+        if shrunk:
+            width, height = (round(side / _DOTS_PER_CSS_PIXEL) for side in plain.size)
+            plain, colours = plain.resize((width, height)), 16
+            information.add_text(_SHRUNK, "yes")
+        plain.quantize(colours).save(buffer, format="png", optimize=True, pnginfo=information)
     return min(png, buffer.getvalue(), key=len)
+
+
+_FEW = 8192  # different colours of a drawing
+_HEAVY = 60_000  # bytes of a field of colour, from which on it is shrunk
+_SHRUNK = "one pixel for each that is shown"
 
 
 @dataclass(frozen=True)
@@ -81,14 +96,16 @@ def lighten(notebook: NotebookNode) -> None:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
-                data["image/png"] = _again(data["image/png"])
+                field = output.metadata.get("image/png", {}).get("field", False)
+                data["image/png"] = _again(data["image/png"], field=field)
             if "text/html" in data:
                 text = data["text/html"] if isinstance(data["text/html"], str) else "".join(data["text/html"])
                 data["text/html"] = _INLINE.sub(lambda match: match[1] + _again(match[2]), text)
 
 
-def _again(text: str) -> str:
-    return base64.b64encode(smaller(base64.b64decode(text))).decode()
+def _again(text: str, *, field: bool = False) -> str:
+    png = base64.b64decode(text)
+    return base64.b64encode(smaller(png, shrunk=field and len(png) > _HEAVY)).decode()
 
 
 def size(pages: Path) -> None:
@@ -103,7 +120,8 @@ def size(pages: Path) -> None:
             if source is None or re.search(r"\b(width|height)=", match[0]) or not (page.parent / source[1]).is_file():
                 return match[0]
             with Image.open(page.parent / source[1]) as image:
-                width, height = (round(side / _DOTS_PER_CSS_PIXEL) for side in image.size)
+                dots = 1.0 if _SHRUNK in image.info else _DOTS_PER_CSS_PIXEL
+                width, height = (round(side / dots) for side in image.size)
             wait = "" if first else ' loading="lazy"'
             first = False
             return match[0].replace("<img", f'<img width="{width}" height="{height}"{wait}', 1)

@@ -1,8 +1,9 @@
-"""Bytes are counted as they are moved: on operations and kernels whose traffic is known by hand."""
+"""Bytes are counted as they are moved, on operations and kernels whose traffic is known; times over a baseline."""
 
 from __future__ import annotations
 
 import os
+import time
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import topk
+from topk_lab.study import timing
 from topk_lab.study.traffic import eager_traffic, kernel_traffic
 
 
@@ -62,3 +64,15 @@ def test_the_transition_kernel_moves_what_its_docstring_says(dtype: torch.dtype)
     assert rows * (size + k * x.element_size()) <= backward.stored <= rows * (size + (k + 1) * x.element_size())
     kept = 8 * (k + 1) + 12  # classes and slopes, and three numbers a row
     assert rows * size <= backward.loaded <= rows * (size + kept + 8 + 4)  # with the target and the row's gradient
+
+
+def test_times_over_a_baseline() -> None:
+    works = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}
+    found = timing.times_of(works, "short", rounds=5)
+    assert found["short"] == 1.0
+    assert 4 < found["long"] < 15
+
+
+def test_unknown_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="device must be cpu or cuda, got meta"):
+        timing.clock_of("meta")
