@@ -43,14 +43,16 @@ def _folded(document: nodes.document) -> Iterator[nodes.Element]:
 
 def _is_folded(node: nodes.Node) -> bool:
     """A code cell that begins with its fold."""
-    cell = isinstance(node, nodes.container) and node.get("nb_element") == "cell_code"
-    return cell and bool(node.children) and isinstance(node.children[0], HideCodeCellNode)
+    return _is_cell(node) and isinstance(node.children[0], HideCodeCellNode)
 
 
 def _ends_folded(node: nodes.Node) -> bool:
     """A code cell whose fold stands below its output already."""
-    cell = isinstance(node, nodes.container) and node.get("nb_element") == "cell_code"
-    return cell and len(node.children) > 1 and isinstance(node.children[-1], HideCodeCellNode)
+    return _is_cell(node) and len(node.children) > 1 and isinstance(node.children[-1], HideCodeCellNode)
+
+
+def _is_cell(node: nodes.Node) -> bool:
+    return isinstance(node, nodes.container) and node.get("nb_element") == "cell_code" and bool(node.children)
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
