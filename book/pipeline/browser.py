@@ -222,7 +222,7 @@ def _figures(page: Any, where: str) -> list[str]:
 
 
 def ink_contrast(png: bytes) -> float:
-    """Contrast of the strongest ink in the outer strips left and below, where axes are labelled, with the paper."""
+    """Contrast of the strongest ink in the outer strips left and below, where axes are labelled, with their paper."""
     import numpy as np
     from PIL import Image
 
@@ -231,11 +231,23 @@ def ink_contrast(png: bytes) -> float:
         pixels = np.asarray(inside.convert("RGB"), dtype=float) / 255
     linear = np.where(pixels <= 0.04045, pixels / 12.92, ((pixels + 0.055) / 1.055) ** 2.4)
     luminance = linear @ np.array([0.2126, 0.7152, 0.0722])
-    values, counts = np.unique(luminance.round(4), return_counts=True)
-    paper = values[counts.argmax()]
     height, width = luminance.shape
     strips = np.concatenate((luminance[:, : width // 8].ravel(), luminance[-height // 6 :].ravel()))
-    ratios = (np.maximum(strips, paper) + 0.05) / (np.minimum(strips, paper) + 0.05)
+    return max(_strongest(strips, _commonest(part)) for part in (strips, luminance))
+
+
+def _commonest(luminance: Any) -> float:
+    """The paper: a field of colour can be commoner in the whole picture, or in the strips."""
+    import numpy as np
+
+    values, counts = np.unique(luminance.round(4), return_counts=True)
+    return float(values[counts.argmax()])
+
+
+def _strongest(luminance: Any, paper: float) -> float:
+    import numpy as np
+
+    ratios = (np.maximum(luminance, paper) + 0.05) / (np.minimum(luminance, paper) + 0.05)
     return float(np.quantile(ratios, 0.998))
 
 

@@ -33,12 +33,13 @@ def smaller(png: bytes, *, shrunk: bool = False) -> bytes:
             if isinstance(key, str) and isinstance(value, str):
                 information.add_text(key, value)
         plain = image.convert("RGB")
-        colours = 256 if plain.getcolors(_FEW) is None else 36
+        colours, way = 256 if plain.getcolors(_FEW) is None else 36, Image.Quantize.MEDIANCUT
         if shrunk:
             width, height = (round(side / _DOTS_PER_CSS_PIXEL) for side in plain.size)
             plain, colours = plain.resize((width, height)), 16
+            way = Image.Quantize.MAXCOVERAGE  # else fields of colour leave none for the ink of the letters
             information.add_text(_SHRUNK, "yes")
-        plain.quantize(colours).save(buffer, format="png", optimize=True, pnginfo=information)
+        plain.quantize(colours, way).save(buffer, format="png", optimize=True, pnginfo=information)
     return min(png, buffer.getvalue(), key=len)
 
 
