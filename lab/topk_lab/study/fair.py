@@ -215,12 +215,18 @@ def _metric(ranks: Array, weights: Array, metric: str) -> Array:
     if kind == "top":
         found: Array = 100 * ((ranks < int(number)).astype(np.float32) @ weights) / images
         return found
-    needed, runs = images * int(number) / 100, np.ones((len(ranks), weights.shape[1]))
-    for k in range(1, 256):
-        short = ((ranks < k).astype(np.float32) @ weights) < needed  # k guesses are too few: one more
-        if not short.any():
+    return np.array([_guesses(run, weights, images * (100 - int(number)) / 100) for run in ranks])
+
+
+def _guesses(ranks: Array, weights: Array, misses: float) -> Array:
+    """How many guesses leave at most so many misses, for every set: from the worst ranks down, few images count."""
+    runs, missed = np.ones(weights.shape[1]), np.zeros(weights.shape[1])
+    for k in range(int(ranks.max()), 0, -1):
+        missed += weights[ranks == k].sum(0)
+        short = missed > misses  # k guesses are too few: one more
+        runs[short & (runs == 1)] = k + 1
+        if short.all():
             break
-        runs += short
     return runs
 
 
