@@ -47,8 +47,8 @@ def runs(chapter: str, profile: str = "full", records: str = "committed", **opti
     if records == "run" and profile != "full":
         tell_failed_assertions()
     frame = sweep.records_of(chapter, profile=profile, records=records, **options)
-    naming = frame[[name for name in frame if name.startswith(("loss.", "model."))]]
-    frame.insert(0, "loss", [loss_name(row) for row in naming.to_dict("records")])
+    naming: Any = frame[[name for name in frame if str(name).startswith(("loss.", "model."))]].to_dict("records")
+    frame.insert(0, "loss", [loss_name(row) for row in naming])
     return frame.sort_values("loss", key=lambda names: names.map(_place), kind="stable", ignore_index=True)
 
 
