@@ -15,7 +15,7 @@ def selector(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Every way in which torch and numpy share the selection, for small problems too."""
     threads, vectorised = SELECTORS[request.param]
     monkeypatch.setattr(_cpu, "_WORTH_WHILE", 0)
-    monkeypatch.setattr(_cpu, "_numpy_is_vectorised", lambda: vectorised)
+    monkeypatch.setattr(_cpu, "_numpy_is_vectorised", lambda by_values=False: vectorised)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
 
 
@@ -57,7 +57,7 @@ def test_the_largest_values_of_other_classes(classes: int, count: int) -> None:
 
 
 def test_the_selector_is_chosen_by_threads_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpu, "_numpy_is_vectorised", lambda: True)
+    monkeypatch.setattr(_cpu, "_numpy_is_vectorised", lambda by_values=False: True)
     scores = torch.zeros(256, 1000)
     for threads, count, numpy, groups in ((1, 7, False, True), (1, 50, True, False), (2, 50, True, False)):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)

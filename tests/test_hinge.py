@@ -210,8 +210,8 @@ def test_rows_that_are_not_finite_stay_among_themselves(variant: str) -> None:
 @every_variant
 @pytest.mark.parametrize("k", [3, {1: 0.3, 4: 0.7}])
 def test_derivatives(variant: str, k: Any) -> None:
-    scores = torch.randn(6, 6, dtype=torch.float64, requires_grad=True)
-    target = spread_targets(scores.detach())
+    every = torch.randn(6, 6, dtype=torch.float64)
+    scores, target = every[::2].clone().requires_grad_(), spread_targets(every)[::2]
 
     def loss(x: Tensor) -> Tensor:
         return topk.topk_hinge_loss(x, target, k, variant=variant, reduction="none")

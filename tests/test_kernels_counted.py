@@ -84,7 +84,10 @@ VERSIONS = [
 @pytest.mark.parametrize("triton", VERSIONS, ids=["installed", "other"])
 @pytest.mark.parametrize(
     ("family", "kernel", "shuffles", "registers", "instructions"),
-    [("transition", "_forward", 60, 168, 1600), ("noised", "_forward", 150, 168, 3600)],
+    [
+        ("transition", "_forward", 60, 168, 1600),
+        pytest.param("noised", "_forward", 150, 168, 3600, marks=pytest.mark.slow),
+    ],
 )
 def test_threads_hold_neighbouring_scores(
     family: str, kernel: str, shuffles: int, registers: int, instructions: int, triton: str | None

@@ -31,7 +31,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=[1.0, -1.0], ids=["upwards", "downwards"])
+@pytest.fixture(params=[pytest.param(1.0, id="upwards"), pytest.param(-1.0, id="downwards", marks=pytest.mark.slow)])
 def _documented_errors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every result in float32 is off by as much as it may be, all in one direction."""
     builder = interpreter.InterpreterBuilder

@@ -58,7 +58,9 @@ def test_a_thousand_scores(method: str) -> None:
 
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str
+)
 def test_special_rows(method: str, dtype: torch.dtype) -> None:
     """NaN and infinity, hardly a possible score or none, ties at the k-th, -0.0, a leader, and any strides."""
     scores = torch.randn(40, 10).round(decimals=1).to(dtype)

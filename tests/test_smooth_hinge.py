@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import topk
+from topk.losses.hinge_levels import low_and_cut, running_sums
 from topk.losses.smooth_hinge import VARIANTS, band, definition
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -205,3 +206,15 @@ def test_a_crowd_behind_the_leader_counts() -> None:
 def test_smoothing_must_be_positive() -> None:
     with pytest.raises(ValueError, match="smoothing must be a finite number > 0, got 0"):
         topk.topk_hinge_loss(torch.randn(4, 6), torch.arange(4), 2, variant="beta_smooth", smoothing=0.0)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8, 9, 70, 99])
+@pytest.mark.parametrize("height", [0.02, 1.0])
+def test_the_level_is_a_root(k: int, height: float) -> None:
+    """For any number of rounds, with and without ties."""
+    scores = torch.randn(32, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) * 3.0
+    for z in (scores, scores.round()):
+        ranked = z.sort(1, descending=True).values
+        low, _ = low_and_cut(ranked, running_sums(ranked), k, height)
+        found = (z - low).clamp(0.0, height).sum(1)
+        torch.testing.assert_close(found, torch.full_like(found, k * height), rtol=1e-9, atol=1e-9)

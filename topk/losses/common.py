@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -226,6 +227,20 @@ def not_finite_above(*values: Tensor) -> Tensor:
     for value in values[1:]:
         bad = bad | ~(value < torch.inf)
     return bad
+
+
+def broken_rows(best: Tensor, own: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Where the loss is NaN and where it is +inf as y is masked; None where the CPU sees that all is finite."""
+    if best.is_cpu and math.isfinite(float(best.sum()) + float(own.sum())):
+        return None
+    return not_finite_above(best, own), own == -torch.inf
+
+
+def mended(broken: tuple[Tensor, Tensor], loss: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss (rows,) and the slopes (rows, few), in broken rows what they are there."""
+    bad, impossible = broken
+    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
+    return loss, slopes.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
 
 
 def finite_or_zero(values: Tensor) -> Tensor:

@@ -53,6 +53,8 @@ def band(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, Tensor
 def _band(z: Tensor, k: int, height: float, variant: str) -> Tensor:
     """low, height, u, m, and 1 where sum p is free (rows, 5)."""
     low, size, u, free = levels(z, k, height, variant)
+    if variant == "beta_smooth":
+        u = torch.where(free > 0.0, (z >= height).sum(1), u)
     m = (z > low[:, None]).sum(1) - u
     return torch.stack((low, size, u.to(z.dtype), m.clamp(min=0).to(z.dtype), free), 1)
 
@@ -69,13 +71,12 @@ def _(info: Any, in_dims: tuple[int | None, ...], z: Tensor, k: int, height: flo
 
 
 def levels(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, ...]:
-    """low, height, u and where sum p is free, (rows,) each."""
+    """low, height, u (of beta where sum p is not free) and where sum p is free, (rows,) each."""
     sums = running_sums(z)
-    low, u = _low(z, sums, k, height)
+    low, u = low_and_cut(z, sums, k, height)
     size, free = torch.full_like(low, height), torch.zeros_like(low)
     if variant == "beta_smooth":
         free, low = (low < 0.0).to(low.dtype), low.relu()
-        u = torch.where(free > 0.0, (z >= height).sum(1, keepdim=True), u)
     elif variant == "alpha_smooth":
         free = (k * low + sums.gather(1, u) - u * (low + height) < 0.0).to(low.dtype)
         rows = free.squeeze(1).nonzero().squeeze(1) if free.is_cpu else slice(None)
@@ -88,28 +89,23 @@ def levels(z: Tensor, k: int, height: float, variant: str) -> tuple[Tensor, ...]
     return low.squeeze(1), size.squeeze(1), u.squeeze(1), free.squeeze(1)
 
 
-def _low(z: Tensor, sums: Tensor, k: int, height: float) -> tuple[Tensor, Tensor]:
+def low_and_cut(z: Tensor, sums: Tensor, k: int, height: float) -> tuple[Tensor, Tensor]:
     """The level a at which sum clip(z_j - a, 0, height) = k height, and u, how many are cut off (rows, 1).
 
     Were the first u cut off, and nobody else, a would be the largest of the (z_{u+1} + ... + z_j - (k - u) height)
-    / (j - u). The sum is the least over u < k of what it would be then, and so is the level: from any u, those whom
-    its level cuts off give a lower one, until nothing changes. Several u are asked at once: an operation on so few
-    numbers costs its call.
+    / (j - u). Class j is cut off where the sum at the level z_j - height is below k height: of the first k - 1 a few
+    are asked at once, and then of those between two of them.
     """
-    place = torch.arange(z.shape[1] + 1, dtype=z.dtype, device=z.device)
-    some = torch.arange(max(1, min(k, _AT_ONCE, 2**13 // len(place))), device=z.device)
-    u = torch.zeros(1, 1, dtype=torch.int64, device=z.device)
-    for _ in range(min(k, _STEPS)):
-        asked = (u + some).clamp_(max=k - 1)  # of every row, or the same for all
-        count, left = place - asked[..., None], (k - asked).to(z.dtype)
-        first = sums.gather(1, asked.expand(len(z), -1))
-        first = torch.where(first > -torch.inf, first, torch.inf)  # who is masked is not cut off
-        averages = (sums[:, None] - (first + left * height)[..., None]) / count
-        low = averages.masked_fill_(count <= 0.0, -torch.inf).amax(2).amin(1, keepdim=True)
-        before, u = asked[:, -1:], (z > low + height).sum(1, keepdim=True).clamp_(max=k - 1)
-        if z.is_cpu and bool((u <= before).all()):
-            break
-    return low, u
+    parts = max(2, min(_AT_ONCE, 2**13 // z.shape[1]))
+    u, span = torch.zeros_like(z[:, :1], dtype=torch.int64), parts ** math.ceil(math.log(k, parts) - 1e-9)
+    while span > 1:
+        span //= parts
+        asked = (u + span * torch.arange(1, min(parts, 1 + (k - 1) // span), device=z.device)).clamp_(max=k - 1)
+        above = (z[:, None] - z.gather(1, asked - 1)[..., None] + height).clamp_(0.0, height)
+        u = (u + span * (above.sum(2) < k * height).sum(1, keepdim=True)).clamp_(max=k - 1)
+    count = torch.arange(z.shape[1] + 1, dtype=z.dtype, device=z.device) - u
+    averages = (sums - sums.gather(1, u) - (k - u).to(z.dtype) * height) / count
+    return averages.masked_fill_(count <= 0.0, -torch.inf).amax(1, keepdim=True), u
 
 
 def _free_levels(z: Tensor, sums: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

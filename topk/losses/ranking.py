@@ -22,18 +22,20 @@ the field is not the gradient of the value. (The authors' code takes x_[k] from 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid, softplus
 
 from topk._cpu import (
     SMALLEST,
     buffers,
     chunks,
     exponentials,
+    largest_values,
     largest_wrong,
     lowest,
     ordered_topk,
@@ -44,9 +46,11 @@ from topk.arguments import KArgument, check_choice, check_k, check_number, check
 from topk.autograd import Head, Loss
 from topk.losses.common import (
     LossModule,
+    broken_rows,
     finite_or_zero,
     largest_classes,
     largest_wrong_and_own,
+    mended,
     not_finite_above,
     reduced_loss,
     row_dtype,
@@ -59,7 +63,7 @@ from topk.tails import PowerSums, Slice, Sum, Tail, Talk
 
 SURROGATES: dict[str, Callable[[Tensor], Tensor]] = {
     "exponential": torch.exp,
-    "logistic": torch.nn.functional.softplus,
+    "logistic": softplus,
     "square": lambda lead: (1.0 + lead).square(),
     "hinge": lambda lead: (1.0 + lead).relu(),
 }
@@ -111,45 +115,45 @@ def autkc_definition(
 
 
 def autkc_forward(scores: Tensor, target: Tensor, options: AUTKCOptions) -> tuple[Tensor, ...]:
-    """loss (rows,), the best classes and y, their slopes, and shift and slope of all others (rows, 2)."""
+    """loss (rows,), the best classes and y (rows, few), and shift, their slopes and that of all others."""
     wide = torch.empty(0, scores.shape[1], dtype=row_dtype(scores), device=scores.device)
     places = _places(options, wide)
     values, index = ordered_topk(scores, len(places) + 1)
-    own, shift = target_scores(scores, target), finite_or_zero(values[:, 0])
-    bad, impossible = not_finite_above(values[:, 0]), own == -torch.inf
+    own, shift = target_scores(scores, target), values[:, 0]
+    broken = broken_rows(shift, own)
+    shift = shift if broken is None else finite_or_zero(shift)
     wrong, index = without_target(values, index, target)
     index = torch.cat((index, target[:, None]), 1)
     x = torch.cat((wrong, own[:, None]), 1).to(places.dtype) - shift[:, None].to(places.dtype)
-    total = torch.ones_like(x[:, 0])
     if options.surrogate != "hinge":
-        listed = torch.where(torch.isfinite(x), x, -torch.inf).exp()
-        total = listed.sum(1) + sum_exponentials(scores, shift, index).to(x.dtype)
-        x = listed / total[:, None]
-    exists = wrong > -torch.inf
-    lead = torch.where(exists, x[:, :-1] - x[:, -1:], 0.0)
-    loss = (places * torch.where(exists, SURROGATES[options.surrogate](lead), 0.0)).sum(1)
-    slopes = places * torch.where(exists, _SLOPES[options.surrogate](lead), 0.0)
-    slopes, rest = torch.cat((slopes, -slopes.sum(1, keepdim=True)), 1), torch.zeros_like(total)
-    if options.surrogate != "hinge":  # through the softmax
+        x = x.exp_()
+        total = x.sum(1, keepdim=True) + sum_exponentials(scores, shift, index)[:, None]
+        x = x / total
+    places, lead = places * (wrong > -torch.inf), x[:, :-1] - x[:, -1:]
+    loss, slopes = (places * SURROGATES[options.surrogate](lead)).sum(1), places * _SLOPES[options.surrogate](lead)
+    slopes = torch.cat((slopes, -slopes.sum(1, keepdim=True)), 1)
+    if options.surrogate == "hinge":
+        slopes = torch.cat((slopes, torch.zeros_like(slopes[:, :1])), 1)
+    else:  # through the softmax
         mean = (slopes * x).sum(1, keepdim=True)
-        slopes, rest = x * (slopes - mean), -mean[:, 0] / total
-    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    slopes = slopes.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
-    rest = rest.masked_fill(impossible, 0.0).masked_fill(bad, torch.nan)
+        slopes = torch.cat((x * (slopes - mean), -mean / total), 1)
+    if broken is not None:
+        loss, slopes = mended(broken, loss, slopes)
     dtype = scores.dtype
-    return loss.to(dtype), index, slopes.to(dtype), torch.stack((shift, rest.to(dtype)), 1)
+    return loss.to(dtype), index, torch.cat((shift[:, None], slopes.to(dtype)), 1)
 
 
 def autkc_backward(
     grad: Tensor, scores: Tensor, target: Tensor, options: AUTKCOptions, saved: tuple[Tensor, ...]
 ) -> Tensor:
     """grad * d loss / d scores: one exponential a class, or with the hinge a scatter."""
-    index, slopes, rest = saved
+    index, table = saved
+    slopes = grad[:, None] * table[:, 1:]
     if options.surrogate == "hinge":
-        result = (0.0 * rest[:, 1:]).expand_as(scores).contiguous()
+        result = slopes[:, -1:].expand_as(scores).contiguous()
     else:
-        result = scaled_exponentials(scores, rest[:, 0], grad * rest[:, 1])
-    return result.scatter_(1, index, grad[:, None] * slopes)
+        result = scaled_exponentials(scores, table[:, 0], slopes[:, -1])
+    return result.scatter_(1, index, slopes[:, :-1])
 
 
 def autkc_head(options: AUTKCOptions) -> Head:
@@ -259,97 +263,88 @@ def _next(
     fall short of the first root. Where they would leave the bracket, or f does not rise, it is halved.
     """
     log_total, mean, variance = moments
-    level = start - (mean - log_total + math.log(n)) / strength
+    level = (log_total - mean) / strength + (start - math.log(n) / strength)
     f = rate * level - 1.0
-    slope = (level - variance / strength).detach()
-    low, high = torch.where(f <= 0.0, rate, bracket[0]), torch.where(f >= 0.0, rate, bracket[1])
-    rises = slope > 1e-4 * start
+    slope = torch.sub(level, variance, alpha=1.0 / strength).detach()
+    below, rises = f <= 0.0, slope > 1e-4 * start
+    low, high = torch.where(below, rate, bracket[0]).detach(), torch.where(below, bracket[1], rate).detach()
     newton = rate - f / torch.where(rises, slope, 1.0)
     kept = rises & (newton >= low) & (newton <= high)
-    return torch.where(kept, newton, (low + high) / 2), (low.detach(), high.detach())
+    return torch.where(kept, newton, (low + high) / 2), (low, high)
 
 
 def ldr_forward(scores: Tensor, target: Tensor, options: LDROptions) -> tuple[Tensor, ...]:
     """loss (rows,) and shift, 1 / t, the slope of a class that has the shift's score, and y's (rows, 4)."""
     temperature, margin, alpha, _ = options
     n, dtype = scores.shape[1], row_dtype(scores)
-    largest = largest_wrong(scores, target)
-    own = target_scores(scores, target)
-    shift = finite_or_zero(torch.where(largest == -torch.inf, own - margin, largest))  # y may be the only class left
-    bad, impossible = not_finite_above(largest, own), own == -torch.inf
-    # Relative to the best wrong class plus margin, y stands at -gap.
-    gap = torch.where(bad | impossible, 0.0, shift.to(dtype) - own.to(dtype)) + margin
-    t, price = torch.full_like(gap, temperature), torch.zeros_like(gap)
+    shift, own = largest_wrong(scores, target), target_scores(scores, target)
+    broken = broken_rows(shift, own)
+    if broken is not None:
+        shift = finite_or_zero(torch.where(shift == -torch.inf, own - margin, shift))  # y may be the only class left
+        own = torch.where(broken[0] | broken[1], shift, own)
+    wide = shift.to(dtype)
+    lead = own.to(dtype) - wide - margin  # of y, to the best wrong class plus margin
     if alpha is None or n == 1:
-        others = _sums(scores, target, shift, 1.0 / t, powers=1)[0]
+        rate, price = torch.full_like(lead, 1.0 / temperature), 0.0
+        others = sum_exponentials(scores, shift, target[:, None], 1.0 / temperature).to(dtype)
     else:
-        search = _own_temperature(gap, n, options, scores.dtype)
+        search = _own_temperature(lead, n, options, scores.dtype)
         rate, found = next(search), None
         while found is None:
             try:
-                rate = search.send(_sums(scores, target, shift, rate, powers=3))
+                rate = search.send(_sums(scores, target, shift, rate))
             except StopIteration as stop:
                 found = stop.value
-        t, others = found
-        price = alpha * math.log(n) / temperature / 2 * (t - temperature).square()
-    at_target = (-gap / t).exp()
-    total = others + at_target
-    entropy = torch.where(gap < 0.0, torch.log1p(others / at_target.clamp(min=1.0)), total.log() + gap / t)
-    loss = t * (entropy - math.log(n)) - price
-    loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    shares = torch.stack((1.0 / total, -others / total), 1).masked_fill(impossible[:, None], 0.0)
-    table = torch.cat((1.0 / t[:, None], shares), 1).masked_fill(bad[:, None], torch.nan)
-    return loss.to(scores.dtype), torch.cat((shift[:, None], table.to(scores.dtype)), 1)
+        rate, others = found
+        price = alpha * math.log(n) / temperature / 2 * (1.0 / rate - temperature).square()
+    y = lead * rate
+    share = 1.0 / (others + y.exp())
+    loss = (softplus(others.log() - y, threshold=50.0) - math.log(n)) / rate - price
+    table = torch.stack((wide, rate, share, -others * share), 1)
+    if broken is not None:
+        loss, table[:, 2:] = mended(broken, loss, table[:, 2:])
+    return loss.to(scores.dtype), table.to(scores.dtype)
 
 
 def _own_temperature(
-    gap: Tensor, n: int, options: LDROptions, dtype: torch.dtype
-) -> Generator[Tensor, Sequence[Tensor], tuple[Tensor, Tensor]]:
-    """t and the sum over the wrong classes of exp((x - best wrong) / t) (rows,); yields 1 / t, gets `_sums` there."""
+    lead: Tensor, n: int, options: LDROptions, dtype: torch.dtype
+) -> Generator[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """1 / t and the sum over the wrong classes of exp((x - best wrong) / t) (rows,); yields 1 / t, gets `_sums`."""
     assert options.alpha is not None
     strength = options.alpha * math.log(n) / options.temperature
-    rate = torch.full_like(gap, 1.0 / options.temperature)
+    rate = torch.full_like(lead, 1.0 / options.temperature)
     bracket = rate, rate * options.alpha / (options.alpha - 1.0)
     enough, exact = (2e-5, 1e-14) if dtype == torch.float64 else (6e-3, 5e-7)  # for the sum, and for the rate itself
-    size = torch.full_like(gap, 0.1)  # as if such a step had come before the first
+    size: Tensor | float = 0.1  # as if such a step had come before the first
     for _ in range(_STEPS):
-        before, (total, first, second) = rate, (yield rate)
-        mean = first / total.clamp(min=1.0)
-        variance = (second / total.clamp(min=1.0) - mean * mean).relu()
-        moments = _with_target(total, first, second, -gap * rate)
+        before, sums, y = rate, (yield rate), lead * rate
+        total = sums[0].clamp(min=torch.finfo(sums.dtype).tiny)
+        mean, square = (sums[1:] / total).unbind()
+        variance = torch.addcmul(square, mean, mean, value=-1.0)
+        odds, beyond = y - total.log(), y - mean  # y comes in: by what share, and how far from the others' mean
+        shift = odds.sigmoid() * beyond
+        moments = y - logsigmoid(odds), mean + shift, torch.addcmul(variance, shift, beyond) * (-odds).sigmoid()
         rate, bracket = _next(rate, bracket, moments, n, options.temperature, strength)
         step = rate / before - 1.0
         earlier, size = size, step.abs()
-        after = (size / earlier.clamp(min=1e-20)).square() * size  # what is left, as steps shrink quadratically
         spread = size * (1.0 + variance.sqrt())  # two cumulants give the sum to a sixth of its cube
-        if rate.is_cpu and not bool(((spread > enough) | ((after > exact) & (size < earlier))).any()):
+        left = (size / earlier).square() * size  # to go, as steps shrink quadratically
+        if rate.is_cpu and not bool(((spread > enough) | ((left > exact) & (size < earlier))).any()):
             break
-    return 1.0 / rate, total * (mean * step + variance * step * step / 2).exp()
+    return rate, sums[0] * (torch.addcmul(mean, variance, step, value=0.5) * step).exp()
 
 
-def _with_target(total: Tensor, first: Tensor, second: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_moments` of all leads, relative to the larger of the best wrong class's and y's, from the wrong ones' sums."""
-    top = y.clamp(min=0.0)
-    wrong, own = (-top).exp(), (y - top).exp()
-    mass = wrong * total + own
-    mean = (wrong * first + own * y) / mass
-    square = (wrong * second + own * y * y) / mass
-    return mass.log() + top, mean, square - mean * mean
-
-
-def _sums(scores: Tensor, target: Tensor, shift: Tensor, rate: Tensor, powers: int) -> list[Tensor]:
-    """Sums over the wrong classes of exp(u), u exp(u), u^2 exp(u), as many as asked for; u = (x - shift) rate."""
-    found = [torch.empty_like(rate) for _ in range(powers)]
+def _sums(scores: Tensor, target: Tensor, shift: Tensor, rate: Tensor) -> Tensor:
+    """Sums over the wrong classes of exp(u), u exp(u), u^2 exp(u) (3, rows); u = (x - shift) rate."""
+    found = scores.new_empty((3, len(rate)))
     u_space, e_space = buffers(scores, 2)
     for part in chunks(scores):
         u, e = (space[: part.stop - part.start] for space in (u_space, e_space))
         torch.sub(scores[part], shift[part, None], out=u).mul_(rate[part, None].to(u.dtype))
         _exponentials_of(u, e).scatter_(1, target[part, None], 0.0)
         for place, sums in enumerate(found):
-            if place:
-                e.mul_(u)
-            sums[part] = e.sum(1).to(rate.dtype)
-    return found
+            torch.sum(e.mul_(u) if place else e, 1, out=sums[part])
+    return found.to(rate.dtype)
 
 
 def _exponentials_of(u: Tensor, out: Tensor) -> Tensor:
@@ -384,8 +379,8 @@ class AtOwn(Tail):
         assert self.options.classes is not None
         scores, shift, own = part.scores, part.shift(self.rank), part.own_scores()
         dtype, impossible = row_dtype(scores), not_finite_above(part.values.amax(1)) | (own == -torch.inf)
-        gap = torch.where(impossible, 0.0, shift.to(dtype) - own.to(dtype)) + self.options.margin
-        search = _own_temperature(gap, self.options.classes, self.options, scores.dtype)
+        lead = torch.where(impossible, 0.0, own.to(dtype) - shift.to(dtype)) - self.options.margin
+        search = _own_temperature(lead, self.options.classes, self.options, scores.dtype)
         rate, found = next(search), None
         while found is None:
             sums = yield Sum(self._sums(part, shift, rate))
@@ -393,9 +388,9 @@ class AtOwn(Tail):
                 rate = search.send(sums.to(dtype))
             except StopIteration as stop:
                 found = stop.value
-        t, others = found
-        listed = ((part.wrong_values() - shift[:, None]).to(dtype) / t[:, None]).exp().sum(1)
-        return torch.stack(((others - listed).clamp(min=0.0), t))
+        rate, others = found
+        listed = ((part.wrong_values() - shift[:, None]).to(dtype) * rate[:, None]).exp().sum(1)
+        return torch.stack(((others - listed).clamp(min=0.0), 1.0 / rate))
 
     def _sums(self, part: Slice, shift: Tensor, rate: Tensor) -> Tensor:
         """`_sums` over the slice, (3, rows)."""
@@ -492,24 +487,23 @@ def softmax_at_k_definition(
 def softmax_at_k_forward(scores: Tensor, target: Tensor, options: SoftmaxAtKOptions) -> tuple[Tensor, ...]:
     """loss (rows,) and shift, the slope of a class that has this score, and y's (rows, 3)."""
     ks, weights, temperature, width = options
-    values, _ = ordered_topk(scores, ks[-1])
-    own, shift, dtype = target_scores(scores, target), finite_or_zero(values[:, 0]), row_dtype(scores)
-    bad, impossible = not_finite_above(values[:, 0]), own == -torch.inf
+    values, dtype = largest_values(scores, ks[-1]), row_dtype(scores)
+    own, shift = target_scores(scores, target), values[:, 0]
+    broken = broken_rows(shift, own)
+    shift = shift if broken is None else finite_or_zero(shift)
     others = sum_exponentials(scores, shift, target[:, None], 1.0 / temperature).to(dtype)
-    lead = torch.where(bad | impossible, 0.0, own.to(dtype) - shift.to(dtype))
-    at_target = (lead / temperature).exp()
-    entropy = torch.where(at_target > 0.5, torch.log1p(others / at_target.clamp(min=0.5)), 0.0)
-    entropy = torch.where(at_target > 0.5, entropy, (others + at_target).log() - lead / temperature)
-    share, steep = torch.zeros_like(lead), torch.zeros_like(lead)
-    for k, weight in zip(ks, weights, strict=True):
-        border = values[:, k - 1].to(dtype)
-        each = torch.where(border == -torch.inf, 1.0, ((own.to(dtype) - border) / width).sigmoid())
-        share, steep = share + weight * each, steep + weight * each * (1.0 - each) / width
-    slope = share / temperature / (others + at_target)
-    loss = (share * entropy).masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-    table = torch.stack((slope, steep * entropy - slope * others), 1)
-    table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
-    return loss.to(scores.dtype), torch.cat((shift[:, None], table.to(scores.dtype)), 1)
+    wide, own = shift.to(dtype), own.to(dtype)
+    lead = (own - wide) / temperature
+    entropy = softplus(others.log() - lead, threshold=50.0)
+    each = torch.stack([((own - values[:, k - 1]) / width).sigmoid() for k in ks], 1)
+    rates = each.new_tensor(weights)
+    share, steep = each @ rates, (each - each * each) @ rates / width
+    slope = share / temperature / (others + lead.exp())
+    table = torch.stack((wide, slope, steep * entropy - slope * others), 1)
+    loss = share * entropy
+    if broken is not None:
+        loss, table[:, 1:] = mended(broken, loss, table[:, 1:])
+    return loss.to(scores.dtype), table.to(scores.dtype)
 
 
 def softmax_at_k_backward(

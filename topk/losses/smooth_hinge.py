@@ -38,18 +38,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from topk._cpu import buffers, chunks, exponentials, largest, largest_values, lowest, sum_exponentials
+from topk._cpu import buffers, chunks, exponentials, largest_values
 from topk.autograd import Head, Loss
 from topk.losses.common import (
+    broken_rows,
     finite_or_zero,
     largest_classes,
-    not_finite_above,
+    mended,
     row_dtype,
     target_scores,
     with_tail,
     without_target,
 )
-from topk.losses.hinge_levels import Level, at_level, band, levels, running_sums
+from topk.losses.hinge_levels import Level, at_level, band, levels, low_and_cut, running_sums
 from topk.tails import PowerSums
 
 VARIANTS = ("topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth")
@@ -95,15 +96,14 @@ def definition(
         loss = softplus(capped_average(x[:, :k], rests)[0], threshold=50.0)
     else:
         low, _, p = band(margin + x, k, smoothing / k, variant)
-        loss = _squared(margin + x, low, p, smoothing)[0]
+        loss = _squared((margin + x - low[:, None]).relu(), low, p, smoothing)[0]
     return torch.where(missing, 0.0, loss)
 
 
-def _squared(z: Tensor, low: Tensor, p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """<p, z> - gamma / 2 |p|^2 and sum p (rows,); p is given times gamma."""
-    total = p.sum(1)
-    above = (z - low[:, None]).relu() - p / 2
-    return (torch.linalg.vecdot(p, above) + low * total) / gamma, total / gamma
+def _squared(lead: Tensor, low: Tensor, p: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+    """<p, z> - gamma / 2 |p|^2 and sum p (rows,); p is given times gamma, lead = relu(z - low)."""
+    total = p.sum(1) / gamma
+    return torch.linalg.vecdot(p, lead - p / 2) / gamma + low * total, total
 
 
 # --- the numbers of a row: from its scores in falling order ---
@@ -128,8 +128,7 @@ def _top_average(x: Tensor, k: int, margin: float) -> tuple[Tensor, Tensor]:
     The largest of x_1 - margin and (x_1 + ... + x_j - k margin) / j over j > k.
     """
     count = torch.arange(k + 1, x.shape[1] + 1, dtype=x.dtype, device=x.device)
-    some = torch.where(x > -torch.inf, x, 0.0).cumsum(1)[:, k:]
-    average = ((some - k * margin) / count).masked_fill(x[:, k:] == -torch.inf, -torch.inf).amax(1)
+    average = ((x.cumsum(1)[:, k:] - k * margin) / count).amax(1)
     alone = x[:, 0] - margin
     return torch.maximum(alone, average), torch.where(average > alone, average, x[:, 0])
 
@@ -139,7 +138,7 @@ def _top_average(x: Tensor, k: int, margin: float) -> tuple[Tensor, Tensor]:
 
 def forward(scores: Tensor, target: Tensor, options: Options) -> tuple[Tensor, ...]:
     """loss (rows,) and for every k what `_field` needs, (rows, 5 ks)."""
-    return _forward(scores, target, options, _listed(options) + 1)
+    return _forward(scores, target, options, _listed(options) + 8)  # a few more, which are selected in the same time
 
 
 def _listed(options: Options) -> int:
@@ -152,55 +151,50 @@ def _listed(options: Options) -> int:
 def _forward(scores: Tensor, target: Tensor, options: Options, count: int) -> tuple[Tensor, Tensor]:
     """The same from the `count` largest scores; of the rows for which they are too few, from all."""
     count = min(count, scores.shape[1]) if scores.is_cpu else scores.shape[1]
-    own, index = target_scores(scores, target), None
-    if options.variant == "topk_entropy":
-        values, index = without_target(*largest(scores, count), target)
-    elif options.variant in VARIANTS[3:]:
-        values = largest_values(scores, count)
-    else:
-        values = largest_values(scores, count - 1, target)
-    best = values[:, 0]
-    parts = [_numbers(scores, target, values, index, own, k, options) for k in options.ks]
-    loss = torch.stack([weight * part[0] for weight, part in zip(options.weights, parts, strict=True)]).sum(0)
-    table = torch.cat([part[1] for part in parts], 1)
-    if not (scores.is_cpu and math.isfinite(float(best.sum()) + float(own.sum()))):
-        bad, impossible = not_finite_above(best, own), own == -torch.inf
-        loss = loss.masked_fill(impossible, torch.inf).masked_fill(bad, torch.nan)
-        table = table.masked_fill(impossible[:, None], 0.0).masked_fill(bad[:, None], torch.nan)
+    own, of_all = target_scores(scores, target), options.variant in VARIANTS[3:]
+    values = largest_values(scores, count) if of_all else largest_values(scores, count - 1, target)
+    plain = scores.is_cpu and math.isfinite(float((values[:, 0] - values[:, -1] + own).sum()))
+    parts = [_numbers(scores, target, values, own, plain, k, options) for k in options.ks]
+    loss, table, short = parts[0]
+    if len(parts) > 1 or options.weights != [1.0]:
+        loss = torch.stack([weight * part[0] for weight, part in zip(options.weights, parts, strict=True)]).sum(0)
+        table, short = torch.cat([part[1] for part in parts], 1), torch.stack([part[2] for part in parts]).any(0)
+    broken = None if plain else broken_rows(values[:, 0], own)
+    if broken is not None:
+        loss, table = mended(broken, loss, table)
     loss = loss.to(scores.dtype)
-    if count < scores.shape[1]:
-        short = torch.stack([part[2] for part in parts]).any(0)
-        if bool(short.any()):
-            loss[short], table[short] = _forward(scores[short], target[short], options, scores.shape[1])
+    if count < scores.shape[1] and options.variant != "topk_entropy" and bool(short.any()):
+        loss[short], table[short] = _forward(scores[short], target[short], options, scores.shape[1])
     return loss, table
 
 
 def _numbers(
-    scores: Tensor, target: Tensor, values: Tensor, index: Tensor | None, own: Tensor, k: int, options: Options
+    scores: Tensor, target: Tensor, values: Tensor, own: Tensor, plain: bool, k: int, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss (rows,), anchor, rest, bound, scale and the pull on y (rows, 5), and where more than `values` counts."""
+    """loss (rows,), anchor, rest, bound, scale and the pull on y (rows, 5), and where more than `values` counts.
+
+    plain: all of `values` and `own` are known to be finite.
+    """
     _, _, variant, margin, gamma = options
     dtype = row_dtype(scores)
     anchor = values[:, k - 1] if variant == "topk_entropy" else values[:, 0]
     last = values[:, {"beta_smooth": 0, "polyhedral": k, "polyhedral_smooth": k}.get(variant, k - 1)]
-    missing = None if scores.is_cpu and lowest(last) > -torch.inf else last == -torch.inf
+    missing = None if plain else last == -torch.inf
     anchor = anchor if missing is None else finite_or_zero(anchor)
     wide = anchor.to(dtype)
     x, gap = values.to(dtype) - wide[:, None], wide - own.to(dtype)
     x = x if missing is None else torch.where(missing[:, None], 0.0, x)
     pull, rest = torch.ones_like(gap), torch.zeros_like(gap)
     if variant == "topk_entropy":
-        assert index is not None
-        beyond = sum_exponentials(scores, anchor, torch.cat((index[:, :k], target[:, None]), 1)).to(dtype)
-        loss, bound, scale, pull = _entropy_numbers(x[:, :k], gap, beyond)
-        low = torch.full_like(gap, torch.inf)
+        loss, bound, scale, pull = _entropy_numbers(x[:, :k], gap, _sum_beyond(scores, target, anchor, k))
+        low = rest
     elif variant == "polyhedral":
         low, least = _top_average(x, k, margin)  # classes above `low` would raise it, even where x_1 alone has p_j > 0
         size = (x >= least[:, None]).sum(1, keepdim=True).clamp(min=1)
         anchor = values.gather(1, size - 1)[:, 0]
         loss, bound, scale = margin + low + gap, rest, 1.0 / size[:, 0].to(x.dtype)
     elif variant == "polyhedral_smooth":
-        low = levels(x, k, margin, "fixed sum")[0]
+        low = low_and_cut(x, running_sums(x), k, margin)[0][:, 0]
         anchor, rest = _split(wide + low, scores)
         bound = (-low - margin).relu()  # the largest x_j - m_j, relative to low
         total = _sum_less_mask(scores, (anchor, rest.to(scores.dtype), bound.to(scores.dtype)), options).to(dtype)
@@ -208,21 +202,32 @@ def _numbers(
     else:
         z = x + (gap + margin)[:, None]
         low, bound = levels(z, k, gamma / k, variant)[:2]
-        p = torch.minimum((z - low[:, None]).relu_(), bound[:, None])
-        loss, pull = _squared(z, low, p, gamma)
+        lead = (z - low[:, None]).relu_()
+        loss, pull = _squared(lead, low, torch.minimum(lead, bound[:, None]), gamma)
         low = low - gap - margin
         scale, (anchor, rest) = torch.full_like(low, 1.0 / gamma), _split(wide + low, scores)
     short = low <= x[:, -1]  # what ties with the last is not listed either
     if missing is not None:
         loss, bound, scale, pull, short = (e.masked_fill(missing, 0) for e in (loss, bound, scale, pull, short))
-    numbers = torch.stack((rest.to(dtype), bound, scale, pull), 1)
-    return loss, torch.cat((anchor[:, None], numbers.to(scores.dtype)), 1), short
+    numbers = torch.stack((anchor.to(dtype), rest, bound, scale, pull), 1)
+    return loss, numbers.to(scores.dtype), short
 
 
 def _split(level: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest number of the scores' type and what is left: a difference to both in turn keeps its digits."""
     anchor = level.to(scores.dtype)
     return anchor, level - anchor
+
+
+def _sum_beyond(scores: Tensor, target: Tensor, anchor: Tensor, k: int) -> Tensor:
+    """Sum of exp(x - the k-th wrong score) over the wrong classes but the k best, which would add 1 each (rows,)."""
+    # The ones of a few classes leave float32 its digits.
+    total = torch.empty_like(anchor, dtype=scores.dtype if k <= 8 else row_dtype(scores))
+    (buffer,) = buffers(scores, 1)
+    for part in chunks(scores):
+        field = torch.sub(scores[part], anchor[part, None], out=buffer[: part.stop - part.start]).clamp_(max=0.0)
+        torch.sum(exponentials(field).scatter_(1, target[part, None], 0.0), 1, dtype=total.dtype, out=total[part])
+    return (total.to(row_dtype(scores)) - k).clamp_(min=0.0)
 
 
 def _entropy_numbers(lead: Tensor, gap: Tensor, beyond: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -264,12 +269,12 @@ def backward(
     """grad * d loss / d scores: p on the classes, less their sum on y."""
     result, pull = torch.empty_like(scores, memory_format=torch.contiguous_format), torch.zeros_like(grad)
     for place, (table, weight) in enumerate(zip(saved[0].split(5, 1), options.weights, strict=True)):
-        field = result if place == 0 else torch.empty_like(result)
+        field, share = result if place == 0 else torch.empty_like(result), grad * weight
         for part in chunks(scores):
-            _field(scores[part], table[part], grad[part] * weight, options, field[part])
+            _field(scores[part], table[part], share[part], options, field[part])
         if place:
             result += field
-        pull = pull + grad * weight * table[:, 4]
+        pull.addcmul_(share, table[:, 4])
     if options.variant in VARIANTS[:3]:
         return result.scatter_(1, target[:, None], -pull[:, None])
     return result.scatter_add_(1, target[:, None], -pull[:, None])
