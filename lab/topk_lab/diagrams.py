@@ -33,7 +33,7 @@ def comparators(
     in question is on it, which is the width of its orange line and is written at the right.
     """
     wires, x = len(values[0]), 0.0
-    figure, axis = plt.subplots(figsize=(7.8, 0.6 + min(0.42 * wires, 4.0)))
+    figure, axis = plt.subplots(figsize=(7.0, 0.6 + min(0.42 * wires, 4.0)))
     since, now = [0.0] * wires, list(chances[0])
     for layer, after in zip(layers, chances[1:], strict=True):
         x += 0.3
@@ -49,7 +49,7 @@ def comparators(
     for wire in range(wires):
         _wire(axis, wire, since[wire], end, now[wire])
     for wire in range(wires):
-        axis.text(-0.015 * end, wire, f"{values[0][wire]:.2g}", ha="right", va="center")
+        axis.text(-0.015 * end, wire, f"{values[0][wire]:.2g}".replace("-", "−"), ha="right", va="center")
         axis.text(1.015 * end, wire, f"rank {wires - wire}:  {chances[-1][wire]:.2f}", ha="left", va="center")
     axis.set(title=title, xlim=(-0.1 * end, 1.2 * end), ylim=(-0.6, wires - 0.4))
     axis.axis("off")

@@ -287,7 +287,8 @@ def _draw(axis: Axes, panel: Panel) -> None:
             own = str(known[name].get_marker())
             style = {**open_mark, "color": known[name].get_color(), **({} if own == "None" else {"marker": own})}
         else:
-            style = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number + 1], "label": name}
+            colour = LOSSES.get(name, {"color": COLOURS[number + 1]})["color"]
+            style = {"marker": MARKERS[number % len(MARKERS)], "color": colour, "label": name}
         axis.plot(*map(float, place), linestyle="none", **style)
     if panel.marked:
         axis.plot([], [], linestyle="none", label=panel.marked, **{**open_mark, "color": "grey"})
@@ -440,7 +441,8 @@ def _simplex_still(rests: Mapping[str, Mapping[str, tuple[Tensor, Tensor]]], q: 
             colour = looks_of(found)[name]["color"]
             fill = colour if right[at] else "none"
             axis.plot(*(p[at] @ corner).tolist(), marker, color=colour, markerfacecolor=fill, label=name)
-        axis.set(title=f"{knob} = {value}", aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.15, 1.05))
+        axis.set(aspect="equal", xlim=(-0.2, 1.2), ylim=(-0.15, 1.05))
+        axis.set_title(f"{knob} = {value}", y=0.93)
         axis.axis("off")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
     return figure
@@ -499,19 +501,27 @@ def _short(values: Iterable[Any]) -> list[float]:
 # --- intervals, bars, maps ---
 
 
-def dots(panels: Mapping[str, Mapping[str, Any]], alt: str, x_label: str = "points", *, share_x: bool = False) -> None:
+def dots(
+    panels: Mapping[str, Mapping[str, Any]],
+    alt: str,
+    x_label: str = "points",
+    *,
+    share_x: bool = False,
+    looks: Mapping[str, Look] | None = None,
+    size: Size | None = None,
+) -> None:
     """One panel a title, one line a name: a mean with its interval (anything with mean, low and high).
 
-    With `share_x` lengths may be compared across panels.
+    With `share_x` lengths may be compared across panels. `looks` are for names that are no loss.
     """
     names = list(next(iter(panels.values())))
-    size = (8.0, 0.9 + 0.24 * len(names))
+    size = size or (8.0, 0.9 + 0.24 * len(names))
     figure, axes = _grid(len(panels), len(panels), size, sharex=share_x, sharey=True)
     data: dict[str, list[Any]] = {"": names}
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         axis.axvline(0, color="black", linewidth=1, linestyle="solid")
         for place, name in enumerate(reversed(names)):
-            interval, colour = found[name], look(name)["color"]
+            interval, colour = found[name], {**look(name), **(looks or {}).get(name, {})}["color"]
             axis.plot([interval.low, interval.high], [place, place], color=colour, linestyle="solid")
             axis.plot(interval.mean, place, marker="o", markersize=4, color=colour)
         axis.set(title=title, yticks=range(len(names)), yticklabels=names[::-1], xlabel=x_label)
@@ -553,7 +563,7 @@ def bars(
     axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1 and any([*values] != [label] for label, values in series.items()):  # else the axis names them
-        axis.legend()
+        figure.legend(loc="outside lower center", ncol=_legend_columns([*series]))
     show(figure, alt, {"": names, **{label: [values.get(n) for n in names] for label, values in series.items()}})
 
 
@@ -569,13 +579,14 @@ def heat(
     marks: Mapping[str, Any] | None = None,
     kinds: Mapping[str, str] | None = None,
     across: int = 5,
+    letters: float = 8,
     size: Size | None = None,
     data: Table | None = None,
 ) -> None:
     """One map a title, of numbers (rows, columns), with `marks` (texts of the same shape) or the numbers written in.
 
     With `reach` colours have two signs and end at -reach and reach. With `kinds`, {name: colour}, the numbers say which
-    of these a cell is, and a legend stands in place of the bar.
+    of these a cell is, and a legend stands in place of the bar. `letters` is the size of type in points.
     """
     width, down = min(across, len(panels)), -(-len(panels) // across)
     size = size or (1.6 + width * (0.8 + 0.42 * len(columns)), down * (0.9 + 0.26 * len(rows)))
@@ -592,10 +603,10 @@ def heat(
         for (r, c), value in np.ndenumerate(cells):
             text = f"{value:.2g}" if marks is None else marks[title][r][c]
             dark = sum(picture.cmap(picture.norm(np.asarray(value)))[:3]) < 1.4
-            axis.text(c, r, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+            axis.text(c, r, text, ha="center", va="center", fontsize=letters, color="white" if dark else "black")
         axis.set_title(title, fontsize=9.5)
-        axis.set_xticks(range(len(columns)), columns, fontsize=8)
-        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.set_xticks(range(len(columns)), columns, fontsize=letters)
+        axis.set_yticks(range(len(rows)), rows, fontsize=letters)
         axis.set_xlabel(x_label)
         axis.label_outer()
         axis.grid(False)
@@ -622,6 +633,7 @@ def scatter(
     guides: str = "axes",
     across: int = 4,
     written: Mapping[tuple[float, float], str] | None = None,
+    size: Size | None = None,
     data: Table | None = None,
 ) -> None:
     """One panel a title, one marker a name: clouds (x, y).
@@ -630,7 +642,7 @@ def scatter(
     beside points, in place of a legend; `data` replaces the table of all points.
     """
     width, down = min(across, len(panels)), -(-len(panels) // across)
-    size = (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
+    size = size or (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
     figure, axes = _grid(len(panels), across, size, sharex=bool(guides), sharey=bool(guides))
     table: list[tuple[str, float, float]] = []
     for axis, (title, clouds) in zip(axes, panels.items(), strict=True):
@@ -717,22 +729,37 @@ def along_the_target(
     ]
 
 
-def over_two_wrong_scores(losses: Mapping[str, RowLoss], alt: str, reach: float = 4.0) -> None:
-    """Three classes, x_y = 0: one panel a loss, with the loss as colour and arrows where training moves the scores."""
+def over_two_wrong_scores(
+    losses: Mapping[str, RowLoss], alt: str, reach: float = 4.0, cap: float = math.inf, bar: str = ""
+) -> None:
+    """Three classes, x_y = 0: one panel a loss, with the loss as colour and arrows where training moves the scores.
+
+    With a name for the `bar` all panels have one scale of colours, up to `cap`, and of arrows, and one bar.
+    """
     target = torch.zeros(1, dtype=torch.long)
-    figure, axes = _grid(len(losses), len(losses), (7.8, 3.0), sharey=True)
+    figure, axes = _grid(len(losses), len(losses), (7.0, 2.6) if bar else (7.8, 3.0), sharey=True)
     fine, coarse = (torch.linspace(-reach, reach, size, dtype=torch.float64) for size in (61, 9))
+    parts = {
+        name: [value_and_gradient(loss, _plane(x), target.expand(len(x) ** 2))[i] for i, x in enumerate((fine, coarse))]
+        for name, loss in losses.items()
+    }
+    top = max(float(value.max()) for value, _ in parts.values())
+    levels: Any = MaxNLocator(12).tick_values(0, min(top, cap)) if bar else 12
+    longest = max(float(gradient[:, 1:].norm(dim=1).max()) for _, gradient in parts.values())
+    arrows: Look = {"scale_units": "xy", "scale": 1.1 * longest / float(coarse[1] - coarse[0])} if bar else {}
     data: dict[str, list[float]] = {"both wrong scores": fine[::6].tolist()}
-    for axis, (name, loss) in zip(axes, losses.items(), strict=True):
-        value, _ = value_and_gradient(loss, _plane(fine), target.expand(len(fine) ** 2))
-        _, gradient = value_and_gradient(loss, _plane(coarse), target.expand(len(coarse) ** 2))
-        picture = axis.contourf(fine, fine, value.reshape(len(fine), -1), levels=12)
+    for axis, (name, (value, gradient)) in zip(axes, parts.items(), strict=True):
+        picture = axis.contourf(fine, fine, value.reshape(len(fine), -1), levels=levels,
+                                extend="max" if bar and top > levels[-1] else "neither")  # fmt: skip
         u, v = (-gradient[:, i].reshape(len(coarse), -1) for i in (1, 2))
-        axis.quiver(coarse, coarse, u, v, color="white", angles="xy", width=0.008)
-        axis.set(title=name, xlabel="$x_1 - x_y$", aspect="equal")
+        axis.quiver(coarse, coarse, u, v, color="white", angles="xy", width=0.008, **arrows)
+        axis.set(title=name, xlabel="$x_1 - x_y$", aspect="equal", xticks=np.linspace(-reach, reach, 5))
         axis.grid(False)
-        figure.colorbar(picture, ax=axis, shrink=0.7)
+        if not bar:
+            figure.colorbar(picture, ax=axis, shrink=0.7)
         data[f"{_plain(name)}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
+    if bar:
+        figure.colorbar(picture, ax=axes, shrink=0.9, label=bar)
     axes[0].set_ylabel("$x_2 - x_y$")
     show(figure, alt, data, palette=True)
 
@@ -742,18 +769,22 @@ def _plane(axis: Tensor) -> Tensor:
     return torch.stack((torch.zeros_like(first), first, second), -1).reshape(-1, 3)
 
 
-def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap: float = 4.0) -> None:
-    """Three classes as probabilities, scores x = log p, target in the lower left corner: the loss as colour."""
+def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap: float = 4.0, bar: str = "") -> None:
+    """Three classes as probabilities, scores x = log p, target in the lower left corner: the loss as colour.
+
+    With a name for the `bar` all panels have one scale, up to `cap`, and one bar.
+    """
     counts = [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]
     p = (torch.tensor(counts, dtype=torch.float64) + 0.02) / (steps + 0.06)
     corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
     place = p @ corner
     edge = torch.tensor([count[2] == 0 for count in counts])
-    figure, axes = _grid(len(losses), len(losses), (7.8, 2.7))
+    figure, axes = _grid(len(losses), len(losses), (7.0, 2.1) if bar else (7.8, 2.7))
+    levels: Any = np.linspace(0, cap, 17) if bar else 14
     data: dict[str, list[float]] = {"p of the target, on the edge to class 1": p[edge, 0].tolist()}
     for axis, (name, loss) in zip(axes, losses.items(), strict=True):
         value = loss(p.log(), torch.zeros(len(p), dtype=torch.long))
-        axis.tricontourf(place[:, 0], place[:, 1], value.clamp(max=cap), levels=14)
+        picture = axis.tricontourf(place[:, 0], place[:, 1], value.clamp(max=cap), levels=levels)
         outline = corner[[0, 1, 2, 0]]
         axis.plot(outline[:, 0], outline[:, 1], color="black", linewidth=1, linestyle="solid")
         for label, spot, side in zip(("target", "1", "2"), corner.tolist(), ("right", "left", "center"), strict=True):
@@ -761,4 +792,6 @@ def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap
         axis.set(title=name, aspect="equal", xlim=(-0.25, 1.15), ylim=(-0.15, 1.05))
         axis.axis("off")
         data[name] = value[edge].tolist()
+    if bar:
+        figure.colorbar(picture, ax=axes, shrink=0.9, label=bar, ticks=range(math.ceil(cap) + 1))
     show(figure, alt, data, palette=True)

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from joblib import Memory
+from matplotlib.colors import to_rgb
 from scipy.stats import false_discovery_control, ttest_1samp
 from torch import Tensor
 from tqdm import tqdm
@@ -285,6 +286,8 @@ def draw_guesses(
 ) -> dict[str, list[float]]:
     """Shows the plane by first guess and by set of two guesses under models of seed 0, with the rows trained on.
 
+    A region has the colour of the class that is guessed there, or stripes in the colours of both.
+
     Returns {loss: top-1 and top-2 accuracy on fresh rows, per cent}.
     """
     inputs, labels = sample(setting, [0], setting.rows, "train")
@@ -292,8 +295,10 @@ def draw_guesses(
     side = torch.linspace(-2.3, 2.3, 161)
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(1, -1, 2)
     pairs = list(combinations(range(setting.classes), 2))
-    names = [[str(c) for c in range(setting.classes)], [f"{{{a}, {b}}}" for a, b in pairs]]
-    figure, axes = plt.subplots(2, len(chosen), figsize=(6.6, 6.4), sharex=True, sharey=True)
+    names = [[f"class {c}" for c in range(setting.classes)], [f"{{{a}, {b}}}" for a, b in pairs]]
+    figure, axes = plt.subplots(2, len(chosen), figsize=(7.0, 7.0), sharex=True, sharey=True)
+    tints = 0.55 + 0.45 * np.array([to_rgb(colour) for colour in figures.COLOURS])
+    stripe = np.add.outer(np.arange(161), np.arange(161)) // 6 % 2
     found = {}
     for column, (loss, (rate, own)) in zip(axes.T, chosen.items(), strict=True):
         trained = train(row_loss(loss, own), first_weights(setting, [0]), inputs, labels, rate, effort.steps)
@@ -302,21 +307,24 @@ def draw_guesses(
         two = scores.topk(2).indices.sort(1).values.tolist()
         regions = (scores.argmax(1), torch.tensor([pairs.index((a, b)) for a, b in two]))
         for guesses, (axis, region, words) in enumerate(zip(column, regions, names, strict=True), 1):
-            colours = plt.get_cmap("cividis", len(words) + 1)
-            axis.pcolormesh(side, side, region.reshape(161, 161) + 1, cmap=colours, vmin=-0.5, vmax=len(words) + 0.5,
-                            alpha=0.55, rasterized=True)  # fmt: skip
+            members = np.array(pairs if guesses == 2 else [(c, c) for c in range(setting.classes)])
+            inside = np.take_along_axis(members[region.reshape(161, 161)], stripe[..., None], 2)[..., 0]
+            axis.imshow(tints[inside], extent=(-2.3, 2.3, -2.3, 2.3), origin="lower", interpolation="nearest")
             for value in region.unique().tolist():
                 inner = plane[0][(region == value) & (plane[0].abs() < 2.1).all(1)]
                 if len(inner) > 150:
                     centre = inner[(inner - inner.mean(0)).norm(dim=1).argmin()].tolist()
-                    axis.text(*centre, words[value], fontsize=11, ha="center", va="center", weight="bold")
+                    axis.text(*centre, words[value], fontsize=11, ha="center", va="center", weight="bold",
+                              color=figures.COLOURS[value] if guesses == 1 else "black", zorder=3,
+                              bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # fmt: skip
             for c in range(setting.classes):
-                axis.scatter(*inputs[0, labels == c].T, s=9, marker=figures.MARKERS[c], color=figures.COLOURS[c],
-                             linewidth=0.3, edgecolor="white")  # fmt: skip
+                axis.scatter(*inputs[0, labels == c].T, s=20, marker=figures.MARKERS[c], color=figures.COLOURS[c],
+                             linewidth=0.4, edgecolor="white", label=f"class {c}")  # fmt: skip
             shown = ("first guess", "set of two guesses")[guesses - 1]
             axis.set(title=f"{loss}, {shown}: {found[loss][guesses - 1]:.0f} %", xlabel="$z_1$", ylabel="$z_2$")
             axis.label_outer()
             axis.grid(False)
     columns = {f"top-{k}": [values[k - 1] for values in found.values()] for k in (1, 2)}
-    figures.show(figure, alt, {"loss": list(found), **columns})
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncol=setting.classes)
+    figures.show(figure, alt, {"loss": list(found), **columns}, palette=True)
     return found
