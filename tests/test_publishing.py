@@ -72,6 +72,7 @@ def test_nothing_else_holds_the_address() -> None:
         assert not any(word in text for word in names), f"{path} names the repository"
 
 
+@pytest.mark.slow  # writes every chapter anew
 def test_another_address_reaches_every_place(tmp_path: Path) -> None:
     """Changed in `_config.yml` alone, then `make address`: the old one is gone from the whole project."""
     copy = tmp_path / "copy"

@@ -443,6 +443,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_torchrun_starts_them(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(UNDER_TORCHRUN)
