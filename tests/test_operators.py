@@ -15,7 +15,7 @@ from torch.distributions import kl_divergence
 
 import topk
 from tests.test_peers import peer
-from topk.operators import KSubset, noised_kth, perturbed_topk, soft_permutation
+from topk.operators import KSubset, noised_kth, perturbed_topk, soft_permutation, subset
 
 FAMILIES = ("logistic", "sparse", "laplace", "gaussian")
 
@@ -165,6 +165,41 @@ def test_subset_masks_keep_their_digits_where_more_than_k_scores_tie(k: int, spr
         found.append((mask.detach().double(), torch.autograd.grad(mask, rows, upstream.to(dtype))[0].double()))
     for one, other, allowed in zip(*found, (3e-6, 6e-6), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize(("k", "ties"), [(5, 25), (20, 60), (20, 100), (50, 250), (100, 210)])
+def test_subset_masks_of_long_heads_and_heavy_tails(k: int, ties: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties near w = 1/2, where most power sums count: both types against products of all factors, in float64."""
+    scores = torch.cat((1e-3 * torch.randn(4, ties), torch.full((4, 300), -8.0)), 1)
+    upstream = torch.randn_like(scores)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        for parts in (subset._PARTS, 2**10):  # all rows at once, and row by row
+            monkeypatch.setattr(subset, "_PARTS", parts)
+            rows = scores.to(dtype).requires_grad_()
+            mask = topk.soft_topk(rows, k)
+            found.append((mask.detach(), torch.autograd.grad(mask, rows, upstream.to(dtype))[0]))
+    rows = scores.double().requires_grad_()
+    mask = topk.soft_topk(rows, k)
+    (general,) = torch.autograd.grad(mask, rows, upstream.double(), create_graph=True)  # not by power sums
+    for (one, gradient), allowed in zip(found, (2e-6, 2e-6, 1e-10, 1e-10), strict=True):
+        torch.testing.assert_close(one.double(), mask.detach(), rtol=0, atol=allowed)
+        torch.testing.assert_close(gradient.double(), general.detach(), rtol=0, atol=allowed)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 3.0, 30.0])
+@pytest.mark.parametrize("k", [1, 2, 5, 16, 17])
+def test_subset_masks_do_not_depend_on_how_temperature_one_is_given(k: int, spread: float) -> None:
+    """Rows without a head, with one, and with one that is longer than first looked at."""
+    scores = (spread * torch.randn(6, 40, dtype=torch.float64)).requires_grad_()
+    upstream = torch.randn_like(scores)
+    found = []
+    for temperature in (1.0, torch.ones(6, dtype=torch.float64)):
+        mask = topk.soft_topk(scores, k, temperature=temperature)
+        found += [(mask, torch.autograd.grad(mask, scores, upstream)[0])]
+    general = torch.autograd.grad(topk.soft_topk(scores, k), scores, upstream, create_graph=True)[0]
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-13)
+    torch.testing.assert_close(found[0][1], general.detach(), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(("n", "k"), [(5, 2), (11, 9)])  # by power sums, and by products

@@ -108,6 +108,8 @@ def _soft(
     rows, scale = as_rows(scores, dim), per_row("temperature", temperature, scores, dim)
     if method == "subset":
         counts = torch.full_like(scale, int(k)).to(torch.int64)
-        return as_scores(subset_mask(rows, counts, scale, int(k), backend)[0], scores, dim)
+        unit = not isinstance(temperature, Tensor) and temperature == 1
+        mask = subset_mask(rows, counts, scale, int(k), backend, same=True, unit=unit)[0]
+        return as_scores(mask, scores, dim)
     per_k = per_row("k", k, scores, dim) if isinstance(k, Tensor) else k
     return as_scores(threshold.threshold_mask(rows, per_k, scale, method, backend), scores, dim)

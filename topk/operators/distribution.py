@@ -78,7 +78,7 @@ class KSubset(Distribution):
         rows = as_rows(self.scores, -1)
         count = torch.full_like(rows[:, 0], self.k).to(torch.int64)
         temperature = self.temperature.reshape(-1)
-        mask, total, pivot = subset_mask(rows, count, temperature, self.k)
+        mask, total, pivot = subset_mask(rows, count, temperature, self.k, same=True)
         u = standardised(rows, pivot, temperature)
         return mask.view(self.scores.shape), u.view(self.scores.shape), total.view(self.batch_shape)
 

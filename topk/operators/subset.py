@@ -12,8 +12,10 @@ for every level. We take the one with sum P = k, the threshold of the logistic m
 division alpha_j = A_j - w alpha_{j-1} amplifies no error. That leaves 2 k scores at most, the head: there the factors
 before and the factors behind are multiplied, which adds positive numbers only.
 
-Up to k = _POWER_SUM_LIMIT the CPU needs no threshold: the level is the k-th score, and the polynomial of the tail comes
-from power sums, as in the smooth loss.
+The CPU needs no threshold. A factor c in all w changes nothing but the scale, and c = k / (the sum of w after the k-th
+score) is never below the one with sum P = k, nor far above. Then w > 1/2 holds for few scores, or none: the head.
+The polynomial of the others comes from power sums, as in the smooth loss, of the powers that are more than rounding
+errors. pi is a polynomial of w of that degree, and its derivative along v is v q(w) + r(w) with two such polynomials.
 
 The derivative along v is the same calculation on dual numbers, w_i having the derivative w_i v_i: polynomials carry a
 second row. It is symmetric, so one function serves as jvp and as vjp; and it is plain torch, so it has derivatives.
@@ -21,8 +23,9 @@ second row. It is symmetric, so one function serves as jvp and as vjp; and it is
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,20 +33,27 @@ from torch.autograd import Function
 from torch.nn.functional import pad, softplus
 
 from topk import kernels
-from topk._cpu import CHUNK, SMALLEST, buffers, chunks, exponentials, largest
+from topk._cpu import SMALLEST, buffers, chunks, exponentials, largest, row_chunks
 from topk.backend import choose
-from topk.losses import polynomials
 from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
-from topk.losses.smooth import _left_out, _newton_identities, _with_head
+from topk.losses.smooth import _newton_identities
 from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, plain
 from topk.operators.threshold import threshold_level
 
+Tensors = tuple[Tensor, ...]
 _WIDE_BELOW = 32  # factors, from which on their products are taken in float64
 _SETTLED, _BROKEN = 1.0, 2.0
-_POWER_SUM_LIMIT = 8
-"""Where k + 1 scores tie, A at the level of the k-th score peaks at k / 2, ever farther above A_k, and float32 divides
-by w from there on: worst errors of 2e-6 (mask) and 3e-6 (gradient times T) at k = 8, of 6e-6 and 1e-5 at 10."""
+_HEAD_ABOVE = {True: 0.75, False: 0.5}  # w from which on a score belongs to the head on the CPU: k up to 16, or above
+_PARTS = 2**22  # numbers kept at a time while a head is left out, element by element
+_FAR = 1e-30  # a sum of w, below which all scores after the k-th are as good as out of reach
+
+
+class Known(NamedTuple):
+    """What need not be looked for: whether all k are the largest one, and all temperatures 1."""
+
+    same: bool = False
+    unit: bool = False
 
 
 # --- polynomials of dual numbers: (1 or 2, degree + 1, rows, ...) ----------------------------------------------------
@@ -69,42 +79,6 @@ def _tree(factors: Tensor, degree: int) -> Tensor:
         factors = torch.cat((pairs, grown[..., 2 * half :]), -1)
     result = factors[..., 0].to(wide)
     return pad(result, (0, 0, 0, degree + 1 - result.shape[1]))
-
-
-def _tail(u: Tensor, v: Tensor | None, degree: int) -> Tensor:
-    """The product over all elements of 1 - P + P z (1 or 2, degree + 1, rows), u = log w."""
-    if not (u.is_cpu and len(u) and plain(u) and (v is None or plain(v))):
-        return _tree(_factors(u, v), degree)
-    parts = [_in_lanes(u[part], None if v is None else v[part], degree) for part in chunks(u)]
-    return torch.cat(parts, 2)
-
-
-def _in_lanes(u: Tensor, v: Tensor | None, degree: int) -> Tensor:
-    """The same by a recursion over lanes of elements, then the product of the lanes: few calls, in cache."""
-    rows, n = u.shape
-    lanes = polynomials.lanes_for(rows, n, degree)
-    steps = -(-n // lanes)
-
-    def dealt(field: Tensor) -> Tensor:
-        return pad(field, (0, lanes * steps - n)).view(rows, lanes, steps).permute(2, 1, 0).contiguous()
-
-    success = torch.sigmoid(u)
-    trials = dealt(success)
-    if v is None:
-        return polynomials.success_counts(trials, degree, float_type(u))[None]
-    now = u.new_zeros((2, degree + 2, lanes, rows))  # one row of zeros above the constants
-    now[0, 1] = 1.0
-    then = torch.zeros_like(now)
-    for trial, move in zip(trials.unbind(0), dealt(success * v).unbind(0), strict=True):
-        torch.lerp(now[:, 1:], now[:, :-1], trial, out=then[:, 1:])
-        then[1, 1:].addcmul_(now[0, :-1], move)
-        now, then = then, now
-    merged = now[:, 1:].to(float_type(u))
-    while merged.shape[2] > 1:
-        half = merged.shape[2] // 2
-        pairs = _dual_product(merged[:, :, :half], merged[:, :, half : 2 * half])
-        merged = torch.cat((pairs, merged[:, :, 2 * half :]), 2)
-    return merged[:, :, 0]
 
 
 def _with_factor(polynomial: Tensor, factor: Tensor, *, falling: bool = False) -> Tensor:
@@ -136,7 +110,7 @@ def _inclusion(u: Tensor, v: Tensor | None, k: Tensor, index: Tensor, most: int)
     head_factors = _factors(head, None if v is None else v.gather(1, index)).to(float_type(u))
     tail = u.scatter(1, index, -torch.inf)
     odds = tail.exp()
-    at_head, full, chance = _joined(head_factors, _tail(tail, v, most), k)
+    at_head, full, chance = _joined(head_factors, _tree(_factors(tail, v), most), k)
     at_head = at_head.to(u.dtype)
     if v is not None:
         drift = full[1, -1, :, None].to(u.dtype)
@@ -178,96 +152,192 @@ def _joined(head_factors: Tensor, tail: Tensor, k: Tensor) -> tuple[Tensor, Tens
 def _moved(odds: Tensor, v: Tensor, full: Tensor) -> Tensor:
     """The derivative of pi along v where w <= 1, from the product of all factors over A_k (2, k + 1, rows)."""
     drift, columns = full[1, -1, :, None], [column[..., None].unbind() for column in full[:, :-1].unbind(1)]
-    if not (odds.is_cpu and plain(odds) and plain(v)):
-        moved, (alpha, slope) = odds * v, columns[0]
-        for value, derivative in columns[1:]:
-            slope = torch.addcmul(torch.addcmul(derivative, odds, slope, value=-1.0), moved, alpha, value=-1.0)
-            alpha = torch.addcmul(value, odds, alpha, value=-1.0)
-        return moved * alpha + odds * (slope - alpha * drift)
-    result = torch.empty_like(odds, memory_format=torch.contiguous_format)
-    spaces = buffers(odds, 2, CHUNK // 4)
-    for part in chunks(odds, CHUNK // 4):  # four fields in cache
-        w, slope = odds[part], result[part]
-        moved, alpha = (space[: len(w)] for space in spaces)
-        torch.mul(w, v[part], out=moved)
-        alpha.copy_(columns[0][0][part].expand_as(w))
-        slope.copy_(columns[0][1][part].expand_as(w))
-        for value, derivative in columns[1:]:
-            torch.addcmul(derivative[part], w, slope, value=-1.0, out=slope).addcmul_(moved, alpha, value=-1.0)
-            torch.addcmul(value[part], w, alpha, value=-1.0, out=alpha)
-        slope.addcmul_(alpha, drift[part], value=-1.0).mul_(w).addcmul_(moved, alpha)
+    moved, (alpha, slope) = odds * v, columns[0]
+    for value, derivative in columns[1:]:
+        slope = torch.addcmul(torch.addcmul(derivative, odds, slope, value=-1.0), moved, alpha, value=-1.0)
+        alpha = torch.addcmul(value, odds, alpha, value=-1.0)
+    return moved * alpha + odds * (slope - alpha * drift)
+
+
+# --- the CPU: power sums of the tail ---------------------------------------------------------------------------------
+
+
+def _log_odds(top: Tensor, level: Tensor, heat: Tensor | None) -> Tensor:
+    """(x - level) / T of the largest scores (count, rows)."""
+    return (top.T.to(float_type(top)) - level) / (1.0 if heat is None else heat.T)
+
+
+def _sums(odds: Tensor, v: Tensor | None, least: float, spaces: list[Tensor], out: Tensor) -> None:
+    """Writes the sums of w^m, or of v w^m, m = 1.. (terms, rows). Leaves out in time what would lead to denormals."""
+    (space, other), smallest = (each[: len(odds)] for each in spaces), SMALLEST[odds.dtype]
+    power, inner, until = odds if v is None else torch.mul(odds, v, out=space), odds, 1
+    for m, total in enumerate(out.unbind(), 1):
+        if m > until:
+            until = 2 * m
+            if not least * min(until, len(out)) > smallest:
+                inner = torch.threshold_(other.copy_(odds), math.exp(smallest / until), 0.0)
+        if m > 1:
+            power = torch.mul(power, inner, out=space)
+        torch.sum(power, 1, out=total)
+
+
+def _columns(full: Tensor, terms: int) -> Tensor:
+    """The coefficients from the (k - 1)-th down, with signs (..., terms, rows)."""
+    columns = full[..., :-1, :].flip(-2)[..., :terms, :]
+    columns[..., 1::2, :].neg_()
+    return columns
+
+
+def _horner(columns: Tensors, part: slice, odds: Tensor, out: Tensor) -> Tensor:
+    """The sum over r of columns[r] w^r for the rows in `part`; a column is (rows, 1)."""
+    value, out = columns[-1][part], out[: len(odds)]
+    for column in columns[-2::-1]:
+        value = torch.addcmul(column[part], value, odds, out=out)
+    return value
+
+
+def _coefficients(sums: Tensor, degree: int) -> Tensor:
+    """The product of (1 + w z), up to a degree, from the power sums (terms, rows).
+
+    Newton's identities lose a factor of exp(sum of w^2): where that is large, those of a root are taken, and squared.
+    """
+    halvings = 0
+    if degree > 8:  # else that sum is below 11
+        halvings = math.ceil(math.log2(max(1.0, float(sums[1:2].nan_to_num(0.0).sum(0).max()) / 4.0)))
+    tail = _newton_identities(pad(sums * 0.5**halvings, (0, 0, 0, degree - len(sums))))
+    for _ in range(halvings):
+        tail = product(tail, tail)
+    return tail
+
+
+def _slope(sums: Tensor, tail: Tensor) -> Tensor:
+    """The derivative of the product of (1 + w z) along v, from the sums of v w^m."""
+    terms, signed, result = len(sums), sums.flip(0), torch.empty_like(tail)
+    signed[terms % 2 :: 2].neg_()
+    shifted = pad(tail, (0, 0, terms, 0)).unfold(0, terms, 1)[:-1].movedim(-1, 1)  # the coefficients before every one
+    for part in row_chunks(tail.shape[1], tail.shape[0] * terms, _PARTS):
+        torch.sum(shifted[..., part] * signed[:, part], 1, out=result[:, part])
     return result
 
 
-def _odds_and_sums(
-    scores: Tensor, v: Tensor | None, pivot: Tensor, temperature: Tensor, index: Tensor, most: int
-) -> tuple[Tensor, Tensor]:
-    """w (rows, n), 0 for the head at `index`, and the sums of w^m and of v w^m, m = 1..most (1 or 2, most, rows)."""
-    odds = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    sums = scores.new_empty((1 if v is None else 2, most, len(scores)))
-    unscaled, smallest = bool((temperature == 1).all()), math.exp(SMALLEST[scores.dtype] / 2)
-    spaces = buffers(scores, 2, CHUNK // 4)
-    for part in chunks(scores, CHUNK // 4):
-        w = torch.sub(scores[part], pivot[part, None], out=odds[part])
-        power = exponentials(w if unscaled else w.div_(temperature[part, None])).scatter_(1, index[part], 0.0)
-        space, moved = (each[: len(w)] for each in spaces)
-        for m in range(most):
-            if m:
-                power = torch.threshold_(torch.mul(power, w, out=space), smallest, 0.0)
-            torch.sum(power, 1, out=sums[0, m, part])
-            if v is not None:
-                torch.sum(torch.mul(power, v[part], out=moved), 1, out=sums[1, m, part])
-    return odds, sums
+def _joined_at_once(u: Tensor, v: Tensor | None, tail: Tensor, k: Tensor, same: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_joined` gives for a head's log w, u (size, rows), in few calls: rows and directions advance together."""
+    (size, rows), (dual, length, _) = u.shape, tail.shape
+    same = same or bool((k == length - 1).all())
+    if size == 0:
+        full = tail if same else _up_to(tail, k)
+        chance = torch.where(full[0, -1] > 0, full[0, -1], 1.0)
+        return u.new_empty((dual, 0, rows)), full / chance, chance
+    slices = list(row_chunks(rows, 4 * size * length, _PARTS))
+    if len(slices) > 1:
+        cut = ((u[:, part], None if v is None else v[:, part], tail[..., part], k[part], same) for part in slices)
+        pieces = zip(*itertools.starmap(_joined_at_once, cut), strict=True)
+        at_head, full, chance = (torch.cat(each, -1) for each in pieces)
+        return at_head, full, chance
+    success = u.sigmoid()
+    each = torch.stack((u.neg().sigmoid_(), success, *(() if v is None else (success * v,))))
+    each = torch.stack((each, each.flip(1)), 2)[:, :, :, None, None]  # (2 or 3, size, directions, 1, 1, rows)
+    parts = u.new_zeros((size + 1, 2, dual, length + 1, rows))  # before and behind, below them a row of zeros
+    parts[0, 0, 0, 1] = 1.0
+    parts[0, 1, :, 1:] = tail if same else _up_to(tail, k)
+    lower, upper = parts[..., :-1, :].unbind(), parts[..., 1:, :].unbind()
+    for i, (failure, chance, *moves) in enumerate(zip(*each.unbind(), strict=True)):
+        torch.mul(upper[i], failure, out=upper[i + 1]).addcmul_(lower[i], chance)
+        for move in moves:
+            upper[i + 1][:, 1:].addcmul_(lower[i][:, :1], move)
+    before, behind = parts[:-1, 0, :, 1:-1], parts[:-1, 1, :, 1:-1].flip(0, 2)
+    left_out = (before * behind[:, :1]).sum(2)
+    if v is not None:
+        left_out[:, 1] += (before[:, 0] * behind[:, 1]).sum(1)
+    full = parts[-1, 1, :, 1:]
+    chance = torch.where(full[0, -1] > 0, full[0, -1], 1.0)
+    return left_out.transpose(0, 1) * (success / chance), full / chance, chance
 
 
-def _top(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The `most` largest scores and where they are, the k-th of them as the pivot, and the rows' status."""
-    top, index = largest(scores, min(most, scores.shape[1]))
-    kth = top.gather(1, (k - 1).clamp(0, scores.shape[1] - 1)[:, None])[:, 0]
-    status = torch.where(kth == -torch.inf, _SETTLED, 0.0).masked_fill_(k <= 0, _SETTLED)
-    status = status.masked_fill_(~((top[:, 0] < torch.inf) & (temperature > 0)), _BROKEN)
-    return top, index, torch.where(kth.isfinite(), kth, 0.0), status
+def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int, known: Known) -> Tensors:
+    """pi, log e_k and the pivot, the k-th score; for the derivative w, the head's places and two tables (rows, ...).
+
+    One has the signed coefficients of pi / w; one, wide, the least log w, the head's log w and the tail's coefficients.
+    """
+    dtype, count, longer = scores.dtype, *(min(scores.shape[1], each) for each in (most + 1, 2 * most))
+    top, index = largest(scores, count)
+    same = known.same or bool((k == most).all())
+    kth = top[:, most - 1] if same else top.gather(1, (k - 1).clamp_(min=0)[:, None])[:, 0]
+    every, level, heat = same and known.unit and float((top[:, 0] - kth).max()) < torch.inf, kth, None
+    if not every:
+        sound = (top[:, 0] < torch.inf) & (temperature > 0)
+        usual = (kth > -torch.inf) & (k > 0) & sound
+        every, heat = bool(usual.all()), None if known.unit else temperature[:, None]
+        level = torch.where(usual, kth, torch.inf)  # there every w is 0
+    kept, mask = (torch.empty_like(scores, memory_format=torch.contiguous_format) for _ in range(2))
+    rest, least = torch.empty_like(kth), torch.empty_like(kth)
+    for part in chunks(scores):
+        odds = torch.sub(scores[part], level[part, None], out=kept[part])
+        if heat is not None:
+            odds.div_(heat[part])
+        torch.amin(odds, 1, out=least[part])
+        exponentials(odds, float(least[part].min())).scatter_(1, index[part], 0.0)
+        torch.sum(odds, 1, out=rest[part])
+    log_odds = _log_odds(top, level, heat)
+    odds = log_odds.exp()
+    beyond = (odds[most:] if same else torch.where(torch.arange(count)[:, None] < k, 0.0, odds)).sum(0)
+    log_scale = (k / beyond.add_(rest).clamp_(min=_FAR)).log_()
+    if not every:
+        log_scale = torch.where(usual, log_scale, torch.where(sound, -torch.inf, torch.nan))
+    above = math.log(_HEAD_ABOVE[most <= 16])
+    if count < longer and bool((log_odds[-1] + log_scale > above).any()):  # the head may be longer
+        kept.scatter_(1, index, odds.T.to(dtype))
+        top, index = largest(scores, longer)
+        kept.scatter_(1, index, 0.0)
+        log_odds = _log_odds(top, level, heat)
+        odds = log_odds.exp()
+    log_odds += log_scale
+    reach = log_odds.nan_to_num(-torch.inf).amax(1).tolist()  # falls
+    size = sum(each > above for each in reach)
+    highest = min(reach[min(size, len(reach) - 1)], -1e-3)
+    terms = min(most, max(1, math.ceil(math.log(torch.finfo(dtype).eps) / highest)))
+    kept.scatter_(1, index[:, size:], odds[size:].T.to(dtype))
+    index, log_odds, scale = index[:, :size], log_odds[:size], log_scale.exp().to(dtype)
+    sums, spaces = scores.new_empty((terms, len(scores))), buffers(scores, 2)
+    least = least + log_scale
+    for part in chunks(scores):
+        odds = torch.threshold_(kept[part].mul_(scale[part, None]), math.exp(SMALLEST[dtype]), 0.0)
+        _sums(odds, None, float(least[part].min()), spaces, sums[:, part])
+    tail = _coefficients(sums.to(log_odds.dtype), most)
+    at_head, full, chance = _joined_at_once(log_odds, None, tail[None], k, same)
+    table = _columns(full[0], terms).to(dtype)
+    columns, at_head = table[:, :, None].unbind(), at_head[0].T.to(dtype)
+    for part in chunks(scores):
+        odds = kept[part]
+        torch.mul(odds, _horner(columns, part, odds, spaces[0]), out=mask[part]).scatter_(1, index[part], at_head[part])
+    total = (chance.log() + softplus(log_odds, threshold=40.0).sum(0) - k * log_scale).to(dtype)
+    pivot = kth
+    if not every:
+        pivot, status = torch.where(usual, kth, 0.0), torch.where(usual, 0.0, torch.where(sound, _SETTLED, _BROKEN))
+        mask, total = _settled(mask, total, scores, k, temperature, pivot, status)
+    return mask, total, pivot, kept, index, table.T, torch.cat((least[None], log_odds, tail)).T
 
 
-def _by_power_sums(scores: Tensor, k: Tensor, temperature: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """pi, log e_k and the pivot on the CPU for small k, as the smooth loss has them: the pivot is the k-th score."""
-    top, index, pivot, status = _top(scores, k, temperature, most)
-    mask, sums = _odds_and_sums(scores, None, pivot, temperature, index, most)  # until the end the mask is its odds
-    head = standardised(top, pivot, temperature).T.to(float_type(scores))
-    tail = _newton_identities(sums[0].to(head.dtype))
-    before, full = _with_head(head, tail)
-    behind, full = _up_to(torch.stack((tail, full)), k)
-    chance = torch.where(full[-1] > 0, full[-1], 1.0)
-    at_head = _left_out(head, before, behind[:-1].flip(0) / chance)
-    columns = (full[:-1] / chance).to(scores.dtype)[:, :, None].unbind()
-    (space,) = buffers(scores, 1, CHUNK // 2)
-    for part in chunks(scores, CHUNK // 2):
-        odds, value = mask[part], columns[0][part]
-        for column in columns[1:]:
-            value = torch.addcmul(column[part], value, odds, value=-1.0, out=space[: part.stop - part.start])
-        odds.mul_(value).scatter_(1, index[part], at_head.T[part].to(odds.dtype))
-    total = chance.log() + softplus(head, threshold=40.0).sum(0)
-    return *_settled(mask, total.to(scores.dtype), scores, k, temperature, pivot, status), pivot
-
-
-def _moved_by_power_sums(scores: Tensor, v: Tensor, k: Tensor, temperature: Tensor, most: int) -> Tensor:
+def _moved_by_power_sums(v: Tensor, k: Tensor, saved: list[Tensor], known: Known) -> Tensor:
     """The derivative of pi along v, in the same way: log e has the derivative sum over m of -(-z)^m sum v w^m."""
-    top, index, pivot, status = _top(scores, k, temperature, most)
-    odds, sums = _odds_and_sums(scores, v, pivot, temperature, index, most)
-    value, slope = sums.to(float_type(scores)).unbind()
-    slope[1::2].neg_()
-    tail = _newton_identities(value)
-    tail = torch.stack((tail, polynomials.product(pad(slope, (0, 0, 1, 0)), tail)))
-    at_index = v.gather(1, index)
-    head_factors = _factors(standardised(top, pivot, temperature).to(tail.dtype), at_index.to(tail.dtype))
-    at_head, full, _ = _joined(head_factors, tail, k)
-    full, drift = full.to(scores.dtype), full[1, -1, :, None]
-    of_head = (at_head[0] * (at_index - drift) + at_head[1]).to(scores.dtype)
-    derivative = _moved(odds, v, full).scatter_(1, index, of_head)
-    if not bool((status != 0).any()):
-        return derivative
-    settled, broken = (status == each for each in (_SETTLED, _BROKEN))
-    return derivative.masked_fill_(settled[:, None], 0.0).masked_fill_(broken[:, None], torch.nan)
+    kept, index, table, wide = saved
+    dtype, (size, terms) = kept.dtype, (index.shape[1], table.shape[1])
+    least, log_odds, tail = wide[:, 0], wide.T[1 : size + 1], wide.T[size + 1 :]
+    sums, result, spaces = kept.new_empty((terms, len(kept))), torch.empty_like(kept), buffers(kept, 2)
+    for part in chunks(kept):
+        _sums(kept[part], v[part], float(least[part].min()), spaces, sums[:, part])
+    tail = torch.stack((tail, _slope(sums.to(tail.dtype), tail)))
+    at_index = v.gather(1, index).T.to(tail.dtype)
+    at_head, full, _ = _joined_at_once(log_odds, at_index, tail, k, known.same)
+    drift, pair = full[1, -1], _columns(full, terms)
+    of_head = (at_head[0] * (at_index - drift) + at_head[1]).T.to(dtype)
+    others = torch.addcmul(pair[1], pair[0], drift, value=-1.0).to(dtype)[..., None].unbind()
+    own = (table.T * torch.arange(1, terms + 1)[:, None])[..., None].unbind()
+    for part in chunks(kept):
+        odds, out = kept[part], result[part]
+        first, second = _horner(own, part, odds, spaces[0]), _horner(others, part, odds, spaces[1])
+        torch.addcmul(second, first, v[part], out=out).mul_(odds).scatter_(1, index[part], of_head[part])
+    return result
 
 
 # --- mask and log e_k ------------------------------------------------------------------------------------------------
@@ -304,49 +374,49 @@ class _Subset(Function):
     """pi (rows, n) and log e_k(exp u) (rows,), u = (x - pivot) / T, differentiable; and the pivot, a constant."""
 
     @staticmethod
-    def forward(
-        scores: Tensor, k: Tensor, temperature: Tensor, most: int, kernel: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(scores: Tensor, k: Tensor, temperature: Tensor, most: int, kernel: bool, known: Known) -> Tensors:
+        if scores.is_cpu and not compiled() and len(scores):
+            return _by_power_sums(scores, k, temperature, most, known)
+        nothing = (k.new_empty((len(k), 0)) for _ in range(4))
         if kernel and not compiled():
-            mask, total, pivot = kernels.of("subset").forward(scores, k, temperature, most)
-            return mask, total, pivot
-        if scores.is_cpu and not compiled() and most <= _POWER_SUM_LIMIT:
-            return _by_power_sums(scores, k, temperature, most)
+            return *kernels.of("subset").forward(scores, k, temperature, most), *nothing
         pivot, status = _level(scores, k, temperature, kernel)
         index = largest_classes(scores, min(2 * most, scores.shape[1]))
         mask, total = _inclusion(standardised(scores, pivot, temperature), None, k, index, most)
-        return *_settled(mask, total, scores, k, temperature, pivot, status), pivot
+        return *_settled(mask, total, scores, k, temperature, pivot, status), pivot, *nothing
 
     @staticmethod
-    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        scores, k, temperature, ctx.most, ctx.kernel = inputs
-        mask, _, pivot = output
-        ctx.mark_non_differentiable(pivot)
+    def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensors) -> None:
+        scores, k, temperature, ctx.most, ctx.kernel, ctx.known = inputs
+        mask, _, *constants = output
+        ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scores, k, temperature, mask, pivot)
-        ctx.save_for_forward(scores, k, temperature, mask, pivot)
+        ctx.save_for_backward(scores, k, temperature, mask, *constants)
+        ctx.save_for_forward(scores, k, temperature, mask, *constants)
 
     @staticmethod
     def along(ctx: Context, v: Tensor) -> Tensor:
         """The derivative of pi along v, in units of u."""
-        scores, k, temperature, _, _ = ctx.saved_tensors
-        if scores.is_cpu and ctx.most <= _POWER_SUM_LIMIT and plain(v):
-            return _moved_by_power_sums(scores, v, k, temperature, ctx.most)
+        scores, k, temperature, _, pivot, *kept = ctx.saved_tensors
+        if kept[-1].shape[1] > 0 and plain(v):
+            return _moved_by_power_sums(v, k, kept, ctx.known)
         pivot, status = _level(scores, k, temperature, ctx.kernel)
         index = largest_classes(scores, min(2 * ctx.most, scores.shape[1]))
         derivative = _inclusion(standardised(scores, pivot, temperature), v, k, index, ctx.most)[0]
         return torch.where((status == _SETTLED)[:, None], 0.0, derivative)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor | None, grad_total: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
-        scores, _, temperature, mask, pivot = ctx.saved_tensors
+    def backward(ctx: Context, grad: Tensor | None, grad_total: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        scores, _, temperature, mask, pivot = ctx.saved_tensors[:5]
         pull = torch.zeros_like(mask) if grad is None else _Subset.along(ctx, grad)
         if grad_total is not None:
             pull = pull + mask * grad_total[:, None]
-        gradient, for_temperature = pull / temperature[:, None], None
+        in_place = pull.div_ if grad is not None and plain(pull) else pull.div
+        gradient = pull if ctx.known.unit else in_place(temperature[:, None])
+        for_temperature = None
         if ctx.needs_input_grad[2]:
             for_temperature = -(gradient * standardised(scores, pivot, temperature)).sum(1)
-        return gradient, None, for_temperature, None, None
+        return gradient, None, for_temperature, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, Any]:
@@ -355,14 +425,14 @@ class _Subset(Function):
 
 class _ForwardSubset(_Subset):
     @staticmethod
-    def jvp(ctx: Context, push: Tensor | None, _: Any, heat: Tensor | None, *__: Any) -> tuple[Tensor, Tensor, None]:
-        scores, _, temperature, mask, pivot = ctx.saved_tensors
+    def jvp(ctx: Context, push: Tensor | None, _: Any, heat: Tensor | None, *__: Any) -> tuple[Tensor | None, ...]:
+        scores, _, temperature, mask, pivot = ctx.saved_tensors[:5]
         move = torch.zeros_like(mask) if push is None else push
         if heat is not None:
             u = standardised(scores, pivot, temperature)
             move = move - torch.where(u > LOWEST / 2 / temperature[:, None], u, 0.0) * heat[:, None]
         move = move / temperature[:, None]
-        return _Subset.along(ctx, move), (mask * move).sum(1), None
+        return _Subset.along(ctx, move), (mask * move).sum(1), *[None] * 5
 
 
 def subset_mask(
@@ -371,8 +441,10 @@ def subset_mask(
     temperature: Tensor,  # (rows,)
     most: int,  # the largest k
     backend: str | None = None,
+    **known: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """pi (rows, n), log e_k(exp u) (rows,) of u = (x - pivot) / T, and the pivot (rows,)."""
     kernel = choose(backend, scores.device, scores.dtype, "subset") == "triton"
-    mask, total, pivot = (_Subset if compiled() else _ForwardSubset).apply(scores, k, temperature, most, kernel)
+    function = _Subset if compiled() else _ForwardSubset
+    mask, total, pivot = function.apply(scores, k, temperature, most, kernel, Known(**known))[:3]
     return mask, total, pivot
