@@ -82,9 +82,9 @@ address: .venv/.ready  ## after a change of address, release or record: write ev
 times: .venv/.ready  ## run every notebook alone, note how long it takes, say so in the texts
 	$(BIN)/python -m book.pipeline times
 
-# CHROMIUM: path of the browser, if it is not found by itself.
+# CHROMIUM: path of the browser, if it is not found by itself; SHOTS: a folder for pictures of every page.
 test-book: site  ## the built pages in a real browser, and a notebook on a stand-in for Colab
-	$(BIN)/python -m book.pipeline.browser --shots _build/shots $(if $(CHROMIUM),--chromium $(CHROMIUM))
+	$(BIN)/python -m book.pipeline.browser $(if $(SHOTS),--shots $(SHOTS)) $(if $(CHROMIUM),--chromium $(CHROMIUM))
 	$(BIN)/python -m pytest -m slow tests/test_colab.py
 
 pdf: site  ## the book and the cheat sheet as PDF, printed by the browser: _build/topk-*.pdf

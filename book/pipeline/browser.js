@@ -31,16 +31,20 @@
     const [r, g, b] = colour.map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : Math.pow((v + 0.055) / 1.055, 2.4); });
     return 0.2126 * r + 0.7152 * g + 0.0722 * b;
   };
-  const behind = (node) => {
-    const layers = [];
-    for (let at = node; at; at = at.parentElement) {
-      const colour = parse(getComputedStyle(at).backgroundColor);
-      if (colour[3] > 0) layers.push(colour);
-      if (colour[3] === 1) break;
-    }
-    return layers.reverse().reduce((below, layer) => over(layer, below), [255, 255, 255, 1]);
+  const once = (of) => { // asked of a node and, through it, of all that hold it
+    const known = new Map();
+    const ask = (node) => {
+      if (!known.has(node)) known.set(node, of(node, ask));
+      return known.get(node);
+    };
+    return ask;
   };
-  const opacity = (node) => { let all = 1; for (let at = node; at; at = at.parentElement) all *= Number(getComputedStyle(at).opacity); return all; };
+  const behind = once((node, ask) => {
+    if (!node) return [255, 255, 255, 1];
+    const colour = parse(getComputedStyle(node).backgroundColor);
+    return colour[3] === 1 ? colour : colour[3] > 0 ? over(colour, ask(node.parentElement)) : ask(node.parentElement);
+  });
+  const opacity = once((node, ask) => node ? Number(getComputedStyle(node).opacity) * ask(node.parentElement) : 1);
   const hidden = (node) => {
     const style = getComputedStyle(node), box = node.getBoundingClientRect();
     return !visible(node) || style.visibility === "hidden" || box.width < 2 || box.height < 2 || opacity(node) === 0 ||
