@@ -271,12 +271,8 @@ def ratio_to_peers(frame: pd.DataFrame, alt: str) -> None:
     if both.empty:
         say("No record with a peer yet.")
         return
-    families = [family for family in FAMILIES if family in set(both["family"])]
-    found = {_named(family): both["faster"].where(both["family"] == family) for family in families}
     names = [f"{describe(row)} | {row['contender_peer'].split()[0]}" for _, row in both.iterrows()]
-    panel = Panel(both["batch"] * both["classes"], found, "", _SCORES,
-                  "the peer's time over ours", scale="log", points=True, levels={"equally fast": 1.0})  # fmt: skip
-    figures.lines(panel, alt=alt, size=(6.6, 3.5), data={"": names} | {name: list(one) for name, one in found.items()})
+    _marks(both, "faster", names, "the peer's time over ours", alt)
     say(source_of(both))
 
 
@@ -297,15 +293,21 @@ def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
     say(source_of(rows))
 
 
+def _marks(rows: pd.DataFrame, ratio: str, names: list[str], label: str, alt: str) -> None:
+    """A mark for every problem, against its number of scores; 1 is equally fast."""
+    families = [family for family in FAMILIES if family in set(rows["family"])]
+    found = {_named(family): rows[ratio].where(rows["family"] == family) for family in families}
+    panel = Panel(rows["batch"] * rows["classes"], found, "", _SCORES, label, scale="log", points=True,
+                  levels={"equally fast": 1.0})  # fmt: skip
+    figures.lines(panel, alt=alt, size=(6.6, 3.5), data={"": names} | {name: list(one) for name, one in found.items()})
+
+
 def slower_than_cross_entropy(frame: pd.DataFrame, alt: str) -> None:
     """Our time over cross-entropy's, a mark for every problem, and at how many someone else is faster."""
     mine = ours(frame).sort_values("times_ce", ascending=False)
-    lost, families = slower(frame), [family for family in FAMILIES if family in set(mine["family"])]
-    found = {_named(family): mine["times_ce"].where(mine["family"] == family) for family in families}
-    panel = Panel(mine["batch"] * mine["classes"], found, "", _SCORES, "our time over that of cross-entropy",
-                  scale="log", points=True, levels={"equally fast": 1.0})  # fmt: skip
     names = [describe(row) for _, row in mine.iterrows()]
-    figures.lines(panel, alt=alt, size=(6.6, 3.5), data={"": names} | {name: list(one) for name, one in found.items()})
+    _marks(mine, "times_ce", names, "our time over that of cross-entropy", alt)
+    lost = slower(frame)
     peers = int(lost["contender_other"].str.contains("difftopk|pytopk").sum())
     say(
         f"Of {len(mine)} problems ours is slower than cross-entropy in "
