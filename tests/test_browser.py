@@ -259,6 +259,28 @@ def test_pictures_become_smaller_and_keep_their_words() -> None:
     assert ImageStat.Stat(changed).mean[0] < 3
 
 
+def test_thin_lines_keep_the_colours_of_their_losses() -> None:
+    import matplotlib.pyplot as plt
+    import numpy as np
+    from matplotlib.colors import to_hex
+
+    from book.pipeline import pictures
+    from topk_lab import figures
+
+    colours = sorted({look["color"] for look in figures.LOSSES.values()})
+    plot, axis = plt.subplots(figsize=(4, 3))
+    axis.imshow(np.linspace(0, 1, 64)[None], "viridis", extent=(0, 1, 0, 1), aspect="auto")  # many other colours
+    for place, colour in enumerate(colours, 1):
+        axis.axvline(place / (len(colours) + 1), color=colour, linewidth=1.5)
+    buffer = io.BytesIO()
+    plot.savefig(buffer, format="png", dpi=144)
+    plt.close(plot)
+    with Image.open(io.BytesIO(pictures.smaller(buffer.getvalue()))) as image:
+        assert image.mode == "P"
+        kept = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in image.convert("RGB").getcolors()}
+    assert {to_hex(colour) for colour in colours} <= kept
+
+
 def test_pictures_get_their_size(tmp_path: Path) -> None:
     from book.pipeline import pictures
 

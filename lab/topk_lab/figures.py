@@ -17,6 +17,7 @@ import html
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -601,7 +602,9 @@ def heat(
         cells = np.array(values, dtype=np.float64)
         picture = axis.imshow(cells, colours, aspect="auto", vmin=float(low), vmax=float(high))
         for (r, c), value in np.ndenumerate(cells):
-            text = f"{value:.2g}" if marks is None else marks[title][r][c]
+            text = re.sub(
+                r"(?<!\w)-(?=[.\d])", "\N{MINUS SIGN}", f"{value:.2g}" if marks is None else marks[title][r][c]
+            )
             dark = sum(picture.cmap(picture.norm(np.asarray(value)))[:3]) < 1.4
             axis.text(c, r, text, ha="center", va="center", fontsize=letters, color="white" if dark else "black")
         axis.set_title(title, fontsize=9.5)
