@@ -28,13 +28,16 @@ def test_folds_join_and_stand_below_their_output(tmp_path: Path) -> None:
         nbformat.v4.new_markdown_cell("Text."),
         _cell("last = 1", "hide-cell"),
         _cell("print(last)", text="code in sight"),
+        _cell("print(table)", "hide-input", "hide-output", text="1 2 3"),
     ]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3"}, "language_info": {"name": "python"}}
     nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "page.ipynb")
-    out = small_site.built(tmp_path, "page", extensions=["myst_nb", "folds"], nb_execution_mode="off")
+    out = small_site.built(
+        tmp_path, "page", extensions=["myst_nb", "folds"], nb_execution_mode="off", nb_code_prompt_show="Code"
+    )
     found = BeautifulSoup((out / "page.html").read_text(), "html.parser").select("div.cell")
-    assert len(found) == 3
-    first, alone, plain = found
+    assert len(found) == 4
+    first, alone, plain, table = found
     parts = [child for child in first.children if isinstance(child, Tag)]
     assert [part.name for part in parts] == ["div", "details"]
     assert parts[0].get_text().strip() == "seen"
@@ -44,3 +47,7 @@ def test_folds_join_and_stand_below_their_output(tmp_path: Path) -> None:
     assert alone.find("details") is not None
     assert "last = 1" in alone.get_text()
     assert plain.find("details") is None
+    named = {fold.select_one("p.collapsed").get_text(): fold.get_text() for fold in table.find_all("details")}
+    assert list(named) == ["The table", "Code"]
+    assert "1 2 3" in named["The table"]
+    assert "print(table)" in named["Code"]

@@ -100,7 +100,8 @@ def answer_table() -> str:
         numbers = " | | | "
         if found:
             numbers = f"{signed(found.mean)} | {low_to_high(found)} | {fair.p_value(row['p'])} | {row['seeds']}"
-        lines.append(f"| {row['sentence']} | {row['answer']} | {numbers} |")
+        answer = row["answer"] if row["answer"].startswith("open") else f"**{row['answer']}**"
+        lines.append(f"| {row['sentence']} | {answer} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
@@ -110,4 +111,5 @@ def counted() -> str:
     runs = fair.runs()
     final = fair.final_runs(runs)
     tuning = sum(len(frame) for name, frame in runs.items() if name.endswith(".tuning"))
-    return f"{sum(map(len, final.values()))} final runs and {tuning:,} tuning runs, in {len(final)} conditions.\n"
+    ran = f"{sum(map(len, final.values()))} final runs and {tuning:,} tuning runs"
+    return f"In all there were {ran}, in {len(final)} conditions.\n"

@@ -29,6 +29,9 @@ PAPERS = ("berrada2018smooth", "sawada2020tradeoffs", "petersen2022differentiabl
 PROJECTS = (ROOT / "pyproject.toml", ROOT / "lab" / "pyproject.toml")
 """The two distributions: the losses and the lab."""
 
+PAGES = ("which-loss", "cheatsheet", "recipes", "cite")
+"""Pages of the built book that the README links; their sources have parts that only a build fills in."""
+
 WHICH_LOSS = ROOT / "book" / "which-loss.md"
 SENTENCES = ROOT / "book" / "preregistration.md"
 _MARKED = "<!-- generated: {0} -->\n{1}<!-- end of {0} -->"
@@ -173,12 +176,13 @@ def _project_urls(text: str) -> str:
 
 
 def _readme() -> dict[str, str]:
-    """The README's badges, its way to install from the repository and its citation."""
+    """The README's badges, its way to install from the repository, its links into the built book and its citation."""
     return {
         "badges": _badges(),
         "times": times.summary(),
         "picture": _picture(),
         "install": f'```\npip install "topk-losses @ git+{address()}@v{version()}"\n```\n',
+        "pages": "".join(f"[{name}]: {pages_address()}book/{name}.html\n" for name in PAGES),
         "citation": f"```bibtex\n{book_entry()}\n```\n",
     }
 

@@ -98,11 +98,13 @@ def _test_exists(test: str) -> bool:
 def equations(notebooks: dict[str, NotebookNode]) -> str:
     """The page, a table for every chapter."""
     table, known = equation_table(), numbers().twins
+    without = sum(not table.get(label, {}).get("function") for label in known)
     parts = [
         "# Equations, functions, tests",
-        "Every numbered equation and theorem, the function that implements it and the test that checks it. "
-        "A test of the book fails when a label is missing here or leads nowhere. "
-        "Where the test is a chapter, the assertion stands in the chapter itself.",
+        "Every numbered equation and theorem, the test that checks it and, where code computes it, the function. "
+        f"{without} of the {len(known)} have no function: steps of proofs, bounds, and statements about losses, data "
+        "or machines that nothing has to compute. *The chapter* means that the chapter's own assertions are the test. "
+        "A test of the book fails when a label is missing here or leads nowhere.",
     ]
     titles = {chapter_number(twin): _title(notebooks[twin.stem]) for twin in twins()}
     for chapter, labels in itertools.groupby(sorted(known, key=_order), lambda label: _order(label)[0]):
@@ -112,12 +114,17 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
 
 def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> Iterator[str]:
     yield from ("| | states | function | test |", "|---|---|---|---|")
+    alike: dict[tuple[str, str, str], list[str]] = {}  # a theorem and the formula in it are one row
     for label in labels:
         entry = table.get(label, {})
-        is_equation = label in numbers().equations
-        reference = f"{{eq}}`{label}`" if is_equation else f"{{prf:ref}}`{label}`"
-        function = _breakable(entry["function"]) if entry.get("function") else "–"
-        yield f"| {reference} | {entry.get('states', '')} | {function} | {_breakable(entry.get('test', ''))} |"
+        role = "eq" if label in numbers().equations else "prf:ref"
+        own = f"notebooks/{numbers().twins[label].name}"
+        test = "" if entry.get("test") == own else str(entry.get("test"))
+        row = str(entry.get("states")), str(entry.get("function") or ""), test
+        alike.setdefault(row, []).append(f"{{{role}}}`{label}`")
+    for (states, function, test), references in alike.items():
+        checked = _breakable(test) if test else "the chapter"
+        yield f"| {', '.join(references)} | {states} | {_breakable(function) if function else '–'} | {checked} |"
 
 
 def _breakable(name: str) -> str:

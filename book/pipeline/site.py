@@ -145,7 +145,7 @@ def _staged_config() -> dict[str, object]:
 
 
 def _dress(notebook: NotebookNode) -> None:
-    """Tells MyST-NB what a page shows: words of pictures, what a fold holds, and no call above the code it prints."""
+    """Tells MyST-NB what a page shows: the words of pictures, and no call above the code it prints."""
     for cell in notebook.cells:
         about: dict[str, Any] = {}
         for output in cell.get("outputs", []):
@@ -153,8 +153,6 @@ def _dress(notebook: NotebookNode) -> None:
             if "alt" in picture:
                 about["image"] = {"alt": picture["alt"], **({"classes": "field"} if picture.get("field") else {})}
         tags = set(cell.metadata.get("tags", []))
-        if "hide-output" in tags:
-            about["code_prompt_show"] = "The table" if "hide-input" in tags else "The output"
         if cell.cell_type == "code" and not tags and _PRINTS_CODE.fullmatch(cell.source):
             cell.metadata["tags"] = ["remove-input"]
         if about:

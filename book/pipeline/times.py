@@ -55,15 +55,15 @@ def _processor() -> str:
 
 def sentence(stem: str) -> str:
     """What a notebook says about itself."""
-    parts = [_on_a(kind, stem) for kind in KINDS]
-    return f"**Runs in** {'; '.join(parts)}. `smoke` is what the cell `profile` is set to."
+    parts = [part for kind in KINDS if (part := _on_a(kind, stem))]
+    return f"**Runs in** {'; '.join(parts) or 'a time that nobody has measured'}. The cell `profile` chooses the size."
 
 
 def _on_a(kind: str, stem: str) -> str:
     found = record().get(kind, {})
     known = [(profile, found[profile][stem]) for profile in PROFILES if stem in found.get(profile, {})]
     if not known:
-        return f"on {KINDS[kind]} not timed yet"
+        return ""
     said = ", ".join(f"{in_words(seconds)} (`{profile}`)" for profile, seconds in known)
     return f"{said} on {KINDS[kind]} ({found['machine']})"
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from topk_lab import records, report
+from topk_lab import page, records, report
 from topk_lab.study.statistics import Interval, hierarchical, paired, t_interval
 
 MIXTURE = '{"1": 0.5, "5": 0.5}'
@@ -279,3 +279,16 @@ def test_pending_runs_bring_their_command(said: list[str], monkeypatch: pytest.M
     first, second = said[0].splitlines()[2:]
     assert first.endswith("| none |  |")
     assert second.endswith("| 2 | `y` |")
+
+
+def test_numbers_are_printed_as_in_a_book() -> None:
+    assert page.typeset("top-5: -0.3 (-1.5 to -.5), 2e-07, 0e+00") == "top-5: −0.3 (−1.5 to −.5), 2·10⁻⁷, 0"
+    assert page.typeset("2026-11-28, k-1, 4-8, c2e5f1") == "2026-11-28, k-1, 4-8, c2e5f1"
+
+
+def test_code_and_formulas_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    monkeypatch.setattr(page, "Markdown", shown.append)
+    monkeypatch.setattr(page, "display", lambda _: None)
+    page.say("-1, `-1`, $-1$, [-1](x.html#-1)\n```\n-1\n```")
+    assert shown == ["−1, `-1`, $-1$, [−1](x.html#-1)\n```\n-1\n```"]

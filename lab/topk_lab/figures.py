@@ -169,6 +169,12 @@ def _plain(text: str) -> str:
     return text.replace("$", "").replace("\\", "").replace("\n", " ")
 
 
+def _with_greek(name: str) -> str:
+    """An argument's name as a formula has it: tau becomes its letter."""
+    letters = {"tau": "τ", "epsilon": "ε", "lambda": "λ", "alpha": "α", "beta": "β", "gamma": "γ", "mu": "μ"}
+    return " ".join(letters.get(word, word) for word in name.split(" "))
+
+
 # --- lines ---
 
 
@@ -365,7 +371,7 @@ def knobs(
         drawn[",".join(map(str, place))] = _called(draw, chosen)
     panels = next(iter(drawn.values()))
     sliders = [
-        {"name": name, "values": list(values), "start": list(values).index(start[name])}
+        {"name": _with_greek(name), "values": list(values), "start": list(values).index(start[name])}
         for name, values in settings.items()
     ]
     named = list(dict.fromkeys(name for panel in panels for name in panel.lines))
@@ -526,6 +532,7 @@ def dots(
             axis.plot([interval.low, interval.high], [place, place], color=colour, linestyle="solid")
             axis.plot(interval.mean, place, marker="o", markersize=4, color=colour)
         axis.set(title=title, yticks=range(len(names)), yticklabels=names[::-1], xlabel=x_label)
+        axis.set_ylim(-0.6, len(names) - 0.4)
         data[title] = [f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]" for i in (found[name] for name in names)]
     show(figure, alt, data)
 
@@ -568,6 +575,11 @@ def bars(
     show(figure, alt, {"": names, **{label: [values.get(n) for n in names] for label, values in series.items()}})
 
 
+def minus(text: str) -> str:
+    """With a minus sign for the hyphen before a number."""
+    return re.sub(r"(?<![\w.])-(?=\.?\d)", "\N{MINUS SIGN}", text)
+
+
 def heat(
     panels: Mapping[str, Any],
     rows: Sequence[str],
@@ -602,9 +614,7 @@ def heat(
         cells = np.array(values, dtype=np.float64)
         picture = axis.imshow(cells, colours, aspect="auto", vmin=float(low), vmax=float(high))
         for (r, c), value in np.ndenumerate(cells):
-            text = re.sub(
-                r"(?<!\w)-(?=[.\d])", "\N{MINUS SIGN}", f"{value:.2g}" if marks is None else marks[title][r][c]
-            )
+            text = minus(f"{value:.2g}" if marks is None else marks[title][r][c])
             dark = sum(picture.cmap(picture.norm(np.asarray(value)))[:3]) < 1.4
             axis.text(c, r, text, ha="center", va="center", fontsize=letters, color="white" if dark else "black")
         axis.set_title(title, fontsize=9.5)

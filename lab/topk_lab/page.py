@@ -49,7 +49,33 @@ def _device() -> str:
 
 def say(text: str) -> None:
     """Prose with numbers in it: markdown, so that it reads as text wherever the notebook is opened."""
-    display(Markdown(text))  # type: ignore[no-untyped-call]
+    parts = _AS_IT_IS.split(text)
+    parts[::2] = map(typeset, parts[::2])
+    display(Markdown("".join(parts)))  # type: ignore[no-untyped-call]
+
+
+_AS_IT_IS = re.compile(r"(```.*?```|`[^`]*`|\$[^$]*\$|\]\([^)]*\)|<[^>]*>)", re.DOTALL)  # code, formulas, addresses
+
+
+def typeset(text: str) -> str:
+    """Numbers as print has them: a minus sign for a hyphen, 2·10⁻⁷ for 2e-07.
+
+    >>> typeset("top-5: -0.3, error 2e-07")
+    'top-5: −0.3, error 2·10⁻⁷'
+    """
+    return figures.minus(_SCIENTIFIC.sub(_power, text))
+
+
+def _power(found: re.Match[str]) -> str:
+    digits, exponent = found[1], str(int(found[2]))
+    if float(digits) == 0:
+        return "0"
+    power = f"10{exponent.translate(_RAISED)}"
+    return power if float(digits) == 1 else f"{digits}·{power}"
+
+
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e([-+]?\d+)\b")
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def tell_failed_assertions() -> None:

@@ -168,9 +168,9 @@ def provenance(frame: pd.DataFrame) -> str:
     processors = frame["hardware.cpu"]
     if "hardware.gpu" in frame:
         processors = frame["hardware.gpu"].where(frame["hardware.gpu"].fillna("") != "", processors)
-    seeds = frame["seed"].nunique()
+    rows, seeds = len(frame), frame["seed"].nunique()
     return "; ".join([
-        f"{len(frame)} records, {seeds} seed{'s' * (seeds != 1)}, sweep {_joined(frame['sweep'].dropna())}",
+        f"{rows} record{'s' * (rows != 1)}, {seeds} seed{'s' * (seeds != 1)}, sweep {_joined(frame['sweep'].dropna())}",
         f"commit {_joined(commits)}", " to ".join(dict.fromkeys((dates[0], dates[-1]))), _joined(processors),
         f"torch {_joined(frame['versions.torch'])}",
     ])  # fmt: skip

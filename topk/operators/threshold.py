@@ -33,11 +33,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from topk import kernels
-from topk._cpu import buffers, chunks, squares
+from topk._cpu import buffers, chunks, exponentials, squares
 from topk.backend import choose
 from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
+_REACH = 16.0
+"""Temperatures from b to the largest score: up to this, exponentials that count from that score are exact enough."""
 
 
 class Family(NamedTuple):
@@ -137,12 +139,15 @@ def _solve(
         return anchor, level
     anchor, level = torch.empty_like(temperature), torch.empty_like(temperature)
     for part in chunks(scores):
-        space = [each[: part.stop - part.start] for each in buffers(scores, 2 if mask is not None else 3)]
-        space.insert(0, mask[part] if mask is not None else space.pop())
-        rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], *space)
-        anchor[part], level[part], before = _by_moments(rows) or _by_order(rows)
-        if mask is not None:
-            rows.move(level[part], before)
+        u, free, *spare = (each[: part.stop - part.start] for each in buffers(scores, 2 if mask is not None else 3))
+        mass = spare[0] if mask is None else mask[part]
+        rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], mass, u, free)
+        found = _by_power_sums(rows)
+        if found is None:
+            found = _by_moments(rows) or _by_order(rows)
+            if mask is not None:
+                rows.move(found[1])
+        anchor[part], level[part] = found
     return anchor, level
 
 
@@ -214,17 +219,19 @@ class _Mask(Function):
 def _logistic_pull(grad: Tensor, grad_offset: Tensor, temperature: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients in the scores and in k, a chunk at a time: the density is m (1 - m)."""
     result, for_k = torch.empty_like(mask), torch.empty_like(temperature)
-    spaces = buffers(mask, 2)
+    spaces = buffers(mask, 1)
     tiny = torch.finfo(mask.dtype).tiny
+    unit = bool((temperature == 1).all())
     for part in chunks(mask):
         m, scale = mask[part], temperature[part, None]
-        move, both = (each[: len(m)] for each in spaces)
-        density = torch.addcmul(m, m, m, value=-1.0, out=result[part])
-        torch.div(grad[part], scale, out=move)
-        total, pulled = (each.sum(1, keepdim=True) for each in (density, torch.mul(density, move, out=both)))
-        share = torch.where(total > tiny, (grad_offset[part, None] - pulled) / total.clamp(min=tiny), 0.0)
-        density.mul_(move.add_(share))
-        for_k[part] = -(share * scale)[:, 0]
+        density = torch.addcmul(m, m, m, value=-1.0, out=spaces[0][: len(m)])
+        pull = torch.mul(density, grad[part], out=result[part])
+        total, pulled = (each.sum(1, keepdim=True) for each in (density, pull))
+        share = torch.where(total > tiny, (grad_offset[part, None] * scale - pulled) / total.clamp(min=tiny), 0.0)
+        pull.addcmul_(density, share)
+        if not unit:
+            pull.div_(scale)
+        for_k[part] = -share[:, 0]
     return result, for_k
 
 
@@ -263,6 +270,7 @@ class Rows(NamedTuple):
     mass: Tensor
     u: Tensor
     free: Tensor
+    exponential: bool = False  # whether u holds exp((x - anchor) / T)
 
     def standardize(self, anchor: Tensor) -> None:
         """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
@@ -270,23 +278,19 @@ class Rows(NamedTuple):
         if not self.u.is_cpu or bool((self.temperature != 1).any()):
             self.u.div_(self.temperature[:, None])
 
-    def move(self, level: Tensor, before: Tensor | None) -> None:
-        """Brings the masses to a level. `before`: the one they are at, if any, else `free` becomes u - level."""
-        level, mass, family = level.to(self.u.dtype), self.mass, self.family
-        if before is not None and family.logistic and self.u.is_cpu:
-            step = level - before.to(level.dtype)
-            if bool((step.abs() <= 0.5).all()):  # farther, the rounding of 1 - m would grow
-                # m / (m + (1 - m) exp(step)) is exact, and needs no exponential a class.
-                factor = step.exp()[:, None]
-                mass.div_(torch.mul(mass, 1.0 - factor, out=self.free).add_(factor))
-                return
-        torch.sub(self.u, level[:, None], out=self.free)
-        torch.sigmoid(self.free, out=mass) if family.logistic else mass.copy_(family.cdf(self.free))
+    def move(self, level: Tensor) -> None:
+        """Brings the masses to a level, and `free` to u - level unless u holds exponentials."""
+        if self.exponential:
+            torch.add(self.u, level.exp().to(self.u.dtype)[:, None], out=self.free)
+            torch.div(self.u, self.free, out=self.mass)
+            return
+        torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.free)
+        torch.sigmoid(self.free, out=self.mass) if self.family.logistic else self.mass.copy_(self.family.cdf(self.free))
 
-    def newton(self, level: Tensor, k: Tensor, aim: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def newton(self, level: Tensor, k: Tensor, aim: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The next level, the sum S at this one, and how far off that is, in float64 where there is any."""
         n, family = self.u.shape[1], self.family
-        self.move(level, before)
+        self.move(level)
         total = self.mass.sum(1)
         slope = total - squares(self.mass) if family.logistic else family.density(self.free, self.mass).sum(1)
         total, slope = total.to(level.dtype), slope.to(level.dtype)
@@ -298,13 +302,47 @@ class Rows(NamedTuple):
         step = torch.where(excess <= 4.0 * torch.finfo(self.u.dtype).eps, 0.0, (link - aim) * gain)
         return level + step, total, excess if family.variance is None else torch.maximum(excess, step.abs())
 
+    def settle(self, level: Tensor, reach: float) -> Tensor | None:
+        """The root in float64, by a few steps from a level near it; None unless that of every row is within reach."""
+        k = self.k.to(torch.float64)
+        aim = self.family.quantile(k / self.u.shape[1])
+        for _ in range(4):
+            level, _, off = self.newton(level, k, aim)
+            found = (off <= self.enough()) & (level.abs() < reach) & (self.temperature > 0)
+            if bool(found.all()):
+                return level
+        return None
+
     def enough(self) -> float:
         """An excess and a step whose squares do not count; where F is linear in pieces, an excess that is rounding."""
         eps = torch.finfo(self.u.dtype).eps
         return 4.0 * eps if self.family.variance is None else 2.0 * math.sqrt(eps)
 
 
-Found = tuple[Tensor, Tensor, Tensor | None]
+Found = tuple[Tensor, Tensor]
+"""anchor and (b - anchor) / T of every row."""
+
+
+def _by_power_sums(rows: Rows) -> Found | None:
+    """What `_by_order` finds, and the masses there, for the logistic function; None if not found.
+
+    Every exponential E = exp((x - max) / T) is taken once: m = E / (E + v) with v = exp((b - max) / T). The sums of E
+    and of its square are those of c equal numbers e, which would need v = e (c - k) / k: close where few are chosen.
+    """
+    scores, temperature = rows.scores, rows.temperature
+    if not scores.is_cpu or not rows.family.logistic:
+        return None
+    largest = scores.amax(1)
+    rows.standardize(largest)
+    exponentials(rows.u)
+    rows = rows._replace(exponential=True)
+    first, second = rows.u.sum(1).to(torch.float64), squares(rows.u).to(torch.float64)
+    level = rows.settle((second / first * ((first * first / second) / rows.k - 1.0)).log(), _REACH)
+    if level is None:
+        return None
+    rows.move(level)
+    anchor = (largest + temperature * level).to(scores.dtype)  # near b, where differences keep their digits
+    return anchor, level - (anchor - largest).to(torch.float64) / temperature
 
 
 def _by_moments(rows: Rows) -> Found | None:
@@ -319,16 +357,11 @@ def _by_moments(rows: Rows) -> Found | None:
     torch.sub(scores, first[:, None], out=u)
     mean = u.mean(1)
     spread = (squares(u) / n - mean * mean) / family.variance
-    k = rows.k.to(torch.float64)
-    aim = family.quantile(k / n)
+    aim = family.quantile(rows.k.to(torch.float64) / n)
     anchor = (first + mean - aim * (temperature * temperature + spread).sqrt()).to(scores.dtype)
     rows.standardize(anchor)
-    level, before = torch.zeros_like(k), None
-    for _ in range(4):
-        (level, _, off), before = rows.newton(level, k, aim, before), level
-        if bool(((off <= rows.enough()) & (level.abs() < torch.inf) & (temperature > 0)).all()):
-            return anchor, level.to(u.dtype), before
-    return None
+    level = rows.settle(torch.zeros_like(aim), torch.inf)
+    return None if level is None else (anchor, level)
 
 
 def _by_order(rows: Rows) -> Found:
@@ -336,7 +369,7 @@ def _by_order(rows: Rows) -> Found:
 
     What is settled without an equation comes out of it as such.
     """
-    scores, k, temperature, fixed, family, _, u, _ = rows
+    scores, k, temperature, fixed, family, _, u, *_ = rows
     n, wide = scores.shape[1], float_type(scores)
     upper, lower, largest = order_statistics(scores, k if fixed is None else fixed).unbind(1)
     anchor = torch.where(upper.isfinite(), upper, 0.0)
@@ -351,9 +384,8 @@ def _by_order(rows: Rows) -> Found:
     level = (low + high) / 2.0 if family.variance is None else drop / 2.0
     aim = family.quantile(goal / n)
     rows.standardize(anchor)
-    before: Tensor | None = None
     for _ in range(family.steps):
-        (step, total, off), before = rows.newton(level, goal, aim, before), level
+        step, total, off = rows.newton(level, goal, aim)
         low, high = torch.where(total > goal, level, low), torch.where(total < goal, level, high)
         inside = (step > low) & (step < high)
         there = off <= 64.0 * torch.finfo(u.dtype).eps
@@ -363,4 +395,4 @@ def _by_order(rows: Rows) -> Found:
     # A threshold below all scores but those of -inf chooses all of them, and one beyond them chooses none.
     far = LOWEST / temperature
     level = torch.where(full, far / 10.0, torch.where(empty, -10.0 * far, level.to(u.dtype)))
-    return anchor, torch.where(broken, torch.nan, level), before
+    return anchor, torch.where(broken, torch.nan, level)
