@@ -33,11 +33,13 @@ from torch import Tensor
 from torch.autograd import Function
 
 from topk import kernels
-from topk._cpu import buffers, chunks, exponentials, squares
+from topk._cpu import SMALLEST, buffers, chunks, exponentials, lowest, squares
 from topk.backend import choose
 from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
+_LOG2E = math.log2(math.e)
+_SOFT = 0.05  # the least share of the sum that its slope must be
 _REACH = 16.0
 """Temperatures from b to the largest score: up to this, exponentials that count from that score are exact enough."""
 
@@ -302,13 +304,13 @@ class Rows(NamedTuple):
         step = torch.where(excess <= 4.0 * torch.finfo(self.u.dtype).eps, 0.0, (link - aim) * gain)
         return level + step, total, excess if family.variance is None else torch.maximum(excess, step.abs())
 
-    def settle(self, level: Tensor, reach: float) -> Tensor | None:
-        """The root in float64, by a few steps from a level near it; None unless that of every row is within reach."""
+    def settle(self, level: Tensor) -> Tensor | None:
+        """The root in float64, by a few steps from a level near it; None unless every row's is found."""
         k = self.k.to(torch.float64)
         aim = self.family.quantile(k / self.u.shape[1])
         for _ in range(4):
             level, _, off = self.newton(level, k, aim)
-            found = (off <= self.enough()) & (level.abs() < reach) & (self.temperature > 0)
+            found = (off <= self.enough()) & (level.abs() < torch.inf) & (self.temperature > 0)
             if bool(found.all()):
                 return level
         return None
@@ -329,20 +331,31 @@ def _by_power_sums(rows: Rows) -> Found | None:
     Every exponential E = exp((x - max) / T) is taken once: m = E / (E + v) with v = exp((b - max) / T). The sums of E
     and of its square are those of c equal numbers e, which would need v = e (c - k) / k: close where few are chosen.
     """
-    scores, temperature = rows.scores, rows.temperature
+    scores = rows.scores
     if not scores.is_cpu or not rows.family.logistic:
         return None
-    largest = scores.amax(1)
+    largest, k = scores.amax(1), rows.k.to(torch.float64)
     rows.standardize(largest)
-    exponentials(rows.u)
+    if lowest(rows.u) < SMALLEST[rows.u.dtype]:
+        exponentials(rows.u)
+    else:
+        rows.u.mul_(_LOG2E).exp2_()  # half as long as exp
     rows = rows._replace(exponential=True)
     first, second = rows.u.sum(1).to(torch.float64), squares(rows.u).to(torch.float64)
-    level = rows.settle((second / first * ((first * first / second) / rows.k - 1.0)).log(), _REACH)
-    if level is None:
-        return None
-    rows.move(level)
-    anchor = (largest + temperature * level).to(scores.dtype)  # near b, where differences keep their digits
-    return anchor, level - (anchor - largest).to(torch.float64) / temperature
+    level = (first / k - second / first).log()  # of e (c - k) / k, with c = first^2 / second and e = second / first
+    for _ in range(4):
+        rows.move(level)
+        total = rows.mass.sum(1).to(torch.float64)
+        slope = total - squares(rows.mass)
+        step = (total / k).log() * total / slope  # Newton's on log S, as good as linear where few are chosen
+        level = level + step
+        if not bool(((level.abs() < _REACH) & (slope > _SOFT * total)).all()):
+            return None
+        if float(step.abs().max()) <= rows.enough():
+            rows.move(level)
+            anchor = (largest + rows.temperature * level).to(scores.dtype)  # near b: differences keep their digits
+            return anchor, level - (anchor - largest) / rows.temperature
+    return None
 
 
 def _by_moments(rows: Rows) -> Found | None:
@@ -360,7 +373,7 @@ def _by_moments(rows: Rows) -> Found | None:
     aim = family.quantile(rows.k.to(torch.float64) / n)
     anchor = (first + mean - aim * (temperature * temperature + spread).sqrt()).to(scores.dtype)
     rows.standardize(anchor)
-    level = rows.settle(torch.zeros_like(aim), torch.inf)
+    level = rows.settle(torch.zeros_like(aim))
     return None if level is None else (anchor, level)
 
 
