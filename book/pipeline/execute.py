@@ -32,7 +32,7 @@ from book.pipeline.layout import EXECUTED, ROOT, SCRATCH, BookError
 PACKAGES = ("torch", "triton", "numpy", "scipy", "matplotlib", "pandas", "ipykernel", "papermill", "jupyter-book")
 
 
-CELL_SECONDS = {"smoke": 120, "laptop": 1200}
+CELL_SECONDS = {"smoke": 300, "laptop": 1200}
 """A cell that takes longer has hung."""
 
 
