@@ -69,7 +69,7 @@ def _of_its_own_colours(picture: Image.Image) -> Image.Image:
 _FEW = 8192  # different colours of a drawing
 _PALETTE = 48  # colours that it keeps
 _ALIKE = (24, 12)  # distances of two colours that look alike (of 255 a channel), and so much only if there is room
-_HEAVY = 60_000  # bytes of a field of colour, from which on it is shrunk
+_HEAVY = 40_000  # bytes of a field of colour, from which on it is shrunk
 _SHRUNK = "one pixel for each that is shown"
 
 
