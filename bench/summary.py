@@ -56,16 +56,17 @@ def summary(path: Path) -> str:
         if (row["batch"], row["classes"], row["k"], row["dtype"]) == _SUMMARY:
             cells[tuple(row[column] for column in CELL)][row["contender"]] = row
     lines = [
-        "| loss | times cross-entropy | times faster than the peer | peak memory, in scores |",
+        "| loss | times cross-entropy | times faster than the peer | peak memory, in copies of the scores |",
         "|---|---|---|---|",
     ]
-    for rows in cells.values():
-        family = next(iter(rows.values()))["family"]
+    families = list(dict.fromkeys(cell[CELL.index("family")] for cell in cells))
+    for cell in sorted(cells, key=lambda cell: families.index(cell[CELL.index("family")])):
+        rows, family = cells[cell], cell[CELL.index("family")]
         ours = rows.get(f"topk {family} triton", rows[f"topk {family}"])
         peer = next((row for name, row in rows.items() if name.startswith(("difftopk ", "pytopk "))), None)
         clocks = [clock for clock in ("", "warm_") if ours[f"{clock}p50_ms"]]
         dearer = " / ".join(f"{float(ours[f'{clock}times_cross_entropy']):.1f}" for clock in clocks)
-        faster = ""
+        faster = "no peer"
         if peer:
             ratios = [float(peer[f"{clock}p50_ms"]) / float(ours[f"{clock}p50_ms"]) for clock in clocks]
             faster = f"{' / '.join(f'{ratio:.1f}' for ratio in ratios)} ({peer['contender'].split()[0]})"
