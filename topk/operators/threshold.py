@@ -33,12 +33,11 @@ from torch import Tensor
 from torch.autograd import Function
 
 from topk import kernels
-from topk._cpu import SMALLEST, buffers, chunks, exponentials, lowest, squares
+from topk._cpu import buffers, chunks, exponentials, squares
 from topk.backend import choose
 from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
-_LOG2E = math.log2(math.e)
 _SOFT = 0.05  # the least share of the sum that its slope must be
 _REACH = 16.0
 """Temperatures from b to the largest score: up to this, exponentials that count from that score are exact enough."""
@@ -336,10 +335,7 @@ def _by_power_sums(rows: Rows) -> Found | None:
         return None
     largest, k = scores.amax(1), rows.k.to(torch.float64)
     rows.standardize(largest)
-    if lowest(rows.u) < SMALLEST[rows.u.dtype]:
-        exponentials(rows.u)
-    else:
-        rows.u.mul_(_LOG2E).exp2_()  # half as long as exp
+    exponentials(rows.u, by_two=True)
     rows = rows._replace(exponential=True)
     first, second = rows.u.sum(1).to(torch.float64), squares(rows.u).to(torch.float64)
     level = (first / k - second / first).log()  # of e (c - k) / k, with c = first^2 / second and e = second / first
