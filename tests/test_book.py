@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from pybtex.database import parse_string
 
 pytest.importorskip("jupytext")
 from book.pipeline import chapters, checks, execute, layout, pages
@@ -139,6 +140,20 @@ def test_references_are_complete() -> None:
     text = "".join(twin.read_text() for twin in layout.twins())
     cited = {key.strip() for keys in re.findall(r"\{cite:[pt]\}`([^`]+)`", text) for key in keys.split(",")}
     assert cited <= set(chapters.bibliography())
+
+
+def test_papers_that_would_be_cited_alike_have_a_letter() -> None:
+    entries = parse_string(
+        "@book{b, author = {Ada Lovelace}, year = 1843} @book{a, author = {Ada Lovelace}, year = {1843}}"
+        "@book{c, author = {Ada Lovelace and Charles Babbage}, year = 1843}",
+        "bibtex",
+    ).entries
+    assert chapters.years(entries) == {"a": "1843a", "b": "1843b", "c": "1843"}
+    for key, year in chapters.years(entries).items():
+        entries[key].fields["year"] = year
+    assert chapters.years(entries)["b"] == "1843b", "as Sphinx keeps them from build to build"
+    petersen = {year for key, year in chapters.years(chapters.bibliography()).items() if key.startswith("petersen")}
+    assert petersen == {"2022a", "2022b"}
 
 
 def test_plain_markdown() -> None:

@@ -9,7 +9,7 @@ references become the numbers that the site prints.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -243,13 +243,27 @@ def bibliography() -> dict[str, Any]:
 
 def _citation(key: str, textual: bool) -> str:
     entry = _known(bibliography(), key)
-    names = [" ".join(person.prelast_names + person.last_names) for person in entry.persons["author"]]
-    who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
-    fields = entry.fields
+    who, year, fields = _who(entry), years(bibliography())[key], entry.fields
     link = f"https://doi.org/{fields['doi']}" if "doi" in fields else fields.get("url", "")
-    year = fields["year"]
     text = f"{who} ({year})" if textual else f"{who}, {year}"
     return f"[{text}]({link})" if link else text
+
+
+def _who(entry: Any) -> str:
+    names = [" ".join(person.prelast_names + person.last_names) for person in entry.persons.get("author", [])]
+    return names[0] if len(names) == 1 else " and ".join(names) if len(names) == 2 else f"{names[0]} et al."
+
+
+def years(entries: Mapping[str, Any]) -> dict[str, str]:
+    """The year of each entry; those that would be cited alike have a letter behind it, in the order of their keys."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for key in sorted(entries):
+        alike.setdefault((_who(entries[key]), entries[key].fields["year"][:4]), []).append(key)
+    return {
+        key: year + ("abcdefgh"[place] if len(keys) > 1 else "")
+        for (_, year), keys in alike.items()
+        for place, key in enumerate(keys)
+    }
 
 
 # --- outputs ---------------------------------------------------------------------------------------------------------

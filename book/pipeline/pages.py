@@ -101,10 +101,11 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
     without = sum(not table.get(label, {}).get("function") for label in known)
     parts = [
         "# Equations, functions, tests",
-        "Every numbered equation and theorem, the test that checks it and, where code computes it, the function. "
+        "Every numbered equation and theorem, where code computes it the function, and the test that checks it. Where "
+        "no test is named, the chapter's own assertions are the test. "
         f"{without} of the {len(known)} have no function: steps of proofs, bounds, and statements about losses, data "
-        "or machines that nothing has to compute. *The chapter* means that the chapter's own assertions are the test. "
-        "A test of the book fails when a label is missing here or leads nowhere.",
+        "or machines that nothing has to compute. A test of the book fails when a label is missing here or leads "
+        "nowhere.",
     ]
     titles = {chapter_number(twin): _title(notebooks[twin.stem]) for twin in twins()}
     for chapter, labels in itertools.groupby(sorted(known, key=_order), lambda label: _order(label)[0]):
@@ -113,7 +114,7 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
 
 
 def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> Iterator[str]:
-    yield from ("| | states | function | test |", "|---|---|---|---|")
+    yield from (":::{table}", ":class: topk-wide topk-equations", "", "| | states | function; test |", "|---|---|---|")
     alike: dict[tuple[str, str, str], list[str]] = {}  # a theorem and the formula in it are one row
     for label in labels:
         entry = table.get(label, {})
@@ -122,9 +123,9 @@ def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> I
         test = "" if entry.get("test") == own else str(entry.get("test"))
         row = str(entry.get("states")), str(entry.get("function") or ""), test
         alike.setdefault(row, []).append(f"{{{role}}}`{label}`")
-    for (states, function, test), references in alike.items():
-        checked = _breakable(test) if test else "the chapter"
-        yield f"| {', '.join(references)} | {states} | {_breakable(function) if function else '–'} | {checked} |"
+    for (states, *names), references in alike.items():
+        yield f"| {', '.join(references)} | {states} | {'<br>'.join(_breakable(name) for name in names if name)} |"
+    yield ":::"
 
 
 def _breakable(name: str) -> str:
