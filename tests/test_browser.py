@@ -195,7 +195,7 @@ def test_formulas_are_typeset_without_a_network(tmp_path: Path, opened_browser: 
     settings = {name: own[name] for name in ("mathjax_path", "mathjax3_config")}
     (tmp_path / "page.rst").write_text(
         "A page\n======\n\n.. math:: \\boldsymbol{x} + \\cancel{\\mathbb{E}} = \\mathcal{L}\n\n"
-        "Some (of :math:`k`), 95 % of ``5 %``.\n"
+        "Some (of :math:`k`), 95 % of ``5 %``.\n\nEither *a*, or :math:`b`, or *c*.\n"
     )
     out = small_site.built(tmp_path, "page", extensions=["sphinx.ext.mathjax", "formulas"], **settings)
     with browser.served(out) as root:
@@ -205,11 +205,12 @@ def test_formulas_are_typeset_without_a_network(tmp_path: Path, opened_browser: 
         page.goto(f"{root}/page.html")
         assert browser._typeset(page, "page") == []
         assert failures == []
-        assert page.evaluate("document.querySelectorAll('mjx-container mjx-math').length") == 2
+        assert page.evaluate("document.querySelectorAll('mjx-container mjx-math').length") == 3
         assert page.evaluate("document.querySelectorAll('mjx-merror').length") == 0
         page.close()
     words = (out / "page.html").read_text()
     assert '<span class="topk-word"><span class="math notranslate nohighlight">\\(k\\)</span>),</span>' in words
+    assert "Either a, or \\(b\\), or c." in re.sub("<[^>]*>", "", words), "the second of two equal texts"
     assert " 95\N{NO-BREAK SPACE}% of" in words
     assert '<span class="pre">5</span> <span class="pre">%</span>' in words, "code stays as it is"
     assert sum(path.stat().st_size for path in (out / "_static" / "mathjax").rglob("*") if path.is_file()) < 4e6

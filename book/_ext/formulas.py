@@ -66,7 +66,7 @@ def _edge(parent: nodes.Element, place: int, pattern: re.Pattern[str]) -> str:
     found = pattern.search(text) if isinstance(text, nodes.Text) else None
     if found is None:
         return ""
-    parent.replace(text, nodes.Text(pattern.sub("", text)))
+    parent[place] = nodes.Text(pattern.sub("", text))  # not `replace`, which finds a text by what it says
     return found[0]
 
 

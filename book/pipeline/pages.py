@@ -102,7 +102,7 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
     parts = [
         "# Equations, functions, tests",
         "Every numbered equation and theorem, where code computes it the function, and the test that checks it. Where "
-        "no test is named, the chapter's own assertions are the test. "
+        "no test is named, the chapter's own assertions are it. "
         f"{without} of the {len(known)} have no function: steps of proofs, bounds, and statements about losses, data "
         "or machines that nothing has to compute. A test of the book fails when a label is missing here or leads "
         "nowhere.",
@@ -124,7 +124,8 @@ def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> I
         row = str(entry.get("states")), str(entry.get("function") or ""), test
         alike.setdefault(row, []).append(f"{{{role}}}`{label}`")
     for (states, *names), references in alike.items():
-        yield f"| {', '.join(references)} | {states} | {'<br>'.join(_breakable(name) for name in names if name)} |"
+        code = "<br>".join(_breakable(name) for name in names if name)
+        yield f"| {', '.join(references)} | {states} | {code or 'the chapter'} |"
     yield ":::"
 
 
