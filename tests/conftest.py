@@ -6,6 +6,9 @@ that has a GPU.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 import os
 import re
 import sys
@@ -42,12 +45,30 @@ def _seeded() -> None:
     torch.manual_seed(20)
 
 
+_array_types: dict[str, Any] = {}
+_block_types: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+
+@functools.cache
+def _constexprs(shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """What a tensor of Triton's language keeps of its shape: its lengths, and their product."""
+    core = sys.modules["triton.language.core"]
+    return core.tuple([core.constexpr(length) for length in shape]), core.constexpr(math.prod(shape))
+
+
 @pytest.fixture(autouse=True)
 def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter prepares its language at every call of a device function; here once for every module."""
+    """Triton's interpreter works out at every operation what stays the same: its language, types and shapes; here once.
+
+    Nor does it look for integers that overflow, which it would tell only when debugging.
+    """
     interpreter = sys.modules.get("triton.runtime.interpreter")
-    if interpreter is None:
+    if interpreter is None or os.environ.get("TRITON_INTERPRET") != "1":
         return
+    core, semantic = interpreter.tl.core, interpreter.TritonSemantic
+    array_type, make_block_type, broadcast = (
+        interpreter._get_np_dtype, core.block_type.__init__, semantic.broadcast_impl_value,
+    )  # fmt: skip
     prepared: set[int] = set()
 
     def call(function: Any, *arguments: Any, **keywords: Any) -> Any:
@@ -57,7 +78,36 @@ def _quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
             interpreter._patch_lang(function.fn)
         return function.rewrite()(*arguments, **keywords)
 
+    def known_array_type(dtype: Any) -> Any:
+        name = dtype.scalar.name
+        if name not in _array_types:
+            _array_types[name] = array_type(dtype)
+        return _array_types[name]
+
+    def make_known_block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        lengths = (length.value if isinstance(length, core.constexpr) else length for length in shape)
+        kind = (element_ty.name, *lengths)
+        if kind not in _block_types:
+            make_block_type(self, element_ty, shape)
+            _block_types[kind] = self.__dict__
+        self.__dict__ = dict(_block_types[kind])
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = _constexprs(tuple(type.shape.values) if type.is_block() else ())
+
+    def broadcast_if_needed(self: Any, left: Any, right: Any) -> Any:
+        blocks = left.type.is_block() and right.type.is_block()
+        same = blocks and left.type.shape.values == right.type.shape.values
+        return (left, right) if same else broadcast(self, left, right)
+
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    monkeypatch.setattr(interpreter, "_get_np_dtype", known_array_type)
+    monkeypatch.setattr(core.block_type, "__init__", make_known_block_type)
+    monkeypatch.setattr(core.tensor, "__init__", make_tensor)
+    monkeypatch.setattr(semantic, "broadcast_impl_value", broadcast_if_needed)
+    unchecked = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", unchecked)
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
