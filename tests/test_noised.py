@@ -205,6 +205,7 @@ def draw(row: Tensor, head: int, depth: int, epsilon: float, rows: int, samples:
 
 @pytest.mark.parametrize(("kind", "spread", "classes", "head", "depth", "epsilon"), THINNED)
 @pytest.mark.parametrize("equal_intervals", [False, True])
+@pytest.mark.parametrize("rows", [1000, pytest.param(2500, marks=pytest.mark.slow)])
 def test_thinning_is_exact(
     kind: str,
     spread: float,
@@ -212,6 +213,7 @@ def test_thinning_is_exact(
     head: int,
     depth: int,
     epsilon: float,
+    rows: int,
     equal_intervals: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -219,7 +221,7 @@ def test_thinning_is_exact(
         pytest.skip("too many points")
     monkeypatch.setattr(noised_sampling, "_FEW_POINTS", math.inf if equal_intervals else 0.0)
     row, samples = make_row(kind, classes, spread), 4
-    value, index = draw(row, head, depth, epsilon, 2500 if classes > 100 else 10_000, samples)
+    value, index = draw(row, head, depth, epsilon, rows if classes > 100 else 4 * rows, samples)
     assert (value[:, :, 1:] <= value[:, :, :-1]).all()
     assert (index.sort(2).values.diff(dim=2) > 0).all()  # a class counts once
     draws = value[:, :, 0].numel()
