@@ -57,8 +57,15 @@ def tight(method: str) -> dict[str, Any]:
 # --- values and gradients --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("top1", ["softmax", "cross_entropy", "sort"])
-@pytest.mark.parametrize(("method", "distribution"), OPERATORS)
+@pytest.mark.parametrize(
+    ("method", "distribution", "top1"),
+    [
+        # How the first is treated is decided after the operator, whatever its distribution.
+        pytest.param(*pair, top1, marks=[pytest.mark.slow] if pair[1] != "cauchy" and top1 != "softmax" else [])
+        for pair in OPERATORS
+        for top1 in ("softmax", "cross_entropy", "sort")
+    ],
+)
 def test_equals_the_definition(method: str, distribution: str, top1: str) -> None:
     scores, target = 2.0 * torch.randn(3, 12, dtype=torch.float64), torch.tensor([0, 5, 11])
     options = {"method": method, "distribution": distribution, "top1": top1}
@@ -335,8 +342,8 @@ def test_pruning_leaves_out_what_cannot_be_seen() -> None:
     ("method", "distribution"), [pair for pair in OPERATORS if pair[0] == "odd_even" or pair[1] == "cauchy"]
 )
 def test_gradcheck(method: str, distribution: str) -> None:
-    scores = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    target = torch.tensor([1, 4])
+    scores = torch.randn(1, 7, dtype=torch.float64, requires_grad=True)  # rows apart: test_contract.py
+    target = torch.tensor([4])
     options = {"method": method, "distribution": distribution, "m": 5, **tight(method)}
     for top1, over in (("softmax", "kept"), ("cross_entropy", "all"))[: 2 if distribution == "cauchy" else 1]:
 
