@@ -403,14 +403,25 @@ def test_a_running_mean_and_its_variance() -> None:
     torch.testing.assert_close(mean.variance_of_mean, values.var(0) / 7)
 
 
-def test_the_script_for_a_gpu_runs_dry(tmp_path: Path) -> None:
-    """All steps, interpreted; none fails, and what is missing here is said."""
-    assert gpu.main(["--dry", "--out", str(tmp_path), "versions", "losses", "sanitizer", "benchmark", "training"]) == 0
+@pytest.mark.parametrize("alone", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_script_for_a_gpu_runs_dry(tmp_path: Path, alone: bool) -> None:
+    """All steps, interpreted; none fails, and what is missing here is said. `alone`: in the processes it starts.
+
+    Otherwise those that import torch are one, this one, but for a loss's, and the script starts what needs no torch.
+    """
+    steps = ["versions", "losses", "sanitizer", "benchmark", "training"]
+    if alone:
+        assert gpu.main(["--dry", "--out", str(tmp_path), *steps]) == 0
+    else:
+        inside = ["--inside", "--dry", "--out", str(tmp_path), "--commit", "x", "--seconds", "300"]
+        for words in (["versions"], ["measure", "300"], ["training"]):
+            assert gpu.main([*inside, *words]) == 0
+        steps = ["losses", "sanitizer"]
+        assert gpu.main(["--dry", "--out", str(tmp_path), "--commit", "x", *steps]) == 0
     told = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in told if "finished" in row] == [
-        "versions", "losses", "sanitizer", "benchmark", "training",
-    ]  # fmt: skip
+    assert [row["step"] for row in told if "finished" in row] == steps
     assert all(row["finished"] for row in told if "finished" in row)
+    assert all(row["ok"] for row in told if row["step"] in ("measure", "training"))
     assert any(row.get("copy_gbps", 0) > 0 for row in told)
     assert [row["ok"] for row in told if row["step"] == "loss"] == [True]
     assert all(row["lacks"] for row in told if row.get("ok", True) is None)
