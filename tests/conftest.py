@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
 import re
 import sys
@@ -16,6 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
+if os.environ.get("PYTEST_XDIST_WORKER"):  # before numpy and torch count the cores, which other workers use as well
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 
 
@@ -38,6 +43,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def start_processes() -> Callable[..., None]:
+    """Runs function(rank, *arguments) in processes of a server that has imported torch, once for all of them."""
+    multiprocessing.set_forkserver_preload(["topk", "pytest"])
+
+    def start(function: Callable[..., None], *arguments: Any, processes: int) -> None:
+        torch.multiprocessing.start_processes(function, arguments, processes, start_method="forkserver")
+
+    return start
 
 
 @pytest.fixture(autouse=True)

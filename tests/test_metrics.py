@@ -6,12 +6,13 @@ import copy
 import itertools
 import math
 import pickle
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import brute_force as reference
 import pytest
 import torch
-import torchmetrics.functional.classification as their
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +20,13 @@ from topk import metrics
 from topk.metrics import TopKMeter
 
 TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def theirs(*arguments: Any, **options: Any) -> torch.Tensor:
+    """torchmetrics' accuracy; imported here, since the processes below need none."""
+    from torchmetrics.functional.classification import multiclass_accuracy
+
+    return multiclass_accuracy(*arguments, **options)
 
 
 def by_sorting(scores: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -224,12 +232,12 @@ def test_equals_torchmetrics(k: int) -> None:
     """
     scores, target = torch.randn(200, 12), torch.cat((torch.arange(12), torch.randint(12, (188,))))
     for average, ours in (("micro", metrics.topk_accuracy), ("macro", metrics.macro_topk_accuracy)):
-        expected = their.multiclass_accuracy(scores, target, num_classes=12, average=average, top_k=k)
+        expected = theirs(scores, target, num_classes=12, average=average, top_k=k)
         torch.testing.assert_close(ours(scores, target, k)[k].float(), expected)
-    expected = their.multiclass_accuracy(scores, target, num_classes=12, average=None, top_k=k)
+    expected = theirs(scores, target, num_classes=12, average=None, top_k=k)
     torch.testing.assert_close(TopKMeter(12, k).update(scores, target).per_class()[k].float(), expected)
     holes = torch.where(target % 3 == 0, -100, target)
-    expected = their.multiclass_accuracy(scores, holes, num_classes=12, average="micro", top_k=k, ignore_index=-100)
+    expected = theirs(scores, holes, num_classes=12, average="micro", top_k=k, ignore_index=-100)
     torch.testing.assert_close(metrics.topk_accuracy(scores, holes, k)[k].float(), expected)
 
 
@@ -237,7 +245,7 @@ def test_macro_with_absent_classes_differs_from_torchmetrics_only_at_top_1() -> 
     scores, target = torch.eye(4)[[0, 1, 2, 3]], torch.tensor([0, 1, 1, 1])
     ours = metrics.macro_topk_accuracy(scores, target, (1, 2))
     assert ours[1] == pytest.approx(2 / 3)  # class 0: 1 of 1, class 1: 1 of 3
-    theirs = [their.multiclass_accuracy(scores, target, 4, "macro", k) for k in (1, 2)]
+    theirs = [theirs(scores, target, 4, "macro", k) for k in (1, 2)]
     assert theirs[0] == pytest.approx((1 + 1 / 3) / 4)  # classes 2 and 3 were guessed, so they enter as 0
     assert ours[2] >= ours[1]
 
@@ -385,8 +393,8 @@ def _count_a_share(process: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_count_a_share, args=(str(tmp_path),), nprocs=2)
+def test_two_processes_equal_one(tmp_path: Path, start_processes: Callable[..., None]) -> None:
+    start_processes(_count_a_share, str(tmp_path), processes=2)
     whole = TopKMeter(8, (1, 3)).update(*a_stream())
     for process in range(2):
         total = TopKMeter(8, (1, 3))

@@ -6,6 +6,7 @@ Four processes are started once; each checks what it gets and counts what it sen
 from __future__ import annotations
 
 import copy
+import functools
 import socket
 import subprocess
 import sys
@@ -35,6 +36,12 @@ Check = Callable[[topk.ClassShard, int], None]  # of this process's slice, which
 
 
 def criteria() -> dict[str, nn.Module]:
+    """Copies of all, since each tries its options when it is made."""
+    return copy.deepcopy(_criteria())
+
+
+@functools.cache
+def _criteria() -> dict[str, nn.Module]:
     margins = torch.linspace(0.1, 2.0, CLASSES)
     return {
         "smooth": topk.SmoothTopKLoss(3),
@@ -453,8 +460,8 @@ def test_torchrun_starts_them(tmp_path: Path) -> None:
     assert found.stdout.count("equal") == 2
 
 
-def test_processes_together_equal_one() -> None:
+def test_processes_together_equal_one(start_processes: Callable[..., None]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.start_processes(_process, (port,), max(CUTS), start_method="spawn")
+    start_processes(_process, port, processes=max(CUTS))
