@@ -196,11 +196,11 @@ def test_balanced_softmax_is_cross_entropy_of_shifted_scores() -> None:
 # --- models ---
 
 
-def toy_images(rows: int = 400, classes: int = 4) -> DataSet:
+def toy_images(rows: int = 400, classes: int = 4, tests: int = 200) -> DataSet:
     """Images whose class is the colour of a square somewhere."""
     draw = np.random.default_rng(1)
     splits = []
-    for count in (rows, 0, 200):
+    for count in (rows, 0, tests):
         labels = draw.integers(0, classes, count)
         pixels = draw.integers(0, 90, (count, 32, 32, 3), dtype=np.uint8)
         for image, label, y, x in zip(
@@ -233,7 +233,7 @@ def test_bf16_is_chosen_by_a_probe_once_and_computed_in(monkeypatch: pytest.Monk
     monkeypatch.setattr(train.time, "process_time", lambda: next(clock))
     how = {**FAST["training"], "epochs": 1, "batch": 8}
     for _ in range(2):  # the second time the answer is known: the clock would be exhausted
-        row = train.train({**FAST, "training": how}, data=toy_images(16), progress=False)
+        row = train.train({**FAST, "training": how}, data=toy_images(16, tests=16), progress=False)
         assert row["precision"] == "bf16"
         assert row["train.loss"] > 0
 

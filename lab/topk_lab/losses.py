@@ -141,7 +141,7 @@ def probe(settings: Mapping[str, Any]) -> dict[str, Any]:
 def stale(frame: pd.DataFrame) -> dict[str, str]:
     """{key: why} of the records whose loss is no longer computed as it was when they were made."""
     found: dict[str, str] = {}
-    for row in rows_of(frame):
+    for row in rows_of(frame[[name for name in ("key", "config", "probe.loss", "probe.gradient") if name in frame]]):
         if "probe.loss" not in row:  # a chapter that is its own experiment
             continue
         then = np.array([row["probe.loss"], *row["probe.gradient"]])

@@ -36,7 +36,6 @@ that come to the same configuration are one run. Rows say `sweep` (NAME, NAME.tu
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import json
 import math
@@ -199,7 +198,7 @@ _Loader.add_implicit_resolver(
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings over mappings; a section with another `name` replaces the one below, and so does a `k`."""
-    found = copy.deepcopy(dict(below))
+    found = dict(below)
     for name, value in above.items():
         old = found.get(name)
         if isinstance(old, dict) and isinstance(value, Mapping) and name != "k":

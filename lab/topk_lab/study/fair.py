@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from textwrap import fill
 from typing import Any
 
@@ -69,7 +70,8 @@ def elsewhere() -> dict[str, pd.DataFrame]:
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:
     """Runs of any chapter's random search with the names that losses have here, in `loss`."""
-    return frame.assign(loss=[_contender(row) for row in rows_of(frame)])
+    naming = frame[[name for name in frame if str(name).startswith(("contender", "loss.", "model."))]]
+    return frame.assign(loss=[_contender(row) for row in rows_of(naming)])
 
 
 def _contender(row: Mapping[str, Any]) -> str:
@@ -89,9 +91,15 @@ def draws(first: Array, second: Array, metric: str) -> Array:
         second: the same of the other loss, with the same seeds in the same order.
         metric: "top5" and the like, in points, or "candidates_99": how many guesses 99 % accuracy needs.
     """
-    times = taken(first.shape[1], DRAWS)  # the same images and the same seeds of both losses
-    one, other = (mean_of_taken_seeds(_metric(ranks, times, metric)) for ranks in (first, second))
+    one, other = (_draws_of(ranks.tobytes(), ranks.dtype.str, ranks.shape, metric) for ranks in (first, second))
     return one - other
+
+
+@lru_cache(maxsize=200)
+def _draws_of(ranks: bytes, dtype: str, shape: tuple[int, int], metric: str) -> Array:
+    """One loss's metric in every sample; what it is compared with does not matter, so cross-entropy's serves all."""
+    runs = np.frombuffer(ranks, dtype=dtype).reshape(shape)
+    return mean_of_taken_seeds(_metric(runs, taken(shape[1], DRAWS), metric))
 
 
 def variances(hits: Array) -> tuple[float, float, float]:

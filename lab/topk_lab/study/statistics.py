@@ -61,7 +61,11 @@ def paired(
     images where there are none, is NaN.
     """
     found = {}
-    by_loss = {str(loss): _by_seed(group, metric) for loss, group in frame.groupby("loss", sort=False)}
+    by_loss: dict[str, pd.Series[float]] = {}
+    for loss, group in frame.reindex(columns=["loss", "seed", metric]).groupby("loss", sort=False):
+        if group["seed"].duplicated().any():
+            raise ValueError(_twice(frame[frame["loss"] == loss]))
+        by_loss[str(loss)] = group.set_index("seed")[metric].astype(float)
     if baseline not in by_loss:
         raise ValueError(f"baseline must be one of {', '.join(by_loss)}, got {baseline!r}")
     for loss, values in by_loss.items():
@@ -126,9 +130,8 @@ def hierarchical(
     return Interval(float(values.mean()), float(low), float(high), count), found
 
 
-def _by_seed(group: pd.DataFrame, metric: str) -> pd.Series[float]:
+def _twice(group: pd.DataFrame) -> str:
+    """What is wrong with a loss's runs of which two have one seed."""
     twice = group["seed"][group["seed"].duplicated()]
-    if len(twice):
-        differ = [str(name) for name in group if "." in str(name) and group[name].map(str).nunique() > 1]
-        raise ValueError(f"seed {twice.iloc[0]} occurs twice; the runs differ in {', '.join(differ) or 'nothing'}")
-    return group.set_index("seed").reindex(columns=[metric])[metric].astype(float)
+    differ = [str(name) for name in group if "." in str(name) and group[name].map(str).nunique() > 1]
+    return f"seed {twice.iloc[0]} occurs twice; the runs differ in {', '.join(differ) or 'nothing'}"
