@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import pandas as pd
+
 from book.pipeline import pictures
 from book.pipeline.layout import ROOT
 from topk_lab import figures
@@ -17,9 +19,14 @@ _SIGNS = {"ahead": "**ahead**", "behind": "behind", "level": "level"}
 
 
 @cache
+def _runs() -> dict[str, pd.DataFrame]:
+    return fair.runs()
+
+
+@cache
 def _verdicts() -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Condition after condition and loss after loss: the verdict in top-5 and the one in top-1."""
-    final = fair.final_runs(fair.runs())
+    final = fair.final_runs(_runs())
     return list(zip(fair.verdicts(final, "top5"), fair.verdicts(final, "top1"), strict=True))
 
 
@@ -95,7 +102,7 @@ def _cell(row: dict[str, Any]) -> str:
 def answer_table() -> str:
     """A row per sentence: its answer, the difference and its interval, the p-value."""
     lines = ["| | answer | difference | interval | p | seeds |", "|---|---|---|---|---|---|"]
-    for row in fair.answers({**fair.final_runs(fair.runs()), **fair.elsewhere()}):
+    for row in fair.answers({**fair.final_runs(_runs()), **fair.elsewhere()}):
         found = row.get("difference")
         numbers = " | | | "
         if found:
@@ -108,7 +115,7 @@ def answer_table() -> str:
 @cache
 def counted() -> str:
     """How many runs the answers stand on."""
-    runs = fair.runs()
+    runs = _runs()
     final = fair.final_runs(runs)
     tuning = sum(len(frame) for name, frame in runs.items() if name.endswith(".tuning"))
     ran = f"{sum(map(len, final.values()))} final runs and {tuning:,} tuning runs"
