@@ -217,7 +217,7 @@ def test_derivatives(variant: str, k: Any) -> None:
         return topk.topk_hinge_loss(x, target, k, variant=variant, reduction="none")
 
     assert torch.autograd.gradcheck(loss, scores, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(loss, scores, check_fwd_over_rev=True)
+    assert torch.autograd.gradgradcheck(loss, scores, check_fwd_over_rev=True, fast_mode=True)  # random directions
 
 
 def test_what_is_kept_is_as_long_as_k() -> None:

@@ -280,7 +280,7 @@ def test_derivatives_with_a_fixed_weight(options: dict[str, Any]) -> None:
         return topk.transition_topk_loss(x, target, reduction="none", **options)
 
     assert torch.autograd.gradcheck(loss, scores, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(loss, scores, check_fwd_over_rev=True)
+    assert torch.autograd.gradgradcheck(loss, scores, check_fwd_over_rev=True, fast_mode=True)  # random directions
 
 
 def test_second_derivatives_hold_the_margins_weight_fixed() -> None:
