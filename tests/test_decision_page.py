@@ -18,6 +18,11 @@ def every(chapter: str) -> pd.DataFrame:
     return report.runs(chapter)
 
 
+@cache
+def fair_runs() -> dict[str, pd.DataFrame]:
+    return fair.runs()
+
+
 def runs(chapter: str, sweep: str | None = None) -> pd.DataFrame:
     return report.of_sweep(every(chapter), sweep or chapter)
 
@@ -54,7 +59,7 @@ def test_the_decision_page_on_cifar100() -> None:
 
 
 def test_the_decision_page_on_the_fair_comparison() -> None:
-    final = fair.final_runs(fair.runs())
+    final = fair.final_runs(fair_runs())
     heads = [name for name in ("fair.linear", "fair.few_linear", "fair.few_mlp") if name in final]
     assert len(heads) == 3, "all three conditions"
     five, one = (
@@ -72,7 +77,7 @@ def test_the_decision_page_on_the_fair_comparison() -> None:
         assert fair.compared(final[name], "candidates_99")[LAST_FIRST].low > 0, "needs more candidates for 99 %"
     frame = final["fair.linear"].groupby("loss")["top1"].mean()
     assert -0.045 < frame["smooth"] - frame["cross-entropy"] < -0.035, "up to four points"
-    every = fair.runs()
+    every = fair_runs()
     for name in heads:
         gap = {loss: around.mean for loss, around in fair.compared(final[name], "top1").items()}
         assert one[name, "transition"] == "behind"
@@ -122,17 +127,17 @@ def test_the_decision_page_on_long_tails() -> None:
 
 
 def test_the_decision_page_on_wrong_labels_and_rare_classes() -> None:
-    final = fair.final_runs(fair.runs())
+    final = fair.final_runs(fair_runs())
     for name in ("fair.noise_mlp", "fair.noise_mlp_clean"):
         gain = {metric: fair.compared(final[name], metric)["smooth"] for metric in ("top5", "top1", "candidates_99")}
         assert 0.95 < gain["top5"].mean < 1.45
         assert gain["top5"].low > 0
         assert gain["top1"].high < -5
         assert 5.5 < gain["candidates_99"].mean < 7
-    budget = fair.expected_best(fair.runs()["fair.noise_mlp.tuning"], "top5")
+    budget = fair.expected_best(fair_runs()["fair.noise_mlp.tuning"], "top5")
     lead = [smooth - plain for smooth, plain in zip(budget["smooth"], budget["cross-entropy"], strict=True)]
     assert lead[3] < -0.3 < -0.2 < lead[7] < 0.2 < 0.8 < lead[31], "a wide search"
-    budget = fair.expected_best(fair.runs()["fair.tails.tuning"], "top5")
+    budget = fair.expected_best(fair_runs()["fair.tails.tuning"], "top5")
     assert max(budget, key=lambda loss: budget[loss][3]) == "balanced softmax"
     tails = final["fair.tails"]
     first = ["balanced softmax", "LDAM deferred"]
