@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -60,10 +61,12 @@ def test_import_is_light() -> None:
     assert done.stdout.strip() == "[]", done.stdout
 
 
-def test_report_names_versions_and_backends() -> None:
-    done = subprocess.run([sys.executable, "-m", "topk"], capture_output=True, text=True, check=True)
-    assert "torch" in done.stdout
-    assert re.search(r"triton\s+(no: torch sees no CUDA device|cuda:0)", done.stdout)
+def test_report_names_versions_and_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m topk`."""
+    runpy.run_module("topk", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "torch" in printed
+    assert re.search(r"triton\s+(no: torch sees no CUDA device|cuda:0)", printed)
 
 
 def test_readme_snippets_run() -> None:

@@ -78,12 +78,12 @@ def test_wheels_have_one_release(wheels: dict[str, Path]) -> None:
 
 
 def test_readme_example_runs_from_the_wheel(python: Path, tmp_path: Path) -> None:
-    where = run(python, "-c", "import topk, topk_lab; print(topk.__file__, topk_lab.__file__)", folder=tmp_path)
-    assert where.stdout.count(str(python.parents[1])) == 2, f"the checkout was imported instead: {where}"
     example = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.S | re.M)[0]
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
-    done = run(python, "-c", example, folder=tmp_path)
+    where = "import topk, topk_lab; print(topk.__file__, topk_lab.__file__)"
+    done = run(python, "-c", f"{example}\n{where}\n", folder=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count(str(python.parents[1])) == 2, f"the checkout was imported instead: {done.stdout}"
     rows = re.findall(r"^(\w+)\s+top-1 ([\d.]+)%\s+top-5 ([\d.]+)%", done.stdout, flags=re.M)
     assert len(rows) == 3, done.stdout
     assert all(float(top5) > float(top1) > 5 for _, top1, top5 in rows)
