@@ -39,6 +39,7 @@
     element("div", { class: "name" }, row, "Scores: drag them").append(element("small", {}, null, "or use the arrow keys"));
     const columns = classes.map((name, j) => makeColumn(row, name, j));
     const verdict = element("p", { class: "verdict", role: "status" }, box);
+    element("p", { class: "moves" }, box, "One step of gradient descent moves each score up or down by:");
     const rows = Object.entries(five).map(([name, loss]) => makeRow(name, loss));
 
     function makeColumn(parent, name, j) {
@@ -48,7 +49,7 @@
       const handle = element("div", { class: "handle", role: "slider", tabindex: 0, "aria-label": `score of ${name}`,
         "aria-orientation": "vertical", "aria-valuemin": LOW, "aria-valuemax": HIGH }, track);
       const label = element("div", { class: "class" }, column, name);
-      if (j === right) element("b", {}, label, "right");
+      if (j === right) element("b", {}, label, "right class");
       const set = (score) => { scores = scores.map((v, i) => (i === j ? shortened(score) : v)); draw(); };
       const follow = (event) => {
         const { top, height } = track.getBoundingClientRect();
@@ -66,6 +67,7 @@
         const zero = place(0), at = place(scores[j]);
         bar.style.bottom = `${Math.min(zero, at)}%`;
         bar.style.height = `${Math.abs(at - zero)}%`;
+        bar.style.background = guessed ? "var(--pst-color-text-base, #222832)" : "";  // blue and orange are for the steps
         handle.style.bottom = `${at}%`;
         handle.setAttribute("aria-valuenow", scores[j]);
         column.classList.toggle("guessed", guessed);
@@ -75,7 +77,6 @@
     function makeRow(name, loss) {
       const line = element("div", { class: "band loss", role: "img" }, box);
       const label = element("div", { class: "name" }, line, name);
-      label.style.borderColor = `var(--topk-${name})`;
       const value = element("span", { class: "value" }, label);
       const bars = classes.map(() => {
         const cell = element("div", { class: "push" }, line);
@@ -85,12 +86,15 @@
         const now = loss(scores, right, k), step = gradient(loss, scores, right, k).map((slope) => -slope);
         value.textContent = now.toFixed(2);
         step.forEach((by, j) => {
-          const [bar, number] = bars[j], size = 50 * Math.min(Math.abs(by), 1);
-          bar.className = `bar ${by > 0 ? "up" : "down"}`;
+          const [bar, number] = bars[j], text = signed(by), size = text === "0" ? 0 : 36 * Math.min(Math.abs(by), 1);
+          const up = by > 0 || text === "0", [at, away] = up ? ["bottom", "top"] : ["top", "bottom"];
+          bar.className = `bar ${up ? "up" : "down"}`;
           bar.style.height = `${size}%`;
-          bar.style[by > 0 ? "bottom" : "top"] = "50%";
-          bar.style[by > 0 ? "top" : "bottom"] = "auto";
-          number.textContent = signed(by);
+          bar.style[at] = "50%";
+          bar.style[away] = "auto";
+          number.style[at] = `calc(${50 + size}% + 2px)`;  // beyond the end of its bar
+          number.style[away] = "auto";
+          number.textContent = text;
         });
         line.setAttribute("aria-label", `${name}: loss ${now.toFixed(2)}; a step moves ` +
           classes.map((word, j) => `${word} by ${signed(step[j])}`).join(", "));

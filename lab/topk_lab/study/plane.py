@@ -14,7 +14,7 @@ from torch import Tensor
 
 from topk_lab import figures
 from topk_lab.figures import RowLoss, value_and_gradient
-from topk_lab.study.calibration import leads
+from topk_lab.study.calibration import regrets
 from topk_lab.study.contenders import expected
 
 # Rows: the plane's two axes as scores. Class 0 grows to the lower left, 1 to the lower right, 2 upwards.
@@ -40,21 +40,25 @@ def field(loss: RowLoss, scores: Tensor, q: Tensor) -> Tensor:
 def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: int = 4, reach: float = 3.0) -> None:
     """Shows one panel a loss: the expected loss as colour, arrows where training moves, where the least values lie.
 
-    Pale: orders whose first k are not the k likeliest classes. White dots: points of the grid at its least value, up to
-    a ten-thousandth of the picture's range. The table has each loss's least value on the grid and where it is.
+    Hatched: where the first k lose accuracy against the k likeliest classes. Ringed dots: points of the grid at its
+    least value, up to a ten-thousandth of the picture's range. The table has each loss's least value on the grid and
+    where it is.
     """
     height = -(-len(losses) // columns)
     figure, axes = plt.subplots(height, columns, figsize=(1.8 * columns, 1.95 * height), squeeze=False)
     axis, scores = grid(reach, 97)
     coarse, few = grid(0.92 * reach, 9)
-    wrong = (leads(scores, q.expand_as(scores), k) <= 0).reshape(len(axis), -1).double()
+    wrong = (regrets(scores, q.expand_as(scores), k) > 1e-9).reshape(len(axis), -1).double()
     table: dict[str, list[float | str]] = {"loss": [], "least on the grid": [], "x1": [], "x2": [], "x3": []}
     for panel in axes.flat[len(losses) :]:
         panel.axis("off")
     for panel, (name, loss) in zip(axes.flat, losses.items(), strict=False):
         value = expected(loss, scores, q.expand_as(scores))
         panel.contourf(axis, axis, value.reshape(len(axis), -1), levels=14)
-        panel.contourf(axis, axis, wrong, levels=[0.5, 1.5], colors="white", alpha=0.4)
+        for colour, width in (((1.0, 1.0, 1.0, 0.5), 1.8), ((0.0, 0.0, 0.0, 0.9), 0.7)):  # seen on dark and on light
+            with plt.rc_context({"hatch.linewidth": width}):
+                area = panel.contourf(axis, axis, wrong, levels=[0.5, 1.5], colors="none", hatches=["//"])
+            area.set(edgecolor=colour, linewidth=0.0)
         panel.contour(axis, axis, wrong, levels=[0.5], colors="black", linewidths=1.0, linestyles="solid")
         steps = (-field(loss, few, q) @ AXES.T).reshape(len(coarse), -1, 2)
         steps = steps * (1.3 * float(coarse[1] - coarse[0]) / steps.norm(dim=-1).max().clamp(min=1e-12))
@@ -64,8 +68,9 @@ def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: in
         )  # fmt: skip
         least = value <= value.min() + 1e-4 * (value.max() - value.min())
         spots = (scores[least] @ AXES.T)[:: max(1, int(least.sum()) // 60)]
-        size = 5.0 if len(spots) < 10 else 2.5
-        panel.plot(spots[:, 0], spots[:, 1], "o", markersize=size, color="white", markeredgecolor="black", mew=0.5)
+        size, ring = (4.2, 1.3) if len(spots) < 10 else (2.6, 0.7)
+        rings = {"color": "white", "markeredgecolor": figures.VERMILION, "markeredgewidth": ring}
+        panel.plot(spots[:, 0], spots[:, 1], "o", markersize=size, clip_on=False, zorder=4, **rings)
         for place in range(3):
             spot = AXES[:, place] / AXES[:, place].norm() * reach * (0.98 if place == 2 else 1.12)
             panel.text(*(0.86 * spot).tolist(), str(place + 1), ha="center", va="center", color="black", fontsize=9,
