@@ -28,7 +28,7 @@ lint: .venv/.ready  ## ruff (lint and format) and mypy --strict
 	$(BIN)/mypy
 
 test: lint  ## lint, types and every test but the slow and the GPU ones
-	@echo "The tests take about twelve minutes on two cores."
+	@echo "The tests take about nine minutes on two cores."
 	$(BIN)/python -m pytest $(PYTEST)
 
 test-slow: .venv/.ready  ## the tests that take minutes: inductor, sampling statistics, large sizes

@@ -268,3 +268,14 @@ def test_the_decision_page_on_training_for_fewer_guesses() -> None:
     samples = frame[(frame["loss.name"] == "noised") & (k == 5) & (frame["loss.epsilon"].astype(float) == 1)]
     by = samples.groupby("loss.samples")["top5"].mean()
     assert by.max() - by.min() < 0.0075
+
+
+def test_the_decision_page_on_the_term_over_all_classes() -> None:
+    reached = {
+        name: 100 * runs("14_cifar100", f"14_cifar100.{name}.tuning").groupby("loss")["validation.top5"].max()
+        for name in ("pixels_long", "pixels_others")
+    }
+    tried = runs("14_cifar100", "14_cifar100.pixels_others.tuning")
+    assert (tried["loss"] == LAST_FIRST).sum() == 8, "eight candidates"
+    assert reached["pixels_others"][LAST_FIRST].round() == 27
+    assert reached["pixels_long"].max().round() == 80

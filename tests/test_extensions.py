@@ -124,7 +124,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {name: own[name] for name in ("mathjax_path", "mathjax3_config", "html_css_files", "html_js_files")}
     settings["html_static_path"] = [str(layout.ROOT / "book" / "_static")]
     settings["myst_enable_extensions"] = ["colon_fence", "dollarmath", "tasklist"]
-    return small_site.built(folder, "page", extensions=["myst_parser", "formulas", "quiz"], **settings)
+    return small_site.built(folder, "page", extensions=["myst_nb", "formulas", "quiz"], **settings)
 
 
 @pytest.fixture
