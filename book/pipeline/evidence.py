@@ -107,6 +107,7 @@ def answer_table() -> str:
         numbers = " | | | "
         if found:
             numbers = f"{signed(found.mean)} | {low_to_high(found)} | {fair.p_value(row['p'])} | {row['seeds']}"
+            numbers = numbers.replace("-", "\N{MINUS SIGN}")
         answer = row["answer"] if row["answer"].startswith("open") else f"**{row['answer']}**"
         lines.append(f"| {row['sentence']} | {answer} | {numbers} |")
     return "\n".join(lines) + "\n"

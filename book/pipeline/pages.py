@@ -101,8 +101,8 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
     without = sum(not table.get(label, {}).get("function") for label in known)
     parts = [
         "# Equations, functions, tests",
-        "Every numbered equation and theorem, where code computes it the function, and the test that checks it. Where "
-        "no test is named, the chapter's own assertions are it. "
+        "This page lists every numbered equation and theorem, with the function that computes it and the test that "
+        "checks it. *The chapter* means that the chapter's own assertions are the test. "
         f"{without} of the {len(known)} have no function: steps of proofs, bounds, and statements about losses, data "
         "or machines that nothing has to compute. A test of the book fails when a label is missing here or leads "
         "nowhere.",
@@ -114,7 +114,7 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
 
 
 def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> Iterator[str]:
-    yield from (":::{table}", ":class: topk-wide topk-equations", "", "| | states | function; test |", "|---|---|---|")
+    yield from (":::{table}", ":class: topk-wide topk-equations", "", "| number | states | function; test |", "|---|---|---|")
     alike: dict[tuple[str, str, str], list[str]] = {}  # a theorem and the formula in it are one row
     for label in labels:
         entry = table.get(label, {})
@@ -125,7 +125,7 @@ def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> I
         alike.setdefault(row, []).append(f"{{{role}}}`{label}`")
     for (states, *names), references in alike.items():
         code = "<br>".join(_breakable(name) for name in names if name)
-        yield f"| {', '.join(references)} | {states} | {code or 'the chapter'} |"
+        yield f"| {', '.join(references)} | {states} | {code or '*the chapter*'} |"
     yield ":::"
 
 

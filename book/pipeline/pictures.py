@@ -36,8 +36,7 @@ def smaller(png: bytes, *, shrunk: bool = False) -> bytes:
         plain = image.convert("RGB")
         if shrunk:
             width, height = (round(side / _DOTS_PER_CSS_PIXEL) for side in plain.size)
-            # The other ways would leave no colour for the ink of the letters beside fields of colour.
-            plain = plain.resize((width, height)).quantize(16, Image.Quantize.MAXCOVERAGE)
+            plain = _of_its_own_colours(plain.resize((width, height)))
             information.add_text(_SHRUNK, "yes")
         else:
             plain = plain.quantize(256) if plain.getcolors(_FEW) is None else _of_its_own_colours(plain)

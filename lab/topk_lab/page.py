@@ -39,7 +39,8 @@ def begin(profile: str, **sizes: Any) -> Any:
 def _device() -> str:
     """Where the tensors will be, and on a GPU which of the two implementations serves the losses there."""
     if not torch.cuda.is_available():
-        return f"CPU, {torch.get_num_threads()} thread(s)"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s' * (threads != 1)}"
     from topk.backend import why_not_triton
 
     reason = why_not_triton(torch.device("cuda", torch.cuda.current_device()))

@@ -181,7 +181,7 @@ def machine(row: Mapping[str, Any]) -> str:
     processor = row.get("hardware.gpu") or row["hardware.cpu"]
     return (
         f"{str(row['date'])[:10]} on {processor} with torch {row['versions.torch']}, "
-        f"{row['threads']} thread(s), commit `{str(row['commit'])[:10]}`"
+        f"{row['threads']} thread{'s' * (row['threads'] != 1)}, commit `{str(row['commit'])[:10]}`"
     )
 
 
