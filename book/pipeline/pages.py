@@ -114,7 +114,13 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
 
 
 def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> Iterator[str]:
-    yield from (":::{table}", ":class: topk-wide topk-equations", "", "| number | states | function; test |", "|---|---|---|")
+    yield from (
+        ":::{table}",
+        ":class: topk-wide topk-equations",
+        "",
+        "| number | states | function; test |",
+        "|---|---|---|",
+    )
     alike: dict[tuple[str, str, str], list[str]] = {}  # a theorem and the formula in it are one row
     for label in labels:
         entry = table.get(label, {})
