@@ -36,7 +36,7 @@ def smaller(png: bytes, *, shrunk: bool = False) -> bytes:
         plain = image.convert("RGB")
         if shrunk:
             width, height = (round(side / _DOTS_PER_CSS_PIXEL) for side in plain.size)
-            plain = _of_its_own_colours(plain.resize((width, height)))
+            plain = _of_its_own_colours(plain.resize((width, height)), 24, (30, 24, 12))
             information.add_text(_SHRUNK, "yes")
         else:
             plain = plain.quantize(256) if plain.getcolors(_FEW) is None else _of_its_own_colours(plain)
@@ -44,18 +44,21 @@ def smaller(png: bytes, *, shrunk: bool = False) -> bytes:
     return min(png, buffer.getvalue(), key=len)
 
 
-def _of_its_own_colours(picture: Image.Image) -> Image.Image:
+def _of_its_own_colours(
+    picture: Image.Image, colours_kept: int = 48, distances: tuple[int, ...] = (24, 12)
+) -> Image.Image:
     """With the most frequent colours that can be told apart, as they are, and every other as the nearest of these.
 
-    The usual ways average rare colours: a thin line would not have that of its loss any more.
+    The usual ways average rare colours: a thin line would not have that of its loss any more. `distances` are those of
+    two colours that look alike (of 255 a channel), from the widest on, the smaller ones only if there is room.
     """
     pixels = np.asarray(picture).astype(np.int64) @ (1 << 16, 1 << 8, 1)
     found, place, count = np.unique(pixels, return_inverse=True, return_counts=True)
     colours = np.stack((found >> 16, found >> 8 & 255, found & 255), 1)
     chosen: list[int] = []
     away = np.full(len(found), np.inf)
-    for alike in _ALIKE:
-        while len(chosen) < _PALETTE and (apart := away > alike**2).any():
+    for alike in distances:
+        while len(chosen) < colours_kept and (apart := away > alike**2).any():
             chosen.append(int(np.where(apart, count, 0).argmax()))
             away = np.minimum(away, ((colours - colours[chosen[-1]]) ** 2).sum(1))
     palette = colours[chosen]
@@ -66,8 +69,6 @@ def _of_its_own_colours(picture: Image.Image) -> Image.Image:
 
 
 _FEW = 8192  # different colours of a drawing
-_PALETTE = 48  # colours that it keeps
-_ALIKE = (24, 12)  # distances of two colours that look alike (of 255 a channel), and so much only if there is room
 _HEAVY = 40_000  # bytes of a field of colour, from which on it is shrunk
 _SHRUNK = "one pixel for each that is shown"
 

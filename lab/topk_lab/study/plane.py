@@ -57,7 +57,7 @@ def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: in
         panel.contourf(axis, axis, value.reshape(len(axis), -1), levels=14)
         for colour, width in (((1.0, 1.0, 1.0, 0.5), 1.8), ((0.0, 0.0, 0.0, 0.9), 0.7)):  # seen on dark and on light
             with plt.rc_context({"hatch.linewidth": width}):
-                area = panel.contourf(axis, axis, wrong, levels=[0.5, 1.5], colors="none", hatches=["//"])
+                area = panel.contourf(axis, axis, wrong, levels=[0.5, 1.5], colors="none", hatches=["/"])
             area.set(edgecolor=colour, linewidth=0.0)
         panel.contour(axis, axis, wrong, levels=[0.5], colors="black", linewidths=1.0, linestyles="solid")
         steps = (-field(loss, few, q) @ AXES.T).reshape(len(coarse), -1, 2)
