@@ -67,7 +67,6 @@
         const zero = place(0), at = place(scores[j]);
         bar.style.bottom = `${Math.min(zero, at)}%`;
         bar.style.height = `${Math.abs(at - zero)}%`;
-        bar.style.background = guessed ? "var(--pst-color-text-base, #222832)" : "";  // blue and orange are for the steps
         handle.style.bottom = `${at}%`;
         handle.setAttribute("aria-valuenow", scores[j]);
         column.classList.toggle("guessed", guessed);

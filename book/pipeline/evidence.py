@@ -106,8 +106,8 @@ def answer_table() -> str:
         found = row.get("difference")
         numbers = " | | | "
         if found:
-            numbers = f"{signed(found.mean)} | {low_to_high(found)} | {fair.p_value(row['p'])} | {row['seeds']}"
-            numbers = numbers.replace("-", "\N{MINUS SIGN}")
+            gain = figures.minus(f"{signed(found.mean)} | {low_to_high(found)}")
+            numbers = f"{gain} | {fair.p_value(row['p'])} | {row['seeds']}"
         answer = row["answer"] if row["answer"].startswith("open") else f"**{row['answer']}**"
         lines.append(f"| {row['sentence']} | {answer} | {numbers} |")
     return "\n".join(lines) + "\n"

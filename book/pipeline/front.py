@@ -67,8 +67,8 @@ def draw() -> Any:
     found = steps(SCORES, RIGHT, K)
     figure, axes = plt.subplots(1 + len(found), figsize=(7, 5.6), sharex=True, height_ratios=[3] + [1] * len(found))
     guessed = sorted(SCORES, reverse=True)[:K]
-    axes[0].bar(CLASSES, SCORES, color=[figures.SKY if score in guessed else "#bbbbbb" for score in SCORES])
-    axes[0].set(title=f"scores of a photograph of a husky; blue: the {K} guesses", ylabel="score")
+    axes[0].bar(CLASSES, SCORES, color=[figures.BLACK if score in guessed else "#bbbbbb" for score in SCORES])
+    axes[0].set(title=f"scores of a photograph of a husky; black: the {K} guesses", ylabel="score")
     for axis, (name, (value, step)) in zip(axes[1:], found.items(), strict=True):
         _bars(axis, step, (figures.BLUE, figures.VERMILION))
         axis.set_title(f"{name}: loss {value:.2f}, and how a step moves the scores", fontsize=9)

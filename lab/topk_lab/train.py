@@ -22,7 +22,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -106,7 +106,7 @@ class Config(Strict):
         """Every setting, as JSON has it."""
         return dict(records.plain(self.model_dump()))
 
-    @cached_property
+    @property
     def key(self) -> str:
         """The hash of every setting."""
         return records.key_of(self.plain())
