@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("jupytext")
@@ -267,7 +268,6 @@ def test_pictures_become_smaller_and_keep_their_words() -> None:
 
 def test_thin_lines_keep_the_colours_of_their_losses() -> None:
     import matplotlib.pyplot as plt
-    import numpy as np
     from matplotlib.colors import to_hex
 
     from book.pipeline import pictures
@@ -285,6 +285,20 @@ def test_thin_lines_keep_the_colours_of_their_losses() -> None:
         assert image.mode == "P"
         kept = {"#{:02x}{:02x}{:02x}".format(*colour) for _, colour in image.convert("RGB").getcolors()}
     assert {to_hex(colour) for colour in colours} <= kept
+
+
+def test_a_shrunk_field_keeps_its_tints_and_the_colour_of_a_small_mark() -> None:
+    from book.pipeline import pictures
+
+    shades = np.linspace((0, 32, 76), (255, 234, 70), 288).astype(np.uint8)
+    field = np.repeat(shades[None], 288, 0)
+    tints, mark = [(140, 191, 220), (140, 211, 192)], (213, 94, 0)
+    field[:72, :144], field[:72, 144:], field[140:152, 140:152] = *tints, mark
+    buffer = io.BytesIO()
+    Image.fromarray(field).save(buffer, format="png")
+    with Image.open(io.BytesIO(pictures.smaller(buffer.getvalue(), shrunk=True))) as image:
+        assert image.size == (200, 200)
+        assert {*tints, mark} <= {colour for _, colour in image.convert("RGB").getcolors()}
 
 
 def test_pictures_get_their_size(tmp_path: Path) -> None:
