@@ -292,6 +292,7 @@ def test_a_shrunk_field_keeps_its_tints_and_the_colour_of_a_small_mark() -> None
 
     shades = np.linspace((0, 32, 76), (255, 234, 70), 288).astype(np.uint8)
     field = np.repeat(shades[None], 288, 0)
+    field[200:] = np.linspace((70, 0, 84), (200, 255, 250), 288).astype(np.uint8)  # more shades than there is room for
     tints, mark = [(140, 191, 220), (140, 211, 192)], (213, 94, 0)
     field[:72, :144], field[:72, 144:], field[140:152, 140:152] = *tints, mark
     buffer = io.BytesIO()
