@@ -279,3 +279,17 @@ def test_the_decision_page_on_the_term_over_all_classes() -> None:
     assert (tried["loss"] == LAST_FIRST).sum() == 8, "eight candidates"
     assert reached["pixels_others"][LAST_FIRST].round() == 27
     assert reached["pixels_long"].max().round() == 80
+
+
+def test_the_decision_page_on_the_differentiable_loss_from_pixels() -> None:
+    sorting, longer = (fair.named(runs("14_cifar100", f"14_cifar100.pixels_{name}")) for name in ("others", "long"))
+    sorting = sorting[sorting["loss.name"] == "differentiable"]
+    beside = pd.concat([longer[longer["loss"] == "cross-entropy"], sorting])
+    gain = {}
+    for metric in ("top5", "top1", "candidates_99"):
+        (gain[metric],) = fair.compared(beside, metric).values()
+    assert gain["top5"].low < 0 < gain["top5"].high
+    assert -1.05 < gain["top1"].mean < -0.95
+    assert gain["top1"].high < 0
+    assert gain["candidates_99"].high < 0
+    assert [round(mean) for mean in beside.groupby("loss")["candidates_99"].mean()] == [36, 33]

@@ -100,16 +100,17 @@ def _cell(row: dict[str, Any]) -> str:
 
 @cache
 def answer_table() -> str:
-    """A row per sentence: its answer, the difference and its interval, the p-value."""
-    lines = ["| | answer | difference | interval | p | seeds |", "|---|---|---|---|---|---|"]
-    for row in fair.answers({**fair.final_runs(_runs()), **fair.elsewhere()}):
+    """A row per sentence: the question in short, its answer, the difference and its interval, the p-value."""
+    lines = ["| | question | answer | difference | interval | p | seeds |", "|---|---|---|---|---|---|---|"]
+    rows = fair.answers({**fair.final_runs(_runs()), **fair.elsewhere()})
+    for sentence, row in zip(fair.SENTENCES, rows, strict=True):
         found = row.get("difference")
         numbers = " | | | "
         if found:
             gain = figures.minus(f"{signed(found.mean)} | {low_to_high(found)}")
             numbers = f"{gain} | {fair.p_value(row['p'])} | {row['seeds']}"
         answer = row["answer"] if row["answer"].startswith("open") else f"**{row['answer']}**"
-        lines.append(f"| {row['sentence']} | {answer} | {numbers} |")
+        lines.append(f"| {sentence.name} | {fair.question(sentence)} | {answer} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 

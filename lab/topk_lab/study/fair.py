@@ -372,7 +372,7 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     """
     sentence = next(sentence for sentence in SENTENCES if sentence.name == name)
     row = next(row for row in rows if row["sentence"] == name)
-    asked = f"**{name}**, {(CONDITIONS | _ELSEWHERE)[sentence.sweep]}: {_question(sentence)}"
+    asked = f"**{name}**, {question(sentence)}"
     if "difference" not in row:
         return f"{asked} **Open**: the runs are not finished."
     found = row["difference"]
@@ -380,6 +380,11 @@ def told(name: str, rows: Iterable[Mapping[str, Any]]) -> str:
     size = f"it saves {found.mean:.2f} guesses" if guesses else f"the difference is {report.signed(found.mean)} points"
     around = f"95 % interval {report.low_to_high(found)}, {row['seeds']} seeds"
     return f"{asked} **{row['answer'].capitalize()}**: {size} ({around})."
+
+
+def question(sentence: Sentence) -> str:
+    """The sentence as a question, after the condition it is asked in."""
+    return f"{(CONDITIONS | _ELSEWHERE)[sentence.sweep]}: {_question(sentence)}"
 
 
 def _question(sentence: Sentence) -> str:

@@ -32,7 +32,7 @@ _CACHES = 4
 _CPU_CACHES = 2**25
 """Bytes written for that on the CPU: more than its cores' second-level caches hold together."""
 _FREED = 2**24
-"""Bytes freed once: the C library then keeps small tensors' memory, as it does for any network, whose tensors are large.
+"""Bytes freed once: the C library then keeps small tensors' memory, as it does once a network has freed a large one.
 
 In a process that never had one it returns some megabytes to the system and asks for them again, by chance of the order
 of the calls: a thousand page faults, up to a millisecond, for one contender and none for the next.
