@@ -28,6 +28,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -271,20 +272,15 @@ class Rows(NamedTuple):
     mass: Tensor
     u: Tensor
     free: Tensor
-    exponential: bool = False  # whether u holds exp((x - anchor) / T)
 
     def standardize(self, anchor: Tensor) -> None:
         """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
         torch.sub(self.scores, anchor[:, None], out=self.u)
-        if not self.u.is_cpu or bool((self.temperature != 1).any()):
+        if not self.u.is_cpu or (self.temperature.detach().numpy() != 1).any():
             self.u.div_(self.temperature[:, None])
 
     def move(self, level: Tensor) -> None:
-        """Brings the masses to a level, and `free` to u - level unless u holds exponentials."""
-        if self.exponential:
-            torch.add(self.u, level.exp().to(self.u.dtype)[:, None], out=self.free)
-            torch.div(self.u, self.free, out=self.mass)
-            return
+        """Brings the masses to a level, and `free` to u - level."""
         torch.sub(self.u, level.to(self.u.dtype)[:, None], out=self.free)
         torch.sigmoid(self.free, out=self.mass) if self.family.logistic else self.mass.copy_(self.family.cdf(self.free))
 
@@ -329,29 +325,43 @@ def _by_power_sums(rows: Rows) -> Found | None:
 
     Every exponential E = exp((x - max) / T) is taken once: m = E / (E + v) with v = exp((b - max) / T). The sums of E
     and of its square are those of c equal numbers e, which would need v = e (c - k) / k: close where few are chosen.
+    Newton's steps in log v on log S are as good as linear there: with q = sum m^2 / S, the second derivative is at most
+    q (1 - q) and the first 1 - q, so that a step leaves an error of q / 2 times its square.
     """
-    scores = rows.scores
+    scores, u = rows.scores, rows.u
     if not scores.is_cpu or not rows.family.logistic:
         return None
-    largest, k = scores.amax(1), rows.k.to(torch.float64)
+    largest = scores.amax(1)
     rows.standardize(largest)
-    exponentials(rows.u, by_two=True)
-    rows = rows._replace(exponential=True)
-    first, second = rows.u.sum(1).to(torch.float64), squares(rows.u).to(torch.float64)
-    level = (first / k - second / first).log()  # of e (c - k) / k, with c = first^2 / second and e = second / first
-    for _ in range(4):
-        rows.move(level)
-        total = rows.mass.sum(1).to(torch.float64)
-        slope = total - squares(rows.mass)
-        step = (total / k).log() * total / slope  # Newton's on log S, as good as linear where few are chosen
-        level = level + step
-        if not bool(((level.abs() < _REACH) & (slope > _SOFT * total)).all()):
-            return None
-        if float(step.abs().max()) <= rows.enough():
-            rows.move(level)
-            anchor = (largest + rows.temperature * level).to(scores.dtype)  # near b: differences keep their digits
-            return anchor, level - (anchor - largest) / rows.temperature
+    exponentials(u, by_two=True)
+    highest, k, temperature, first, second = map(_wide, (largest, rows.k, rows.temperature, u.sum(1), squares(u)))
+    with np.errstate(all="ignore"):
+        level = np.log(first / k - second / first)  # of e (c - k) / k, with c = first^2 / second and e = second / first
+        for _ in range(4):
+            _divide(rows, level)
+            total = _wide(rows.mass.sum(1))
+            share = _wide(squares(rows.mass)) / total
+            step = np.log(total / k) / (1.0 - share)
+            level += step
+            if not ((np.abs(level) < _REACH) & (share < 1.0 - _SOFT)).all():
+                return None
+            if (share * step * step).max() <= rows.enough() ** 2:
+                _divide(rows, level)
+                anchor = torch.from_numpy(highest + temperature * level).to(scores.dtype)  # near b: differences
+                left = level - (_wide(anchor) - highest) / temperature  # from there keep their digits
+                return anchor, torch.from_numpy(left)
     return None
+
+
+def _wide(numbers: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A number a row for numpy, whose calls cost a third of torch's."""
+    return numbers.detach().numpy().astype(np.float64)
+
+
+def _divide(rows: Rows, level: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+    """The masses E / (E + v), with v the exponential of the level."""
+    v = torch.from_numpy(np.exp(level)).to(rows.u.dtype)
+    torch.div(rows.u, torch.add(rows.u, v[:, None], out=rows.free), out=rows.mass)
 
 
 def _by_moments(rows: Rows) -> Found | None:
