@@ -194,11 +194,12 @@ def test_formulas_are_typeset_without_a_network(tmp_path: Path, opened_browser: 
     """With the book's own extension and settings; `\\boldsymbol` and `\\cancel` are loaded on demand."""
     own = layout.config()["sphinx"]["config"]
     settings = {name: own[name] for name in ("mathjax_path", "mathjax3_config")}
-    (tmp_path / "page.rst").write_text(
-        "A page\n======\n\n.. math:: \\boldsymbol{x} + \\cancel{\\mathbb{E}} = \\mathcal{L}\n\n"
-        "Some (of :math:`k`), 95 % of ``5 %``.\n\nEither *a*, or :math:`b`, or *c*.\n"
+    settings["myst_enable_extensions"] = ["dollarmath"]
+    (tmp_path / "page.md").write_text(
+        "# A page\n\n$$\\boldsymbol{x} + \\cancel{\\mathbb{E}} = \\mathcal{L}$$\n\n"
+        "Some (of $k$), 95 % of `5 %`.\n\nEither *a*, or $b$, or *c*. A (top-$j$-th) one.\n"
     )
-    out = small_site.built(tmp_path, "page", extensions=["sphinx.ext.mathjax", "formulas"], **settings)
+    out = small_site.built(tmp_path, "page", extensions=["myst_nb", "formulas"], **settings)
     with browser.served(out) as root:
         page = opened_browser.new_page()
         failures: list[str] = []
@@ -206,12 +207,15 @@ def test_formulas_are_typeset_without_a_network(tmp_path: Path, opened_browser: 
         page.goto(f"{root}/page.html")
         assert browser._typeset(page, "page") == []
         assert failures == []
-        assert page.evaluate("document.querySelectorAll('mjx-container mjx-math').length") == 3
+        assert page.evaluate("document.querySelectorAll('mjx-container mjx-math').length") == 4
         assert page.evaluate("document.querySelectorAll('mjx-merror').length") == 0
         page.close()
     words = (out / "page.html").read_text()
     assert '<span class="topk-word"><span class="math notranslate nohighlight">\\(k\\)</span>),</span>' in words
     assert "Either a, or \\(b\\), or c." in re.sub("<[^>]*>", "", words), "the second of two equal texts"
+    assert (
+        'A <span class="topk-word">(top-<span class="math notranslate nohighlight">\\(j\\)</span>-th)</span>' in words
+    )
     assert " 95\N{NO-BREAK SPACE}% of" in words
     assert '<span class="pre">5</span> <span class="pre">%</span>' in words, "code stays as it is"
     assert sum(path.stat().st_size for path in (out / "_static" / "mathjax").rglob("*") if path.is_file()) < 4e6

@@ -4,7 +4,7 @@ The files come from the package sphinx-mathjax-offline (MathJax 3.2.2, Apache Li
 24 MB of them; these are the 3 MB that a page may ask for: `mathjax_path`, TeX's extensions, the fonts, and what a
 reader who turns on spoken formulas needs, in English.
 
-No line begins with the full stop after a formula, nor with the per cent sign after a number.
+No line begins with the full stop after a formula or the "-th" of "$k$-th", nor with the per cent sign after a number.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class KeepTogether(SphinxPostTransform):
     formats = ("html",)
 
     def run(self, **kwargs: Any) -> None:
-        """Formulas and the punctuation around them become one word; numbers and % are joined by a hard space."""
+        """Formulas, their punctuation and what a hyphen joins to them become one word, and so do numbers and %."""
         for formula in list(self.document.findall(nodes.math)):
             parent = formula.parent
             place = parent.index(formula)
@@ -64,13 +64,13 @@ def _edge(parent: nodes.Element, place: int, pattern: re.Pattern[str]) -> str:
     """The part of a neighbouring text that the pattern finds, which it loses."""
     text = parent[place] if 0 <= place < len(parent) else None
     found = pattern.search(text) if isinstance(text, nodes.Text) else None
-    if found is None:
+    if found is None or not found[0]:
         return ""
     parent[place] = nodes.Text(pattern.sub("", text))  # not `replace`, which finds a text by what it says
     return found[0]
 
 
-_OPENING, _CLOSING = re.compile(r"[(\[“‘]+$"), re.compile(r"^[.,;:!?)\]”’]+")
+_OPENING, _CLOSING = re.compile(r"[(\[“‘]*(\b\w+-)?$"), re.compile(r"^(-\w+\b)?[.,;:!?)\]”’]*")  # "(top-", "-th."
 _PER_CENT = re.compile(r"(?<=\d) (?=%)")
 _VERBATIM = (nodes.raw, nodes.literal, nodes.FixedTextElement, nodes.math, nodes.comment)
 
