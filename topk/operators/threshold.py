@@ -326,7 +326,8 @@ def _by_power_sums(rows: Rows) -> Found | None:
     Every exponential E = exp((x - max) / T) is taken once: m = E / (E + v) with v = exp((b - max) / T). The sums of E
     and of its square are those of c equal numbers e, which would need v = e (c - k) / k: close where few are chosen.
     Newton's steps in log v on log S are as good as linear there: with q = sum m^2 / S, the second derivative is at most
-    q (1 - q) and the first 1 - q, so that a step leaves an error of q / 2 times its square.
+    q (1 - q) and the first 1 - q, so that a step leaves an error of about q / 2 times its square. How much q changes on
+    the way is bounded, too: |d log q / d log v| <= 1 - q.
     """
     scores, u = rows.scores, rows.u
     if not scores.is_cpu or not rows.family.logistic:
@@ -345,7 +346,7 @@ def _by_power_sums(rows: Rows) -> Found | None:
             level += step
             if not ((np.abs(level) < _REACH) & (share < 1.0 - _SOFT)).all():
                 return None
-            if (share * step * step).max() <= rows.enough() ** 2:
+            if (share * np.exp(np.abs(step)) * step * step).max() <= rows.enough() ** 2:
                 _divide(rows, level)
                 anchor = torch.from_numpy(highest + temperature * level).to(scores.dtype)  # near b: differences
                 left = level - (_wide(anchor) - highest) / temperature  # from there keep their digits
