@@ -250,6 +250,13 @@ def few_gradients(
     return None if found is None else (found[0], settled(found[1], state))
 
 
+def parsed(function: Any) -> Any:
+    """The Function with its signature at hand: torch binds every call's arguments to it, and would parse it again."""
+    function.forward.__signature__ = inspect.signature(function.forward)
+    return function
+
+
+@parsed
 class RowLoss(torch.autograd.Function):
     """The loss of every row, the rows' states and what backward needs. Inputs: call, scores, target, *tensors."""
 
@@ -283,6 +290,7 @@ class RowLoss(torch.autograd.Function):
         return tuple(r.unflatten(0, (info.batch_size, -1)) for r in result), (0,) * len(result)
 
 
+@parsed
 class RowLossGradient(torch.autograd.Function):
     """The gradient of sum(grad * loss). Inputs: call, number of tensors, grad, scores, states, *tensors, *saved."""
 
@@ -324,11 +332,6 @@ class RowLossGradient(torch.autograd.Function):
             tensors[3 + count :] = row_values(call, tensors[1], state, tuple(tensors[3 : 3 + count]))[2:]
         result = RowLossGradient.apply(call, count, *tensors)
         return result.unflatten(0, (info.batch_size, -1)), 0
-
-
-# torch binds every call's arguments to this signature, and would otherwise parse it again each time.
-for _function in (RowLoss, RowLossGradient):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 
 def _folded(size: int, dims: tuple[Any, ...], tensors: tuple[Tensor, ...]) -> list[Tensor]:

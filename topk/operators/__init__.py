@@ -106,10 +106,10 @@ def _soft(
         ranks = soft_permutation(as_rows(scores, dim), ranks=int(k), temperature=temperature, **options)
         return as_scores(ranks.sum(1), scores, dim)
     rows, scale = as_rows(scores, dim), per_row("temperature", temperature, scores, dim)
+    unit = not isinstance(temperature, Tensor) and temperature == 1
     if method == "subset":
-        counts = torch.full_like(scale, int(k)).to(torch.int64)
-        unit = not isinstance(temperature, Tensor) and temperature == 1
+        counts = torch.full_like(scale, int(k), dtype=torch.int64)
         mask = subset_mask(rows, counts, scale, int(k), backend, same=True, unit=unit)[0]
         return as_scores(mask, scores, dim)
     per_k = per_row("k", k, scores, dim) if isinstance(k, Tensor) else k
-    return as_scores(threshold.threshold_mask(rows, per_k, scale, method, backend), scores, dim)
+    return as_scores(threshold.threshold_mask(rows, per_k, scale, method, backend, unit), scores, dim)

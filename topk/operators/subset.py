@@ -34,6 +34,7 @@ from torch.nn.functional import pad, softplus
 
 from topk import kernels
 from topk._cpu import SMALLEST, buffers, chunks, exponentials, largest, row_chunks
+from topk.autograd import parsed
 from topk.backend import choose
 from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
@@ -370,6 +371,7 @@ def _settled(
     return mask, torch.where(settled, collected, total) + broken
 
 
+@parsed
 class _Subset(Function):
     """pi (rows, n) and log e_k(exp u) (rows,), u = (x - pivot) / T, differentiable; and the pivot, a constant."""
 

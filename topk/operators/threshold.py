@@ -35,6 +35,7 @@ from torch.autograd import Function
 
 from topk import kernels
 from topk._cpu import buffers, chunks, exponentials, squares
+from topk.autograd import parsed
 from topk.backend import choose
 from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
 
@@ -42,6 +43,10 @@ _SQRT_2PI = math.sqrt(2.0 * math.pi)
 _SOFT = 0.05  # the least share of the sum that its slope must be
 _REACH = 16.0
 """Temperatures from b to the largest score: up to this, exponentials that count from that score are exact enough."""
+
+
+Found = tuple[Tensor, Tensor]
+"""anchor and (b - anchor) / T of every row."""
 
 
 class Family(NamedTuple):
@@ -102,8 +107,9 @@ def threshold_mask(
     temperature: Tensor,  # (rows,)
     method: str,
     backend: str | None = None,
+    unit: bool = False,
 ) -> Tensor:
-    """The mask (rows, n)."""
+    """The mask (rows, n). `unit`: whether all temperatures are known to be 1."""
     if method == "fixed":
         count, n = int(k), scores.shape[1]
         level = scores.topk(min(count + 1, n), dim=1).values[:, count - 1 :].mean(1)
@@ -111,26 +117,33 @@ def threshold_mask(
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
         z = (scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None]
         return torch.sigmoid(z) + torch.where(broken, torch.nan, 0.0)[:, None]
-    return threshold(scores, k, temperature, method, backend)[0]
+    return threshold(scores, k, temperature, method, backend, unit)[0]
 
 
 def threshold(
-    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str, backend: str | None = None
+    scores: Tensor, k: float | Tensor, temperature: Tensor, method: str, backend: str | None = None, unit: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mask (rows, n), b - anchor and the anchor (rows,)."""
     kernel = choose(backend, scores.device, scores.dtype, "threshold") == "triton"
-    fixed, goal = (None, k) if isinstance(k, Tensor) else (k, torch.full_like(temperature, k))
+    known, goal = (Known(None, unit), k) if isinstance(k, Tensor) else (Known(k, unit), torch.full_like(temperature, k))
     mask, offset, anchor = (_Mask if compiled() else _ForwardMask).apply(
-        scores, goal, temperature, fixed, method, kernel
+        scores, goal, temperature, known, method, kernel
     )
     return mask, offset, anchor
+
+
+class Known(NamedTuple):
+    """What need not be looked for: k, if it is the same number for all rows, and whether all temperatures are 1."""
+
+    k: float | None = None
+    unit: bool = False
 
 
 def _solve(
     scores: Tensor,
     k: Tensor,
     temperature: Tensor,
-    fixed: float | None,
+    known: Known,
     method: str,
     kernel: bool,
     mask: Tensor | None = None,
@@ -139,24 +152,30 @@ def _solve(
     if kernel:
         anchor, level = kernels.of("threshold").forward(scores, k, temperature, method, mask)
         return anchor, level
+    parts = list(chunks(scores))
+    if len(parts) == 1:
+        return _solve_chunk(Rows.of(scores, k, temperature, known, method, mask), mask)
     anchor, level = torch.empty_like(temperature), torch.empty_like(temperature)
-    for part in chunks(scores):
-        u, free, *spare = (each[: part.stop - part.start] for each in buffers(scores, 2 if mask is not None else 3))
-        mass = spare[0] if mask is None else mask[part]
-        rows = Rows(scores[part], k[part], temperature[part], fixed, FAMILIES[method], mass, u, free)
-        found = _by_power_sums(rows)
-        if found is None:
-            found = _by_moments(rows) or _by_order(rows)
-            if mask is not None:
-                rows.move(found[1])
-        anchor[part], level[part] = found
+    for part in parts:
+        goal = None if mask is None else mask[part]
+        rows = Rows.of(scores[part], k[part], temperature[part], known, method, goal)
+        anchor[part], level[part] = _solve_chunk(rows, goal)
     return anchor, level
+
+
+def _solve_chunk(rows: Rows, mask: Tensor | None) -> Found:
+    found = _by_power_sums(rows)
+    if found is None:
+        found = _by_moments(rows) or _by_order(rows)
+        if mask is not None:
+            rows.move(found[1])
+    return found[0], found[1].to(rows.scores.dtype)
 
 
 @torch.library.custom_op("topk::threshold_level", mutates_args=())
 def threshold_level(scores: Tensor, k: Tensor, temperature: Tensor, method: str, kernel: bool) -> tuple[Tensor, Tensor]:
     """anchor and (b - anchor) / T (rows,), without a derivative: one opaque step to a compiler."""
-    return _solve(scores, k, temperature, None, method, kernel)
+    return _solve(scores, k, temperature, Known(), method, kernel)
 
 
 @threshold_level.register_fake
@@ -169,12 +188,13 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     return fold(threshold_level, info, in_dims, *arguments)
 
 
+@parsed
 class _Mask(Function):
     """m (rows, n) and b - anchor (rows,), differentiable, and the anchor (rows,), a constant near b."""
 
     @staticmethod
     def forward(
-        scores: Tensor, k: Tensor, temperature: Tensor, fixed: float | None, method: str, kernel: bool
+        scores: Tensor, k: Tensor, temperature: Tensor, known: Known, method: str, kernel: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         if compiled():
             anchor, level = threshold_level(scores, k, temperature, method, kernel)
@@ -182,15 +202,16 @@ class _Mask(Function):
             mask = FAMILIES[method].cdf(u - level[:, None])
         else:
             mask = torch.empty_like(scores, memory_format=torch.contiguous_format)
-            anchor, level = _solve(scores, k, temperature, fixed, method, kernel, mask)
-        return mask, level * temperature, anchor
+            anchor, level = _solve(scores, k, temperature, known, method, kernel, mask)
+        return mask, level if known.unit else level * temperature, anchor
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(output[2])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(inputs[0], inputs[2], *output)
         ctx.save_for_forward(inputs[0], inputs[2], *output)
-        ctx.method, ctx.kernel = inputs[4:]
+        ctx.known, ctx.method, ctx.kernel = inputs[3:]
 
     @staticmethod
     def slopes(ctx: Context, *, with_z: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -206,9 +227,11 @@ class _Mask(Function):
         return density, z, temperature[:, None], inverse
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor, grad_offset: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor | None, grad_offset: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         density, z, temperature, inverse = _Mask.slopes(ctx, with_z=ctx.needs_input_grad[2])
-        share = (grad_offset[:, None] - torch.linalg.vecdot(density, grad)[:, None] / temperature) * inverse
+        grad = torch.zeros_like(density) if grad is None else grad
+        lead = 0.0 if grad_offset is None else grad_offset[:, None]
+        share = (lead - torch.linalg.vecdot(density, grad)[:, None] / temperature) * inverse
         gradient = density * (grad / temperature + share)
         for_temperature = -(gradient * z).sum(1) if ctx.needs_input_grad[2] else None
         return gradient, -(share * temperature)[:, 0], for_temperature, None, None, None
@@ -218,34 +241,42 @@ class _Mask(Function):
         return fold((_Mask if compiled() else _ForwardMask).apply, info, in_dims, *arguments)
 
 
-def _logistic_pull(grad: Tensor, grad_offset: Tensor, temperature: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _logistic_pull(
+    grad: Tensor, grad_offset: Tensor | None, temperature: Tensor, mask: Tensor, unit: bool
+) -> tuple[Tensor, Tensor]:
     """The gradients in the scores and in k, a chunk at a time: the density is m (1 - m)."""
     result, for_k = torch.empty_like(mask), torch.empty_like(temperature)
-    spaces = buffers(mask, 1)
-    tiny = torch.finfo(mask.dtype).tiny
-    unit = bool((temperature == 1).all())
-    for part in chunks(mask):
-        m, scale = mask[part], temperature[part, None]
-        density = torch.addcmul(m, m, m, value=-1.0, out=spaces[0][: len(m)])
-        pull = torch.mul(density, grad[part], out=result[part])
-        total, pulled = (each.sum(1, keepdim=True) for each in (density, pull))
-        share = torch.where(total > tiny, (grad_offset[part, None] * scale - pulled) / total.clamp(min=tiny), 0.0)
-        pull.addcmul_(density, share)
+    parts = list(chunks(mask))
+    for part in parts:
+        own = (mask, grad, result) if len(parts) == 1 else (mask[part], grad[part], result[part])
+        m, pulls, pull = own
+        density = torch.addcmul(m, m, m, value=-1.0, out=buffers(m, 1)[0])
+        torch.mul(density, pulls, out=pull)
+        lead = 0.0 if grad_offset is None else _wide(grad_offset[part]) * _wide(temperature[part])
+        total, pulled = _wide(density.sum(1)), _wide(pull.sum(1))
+        with np.errstate(all="ignore"):
+            share = np.where(total > np.finfo(np.float32).tiny, (lead - pulled) / total, 0.0)
+        steps = _narrow(share, mask)
+        pull.addcmul_(density, steps[:, None])
         if not unit:
-            pull.div_(scale)
-        for_k[part] = -share[:, 0]
+            pull.div_(temperature[part, None])
+        torch.neg(steps, out=for_k[part])
     return result, for_k
 
 
 class _ForwardMask(_Mask):
     @staticmethod
-    def backward(ctx: Context, grad: Tensor, grad_offset: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context, grad: Tensor | None, grad_offset: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         scores, temperature, mask, offset, anchor = ctx.saved_tensors
-        if ctx.kernel and plain(grad):
-            each = kernels.of("threshold").backward(grad, grad_offset, scores, temperature, offset, anchor, ctx.method)
+        if grad is None or not plain(grad):
+            return _Mask.backward(ctx, grad, grad_offset, _)
+        if ctx.kernel:
+            lead = torch.zeros_like(temperature) if grad_offset is None else grad_offset
+            each = kernels.of("threshold").backward(grad, lead, scores, temperature, offset, anchor, ctx.method)
             return *each, None, None, None
-        if ctx.method == "logistic" and grad.is_cpu and plain(grad) and not ctx.needs_input_grad[2]:
-            return *_logistic_pull(grad, grad_offset, temperature, mask), None, None, None, None
+        if ctx.method == "logistic" and grad.is_cpu and not ctx.needs_input_grad[2]:
+            pulls = _logistic_pull(grad, grad_offset, temperature, mask, ctx.known.unit)
+            return *pulls, None, None, None, None
         return _Mask.backward(ctx, grad, grad_offset, _)
 
     @staticmethod
@@ -267,16 +298,22 @@ class Rows(NamedTuple):
     scores: Tensor
     k: Tensor
     temperature: Tensor
-    fixed: float | None  # k, if it is the same number for all rows
+    known: Known
     family: Family
     mass: Tensor
     u: Tensor
     free: Tensor
 
+    @staticmethod
+    def of(scores: Tensor, k: Tensor, temperature: Tensor, known: Known, method: str, mask: Tensor | None) -> Rows:
+        """With kept work space, and the masses written where the mask is wanted, if it is."""
+        spaces = buffers(scores, 3) if mask is None else [mask, *buffers(scores, 2)]
+        return Rows(scores, k, temperature, known, FAMILIES[method], *spaces)
+
     def standardize(self, anchor: Tensor) -> None:
         """Differences from a score near b keep their digits, whatever the offset and scale of all scores."""
         torch.sub(self.scores, anchor[:, None], out=self.u)
-        if not self.u.is_cpu or (self.temperature.detach().numpy() != 1).any():
+        if not self.known.unit:
             self.u.div_(self.temperature[:, None])
 
     def move(self, level: Tensor) -> None:
@@ -316,10 +353,6 @@ class Rows(NamedTuple):
         return 4.0 * eps if self.family.variance is None else 2.0 * math.sqrt(eps)
 
 
-Found = tuple[Tensor, Tensor]
-"""anchor and (b - anchor) / T of every row."""
-
-
 def _by_power_sums(rows: Rows) -> Found | None:
     """What `_by_order` finds, and the masses there, for the logistic function; None if not found.
 
@@ -330,38 +363,52 @@ def _by_power_sums(rows: Rows) -> Found | None:
     the way is bounded, too: |d log q / d log v| <= 1 - q.
     """
     scores, u = rows.scores, rows.u
-    if not scores.is_cpu or not rows.family.logistic:
+    if not scores.is_cpu or not rows.family.logistic or not len(scores):
         return None
     largest = scores.amax(1)
     rows.standardize(largest)
     exponentials(u, by_two=True)
-    highest, k, temperature, first, second = map(_wide, (largest, rows.k, rows.temperature, u.sum(1), squares(u)))
+    first, second = _sums(u)
+    k = _wide(rows.k) if rows.known.k is None else rows.known.k
     with np.errstate(all="ignore"):
         level = np.log(first / k - second / first)  # of e (c - k) / k, with c = first^2 / second and e = second / first
         for _ in range(4):
             _divide(rows, level)
-            total = _wide(rows.mass.sum(1))
-            share = _wide(squares(rows.mass)) / total
+            total, square = _sums(rows.mass)
+            share = square / total
             step = np.log(total / k) / (1.0 - share)
             level += step
-            if not ((np.abs(level) < _REACH) & (share < 1.0 - _SOFT)).all():
+            if not (np.abs(level).max() < _REACH and share.max() < 1.0 - _SOFT):
                 return None
             if (share * np.exp(np.abs(step)) * step * step).max() <= rows.enough() ** 2:
                 _divide(rows, level)
-                anchor = torch.from_numpy(highest + temperature * level).to(scores.dtype)  # near b: differences
+                highest, temperature = _wide(largest), 1.0 if rows.known.unit else _wide(rows.temperature)
+                anchor = _narrow(highest + temperature * level, scores)  # near b: differences
                 left = level - (_wide(anchor) - highest) / temperature  # from there keep their digits
-                return anchor, torch.from_numpy(left)
+                return anchor, _narrow(left, scores)
     return None
 
 
-def _wide(numbers: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """A number a row for numpy, whose calls cost a third of torch's."""
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+"""One a row, for numpy, whose calls cost a third of torch's."""
+
+
+def _wide(numbers: Tensor) -> Numbers:
     return numbers.detach().numpy().astype(np.float64)
 
 
-def _divide(rows: Rows, level: np.ndarray[Any, np.dtype[np.float64]]) -> None:
+def _narrow(numbers: Numbers, like: Tensor) -> Tensor:
+    return torch.from_numpy(numbers.astype(np.float64 if like.dtype is torch.float64 else np.float32))
+
+
+def _sums(field: Tensor) -> tuple[Numbers, Numbers]:
+    """The sums of a row's numbers and of their squares. (torch's dot product would first make a tensor of products.)"""
+    return _wide(field.sum(1)), np.square(_wide(torch.linalg.vector_norm(field, dim=1)))
+
+
+def _divide(rows: Rows, level: Numbers) -> None:
     """The masses E / (E + v), with v the exponential of the level."""
-    v = torch.from_numpy(np.exp(level)).to(rows.u.dtype)
+    v = _narrow(np.exp(level), rows.u)
     torch.div(rows.u, torch.add(rows.u, v[:, None], out=rows.free), out=rows.mass)
 
 
@@ -389,9 +436,9 @@ def _by_order(rows: Rows) -> Found:
 
     What is settled without an equation comes out of it as such.
     """
-    scores, k, temperature, fixed, family, _, u, *_ = rows
+    scores, k, temperature, known, family, _, u, *_ = rows
     n, wide = scores.shape[1], float_type(scores)
-    upper, lower, largest = order_statistics(scores, k if fixed is None else fixed).unbind(1)
+    upper, lower, largest = order_statistics(scores, k if known.k is None else known.k).unbind(1)
     anchor = torch.where(upper.isfinite(), upper, 0.0)
     full, empty = (lower == -torch.inf) | (k >= n), k <= 0
     broken = ~((k >= 0) & (k <= n) & (largest < torch.inf) & (temperature > 0))
