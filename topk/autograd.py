@@ -250,13 +250,44 @@ def few_gradients(
     return None if found is None else (found[0], settled(found[1], state))
 
 
-def parsed(function: Any) -> Any:
-    """The Function with its signature at hand: torch binds every call's arguments to it, and would parse it again."""
-    function.forward.__signature__ = inspect.signature(function.forward)
+class _Bound:
+    """Arguments that were given by position, and what else somebody may ask of them."""
+
+    __slots__ = ("_signature", "args", "kwargs")
+
+    def __init__(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._signature, self.args, self.kwargs = signature, args, kwargs
+
+    def apply_defaults(self) -> None:
+        """There are none."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(inspect.Signature.bind(self._signature, *self.args, **self.kwargs), name)
+
+
+class _Positions(inspect.Signature):
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """As it comes."""
+        return _Bound(self, args, kwargs)
+
+
+def by_position(function: Any) -> Any:
+    """The Function, all of whose arguments are given by position: torch would parse the signature of `forward` in every
+    call and bind the arguments to it, which takes as long as the loss of a few rows."""
+    function.forward.__signature__ = _Positions(list(inspect.signature(function.forward).parameters.values()))
     return function
 
 
-@parsed
+def plain(grad: Tensor) -> bool:
+    """Whether a backward pass need not have a derivative, nor be traced, nor run for a batch."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch  # asked last, for a tracer does not know it
+    batched = functorch.is_legacy_batchedtensor(grad)  # `is_grads_batched=True` of torch.autograd.grad
+    return not (batched or functorch.is_functorch_wrapped_tensor(grad))
+
+
+@by_position
 class RowLoss(torch.autograd.Function):
     """The loss of every row, the rows' states and what backward needs. Inputs: call, scores, target, *tensors."""
 
@@ -275,7 +306,11 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = RowLossGradient.apply(ctx.call, ctx.tensors, grad, *ctx.saved_tensors)
+        saved, count = ctx.saved_tensors, 2 + ctx.tensors
+        if plain(grad):
+            gradient = row_gradients(ctx.call, grad, saved[0], saved[1], saved[2:count], saved[count:])
+        else:
+            gradient = RowLossGradient.apply(ctx.call, ctx.tensors, grad, *saved)
         return None, gradient, None, *([None] * ctx.tensors)
 
     @staticmethod
@@ -290,7 +325,7 @@ class RowLoss(torch.autograd.Function):
         return tuple(r.unflatten(0, (info.batch_size, -1)) for r in result), (0,) * len(result)
 
 
-@parsed
+@by_position
 class RowLossGradient(torch.autograd.Function):
     """The gradient of sum(grad * loss). Inputs: call, number of tensors, grad, scores, states, *tensors, *saved."""
 

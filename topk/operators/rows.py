@@ -105,15 +105,6 @@ def compiled() -> bool:
     return torch.compiler.is_compiling()
 
 
-def plain(grad: Tensor) -> bool:
-    """Whether a backward pass need not have a derivative, nor be traced, nor run for a batch: a kernel may do it."""
-    if torch.is_grad_enabled() or compiled():
-        return False
-    functorch = torch._C._functorch  # asked last, for a tracer does not know it
-    batched = functorch.is_legacy_batchedtensor(grad)  # `is_grads_batched=True` of torch.autograd.grad
-    return not (batched or functorch.is_functorch_wrapped_tensor(grad))
-
-
 def order_statistics(scores: Tensor, k: float | Tensor) -> Tensor:
     """x_[ceil k], x_[floor k + 1] and x_[1] (rows, 3); NaN counts as the largest."""
     n = scores.shape[1]

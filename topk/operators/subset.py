@@ -34,12 +34,12 @@ from torch.nn.functional import pad, softplus
 
 from topk import kernels
 from topk._cpu import SMALLEST, buffers, chunks, exponentials, largest, row_chunks
-from topk.autograd import parsed
+from topk.autograd import by_position, plain
 from topk.backend import choose
 from topk.losses.common import largest_classes
 from topk.losses.polynomials import product
 from topk.losses.smooth import _newton_identities
-from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, plain
+from topk.operators.rows import LOWEST, Context, compiled, float_type, fold
 from topk.operators.threshold import threshold_level
 
 Tensors = tuple[Tensor, ...]
@@ -371,7 +371,7 @@ def _settled(
     return mask, torch.where(settled, collected, total) + broken
 
 
-@parsed
+@by_position
 class _Subset(Function):
     """pi (rows, n) and log e_k(exp u) (rows,), u = (x - pivot) / T, differentiable; and the pivot, a constant."""
 

@@ -35,9 +35,9 @@ from torch.autograd import Function
 
 from topk import kernels
 from topk._cpu import buffers, chunks, exponentials, squares
-from topk.autograd import parsed
+from topk.autograd import by_position, plain
 from topk.backend import choose
-from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics, plain
+from topk.operators.rows import LOWEST, Context, compiled, float_type, fold, order_statistics
 
 _SQRT_2PI = math.sqrt(2.0 * math.pi)
 _SOFT = 0.05  # the least share of the sum that its slope must be
@@ -188,7 +188,7 @@ def _(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any,
     return fold(threshold_level, info, in_dims, *arguments)
 
 
-@parsed
+@by_position
 class _Mask(Function):
     """m (rows, n) and b - anchor (rows,), differentiable, and the anchor (rows,), a constant near b."""
 
