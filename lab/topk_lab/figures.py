@@ -318,18 +318,20 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.set_yscale("log")
     if panel.y_range is not None:
         axis.set_ylim(*panel.y_range)
-    if all(place.is_integer() for place in x) and axis.get_xscale() == "linear":
-        axis.xaxis.set_major_locator(_whole())
-    for side, kind in ((axis.xaxis, axis.get_xscale()), (axis.yaxis, axis.get_yscale())):
+    counted = all(place.is_integer() for place in x)
+    for side, kind, whole in ((axis.xaxis, axis.get_xscale(), counted), (axis.yaxis, axis.get_yscale(), False)):
         if kind == "log":
             _plain_powers(side)
+        else:
+            side.set_major_locator(_round(whole))
     if panel.x_ticks:
         axis.set_xticks([*panel.x_ticks], [*panel.x_ticks.values()])
         axis.minorticks_off()
 
 
-def _whole() -> MaxNLocator:
-    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True)
+def _round(whole: bool) -> MaxNLocator:
+    """Ticks in steps of 1, 2 or 5, never of 2.5."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=whole)
 
 
 def _plain_powers(side: Axis) -> None:
@@ -598,8 +600,8 @@ def bars(
         axis.set_xlim(min(everything) / 1.5, max(everything) * 1.2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    elif all(float(x).is_integer() for x in everything):
-        axis.xaxis.set_major_locator(_whole())
+    else:
+        axis.xaxis.set_major_locator(_round(all(float(x).is_integer() for x in everything)))
     axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1 and any([*values] != [label] for label, values in series.items()):  # else the axis names them
