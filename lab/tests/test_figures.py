@@ -11,6 +11,7 @@ import IPython.display
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb
 from torch import Tensor
 
 from topk_lab import diagrams, figures
@@ -100,6 +101,27 @@ def test_a_loss_looks_the_same_everywhere() -> None:
     assert figures.look("weighted smooth, k = 1 and 5") is figures.LOSSES["smooth"]
     assert figures.look("smooth-limit hinge") == {"color": figures.GREY}
     assert figures.look("calibrated hinge") is figures.LOSSES["calibrated hinge"]
+
+
+def test_bars_have_a_losss_colour_only_where_they_are_that_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "show", lambda figure, *_: drawn.append(figure.axes[0]))
+    figures.bars({"": {"noised, 5 samples": 1, "plain copy": 2}}, "words")
+    figures.bars({"first": {"smooth": 20}, "then": {"smooth": 7}}, "words")
+    named, copy, first, then = (to_rgb(bar.get_facecolor()) for axis in drawn for bar in axis.patches)
+    assert named == to_rgb(figures.LOSSES["noised"]["color"])
+    assert not {copy, first, then} & {to_rgb(loss["color"]) for loss in figures.LOSSES.values()}
+    assert sum(then) - sum(first) > 1  # apart in grey, too
+    assert all(place == round(place) for place in drawn[1].get_xticks())  # whole numbers count something
+
+
+def test_logarithmic_axes_name_plain_numbers() -> None:
+    figure = figures._drawn([Panel([10, 100_000], {"a": [2e-5, 9.0]}, scale="log")], None)
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    across, up = ([text.get_text() for text in side] for side in (axis.get_xticklabels(), axis.get_yticklabels()))
+    assert {"10", "1000", "100,000"} <= set(across)
+    assert "$\\mathdefault{10^{-3}}$" in up
 
 
 def test_marks_take_the_colour_of_their_line() -> None:

@@ -30,13 +30,15 @@ import numpy as np
 import pandas as pd
 import torch
 from cycler import cycler
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import LogFormatterSciNotation, MaxNLocator
 from torch import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 RowLoss = Callable[[Tensor, Tensor], Tensor]
@@ -67,6 +69,8 @@ LOSSES: dict[str, Look] = {
 REFERENCE: Look = {"color": "grey", "linewidth": 0.9, "linestyle": "dotted"}
 """For lines that others are compared with: a proved slope, a bound."""
 
+SLATE, PALE = "#3E5368", "#BFCCD8"  # for what is no loss; told apart in grey, too
+SHADES = LinearSegmentedColormap.from_list("shades", (SLATE, PALE))
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # fields of one sign and of two; both read in grey
 _PIXELS_PER_INCH, _DOTS_PER_INCH, _TABLE_ROWS = 100, 144, 12
 
@@ -314,11 +318,37 @@ def _draw(axis: Axes, panel: Panel) -> None:
         axis.set_yscale("log")
     if panel.y_range is not None:
         axis.set_ylim(*panel.y_range)
-    if all(place.is_integer() for place in x) and axis.get_xscale() == "linear":
-        axis.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    counted = all(place.is_integer() for place in x)
+    for side, kind, whole in ((axis.xaxis, axis.get_xscale(), counted), (axis.yaxis, axis.get_yscale(), False)):
+        if kind == "log":
+            _plain_powers(side)
+        else:
+            side.set_major_locator(_round(whole))
     if panel.x_ticks:
         axis.set_xticks([*panel.x_ticks], [*panel.x_ticks.values()])
         axis.minorticks_off()
+
+
+def _round(whole: bool) -> MaxNLocator:
+    """Ticks in steps of 1, 2 or 5, never of 2.5."""
+    return MaxNLocator("auto", steps=[1, 2, 5, 10], integer=whole)
+
+
+def _plain_powers(side: Axis) -> None:
+    """Names of places on a logarithmic axis: 0.1, 1, 10 where it is short, with 2 and 5 where it is shorter still."""
+    power = LogFormatterSciNotation()
+    power.set_axis(side)
+
+    def name(place: float, minor: bool) -> str:
+        low, high = sorted(side.get_view_interval())
+        if not 5e-4 < low < high < 2e5:
+            return "" if minor else str(power(place))
+        if minor and (high > 50 * low or f"{place:e}"[0] not in "25"):
+            return ""
+        return f"{place:g}" if place < 9e3 else f"{place:,.0f}"
+
+    side.set_major_formatter(lambda place, _: name(place, False))
+    side.set_minor_formatter(lambda place, _: name(place, True))
 
 
 def _data_of(panels: Sequence[Panel]) -> dict[str, list[Any]]:
@@ -546,33 +576,44 @@ def bars(
     line: float | None = None,
     scale: str = "linear",
 ) -> None:
-    """Horizontal bars, a name a row and a colour a series, stacked; `line` across them.
+    """Horizontal bars, a name a row and a series a shade from dark to pale, stacked; `line` across them.
 
-    On a logarithmic axis with a `line`, bars start there and are not stacked.
+    Where a series is a loss, or rows of the only series are, bars have the loss's colour. On a logarithmic axis with a
+    `line`, bars start there and are not stacked.
     """
     names = list(dict.fromkeys(name for values in series.values() for name in values))
     figure, axis = plt.subplots(figsize=(6.8, 1.0 + 0.3 * len(names)))
     start = line if line is not None and scale == "log" else 0.0
     left = np.full(len(names), start)
-    for (label, values), colour in zip(series.items(), COLOURS, strict=False):
+    for place, (label, values) in enumerate(series.items()):
         lengths = np.array([values.get(name, start) - start for name in names])
-        axis.barh(names, lengths, 0.7, left=left, color=LOSSES.get(label, {"color": colour})["color"], label=label)
+        colours = _bar_colours(label, names, place, len(series))
+        axis.barh(names, lengths, 0.7, left=left, color=colours, edgecolor="white", linewidth=0.5, label=label)
         if not start:
             left += lengths
     if line is not None:
-        axis.axvline(line, color=BLACK, linewidth=1.2)
+        axis.axvline(line, color=BLACK, linewidth=1.2, path_effects=[withStroke(linewidth=3.2, foreground="white")])
     axis.set(title=title, xlabel=x_label, xscale=scale)
+    everything = [x for values in series.values() for x in values.values()]
     if scale == "log":
-        everything = [x for values in series.values() for x in values.values()]
         everything += [] if line is None else [line]
         axis.set_xlim(min(everything) / 1.5, max(everything) * 1.2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+    else:
+        axis.xaxis.set_major_locator(_round(all(float(x).is_integer() for x in everything)))
     axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1 and any([*values] != [label] for label, values in series.items()):  # else the axis names them
         figure.legend(loc="outside lower center", ncol=_legend_columns([*series]))
     show(figure, alt, {"": names, **{label: [values.get(n) for n in names] for label, values in series.items()}})
+
+
+def _bar_colours(label: str, names: Sequence[str], place: int, count: int) -> list[Any]:
+    """The series' colour if it is a loss, else its shade; in a series alone, rows that name a loss have its colour."""
+    shade = SHADES(place / (count - 1) if count > 1 else 0.4)
+    rows = [look(re.split("[,:]", name)[0])["color"] if count == 1 else GREY for name in names]
+    return [LOSSES[label]["color"] if label in LOSSES else shade if row == GREY else row for row in rows]
 
 
 def minus(text: str) -> str:
@@ -658,10 +699,12 @@ def scatter(
     size = size or (7.8 if width > 1 else 6.6, (2.2 if width > 2 else 3.9) * down)
     figure, axes = _grid(len(panels), across, size, sharex=bool(guides), sharey=bool(guides))
     table: list[tuple[str, float, float]] = []
+    few = sum(len(x) for clouds in panels.values() for x, _ in clouds.values()) <= 60
     for axis, (title, clouds) in zip(axes, panels.items(), strict=True):
         for (name, (x, y)), marker, colour in zip(clouds.items(), MARKERS, COLOURS, strict=False):
             shade = LOSSES.get(name, {"color": colour})["color"]
-            axis.scatter(x, y, s=16, marker=marker, color=shade, alpha=0.7, linewidth=0, label=name)
+            size_of: Look = {"s": 46, "alpha": 1.0} if few else {"s": 16, "alpha": 0.7}
+            axis.scatter(x, y, marker=marker, color=shade, linewidth=0, label=name, **size_of)
             table += [(f"{title}, {name}", *point) for point in zip(x, y, strict=True)]
         if guides == "diagonal":
             axis.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="solid")
@@ -678,6 +721,10 @@ def scatter(
         axis.set_title(title, fontsize=9.5 if width > 2 else None)
         axis.set(xlabel=x_label, ylabel=y_label)
         axis.label_outer()
+    if guides == "diagonal":
+        low, high = (choose(*axes[0].get_xlim(), *axes[0].get_ylim()) for choose in (min, max))
+        for axis in axes:
+            axis.set(xlim=(low, high), ylim=(low, high), aspect="equal")
     if guides and not written:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=5)
     points = dict(zip(("", "x", "y"), map(list, zip(*table, strict=True)), strict=True))

@@ -10,6 +10,15 @@ function ticks(low, high, count) {
   return found;
 }
 
+// Writes a label; what stands after "_" stands lower, x_y as in formulas.
+function words(attributes, parent, label) {
+  const node = svg("text", attributes, parent, "");
+  label.split(/_(\w)/).forEach((part, i) => {
+    if (i % 2) svg("tspan", { dy: 3, "font-size": "75%" }, node, part);
+    else if (part) svg("tspan", { dy: i ? -3 : 0 }, node, part);
+  });
+}
+
 // A line looks like its name in the legend, which all panels share: looks are {name: [colour, dashes]}.
 function makePanel(spec, parent, looks, W) {
   const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": spec.title }, parent);
@@ -27,8 +36,8 @@ function makePanel(spec, parent, looks, W) {
     svg("line", { x1: px(t), x2: px(t), y1: T, y2: H - B, class: "grid" }, root);
     svg("text", { x: px(t), y: H - B + 16, "text-anchor": "middle", "font-size": 11 }, root, +t.toPrecision(3));
   }
-  svg("text", { x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle", "font-size": 12 }, root, spec.x_label);
-  svg("text", { x: 12, y: (T + H - B) / 2, "text-anchor": "middle", "font-size": 12,
+  words({ x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle", "font-size": 12 }, root, spec.x_label);
+  words({ x: 12, y: (T + H - B) / 2, "text-anchor": "middle", "font-size": 12,
     transform: `rotate(-90 12 ${(T + H - B) / 2})` }, root, spec.y_label);
   const marks = spec.lines.map((name) => {
     const group = svg("g", { "clip-path": `url(#${clip})` }, root), [colour, dashes] = looks[name];

@@ -282,14 +282,9 @@ def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
     if rows.empty:
         say("No record yet.")
         return
-    series: dict[str, dict[str, float]] = {"copies": {}, "our losses": {}, "others": {}}
     found = rows.groupby("contender")[f"{clock}gbps"].median().dropna().sort_values(ascending=False)
-    for contender, rate in found.items():
-        name = str(contender)
-        kind = "our losses" if name.startswith("topk ") else "copies" if name.endswith("copy") else "others"
-        series[kind][in_prose(name)] = float(rate)
-    series = {kind: rates for kind, rates in series.items() if rates}
-    figures.bars(series, alt, x_label="effective bandwidth, GB/s")
+    rates = {in_prose(str(contender)): float(rate) for contender, rate in found.items()}
+    figures.bars({"GB/s": rates}, alt, x_label="effective bandwidth, GB/s")
     say(source_of(rows))
 
 
