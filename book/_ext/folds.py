@@ -1,7 +1,7 @@
 """A Sphinx extension: folded code stands below what it makes, and code that shows nothing is folded with its neighbour.
 
 So a page reads as text and figures, each with its code one click below it. Folded output is named for what it is: a
-table where the code is folded too.
+figure or a table where the code is folded too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class JoinFolds(SphinxPostTransform):
         """Each fold goes below its output; of a cell that shows nothing else, into the next fold or the last."""
         for fold in self.document.findall(HideCodeCellNode):
             if "below-input" in fold["classes"]:
-                name = "table" if "tag_hide-input" in fold.parent["classes"] else "output"
+                drawn = "figure" if any(fold.findall(nodes.image)) else "table"
+                name = drawn if "tag_hide-input" in fold.parent["classes"] else "output"
                 fold["prompt_show"], fold["prompt_hide"] = f"The {name}", f"Hide the {name}"
         for cell in list(_folded(self.document)):
             fold, parent = cell.children[0], cell.parent

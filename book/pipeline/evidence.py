@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,6 @@ from topk_lab.records import folder
 from topk_lab.report import low_to_high, signed
 from topk_lab.study import fair
 
-_CHAPTER = "../notebooks/26_fair.ipynb#every-loss-in-every-condition"
 _SIGNS = {"ahead": "**ahead**", "behind": "behind", "level": "level"}
 
 
@@ -91,27 +91,92 @@ PICTURE = pictures.Drawn(
 
 
 def _cell(row: dict[str, Any]) -> str:
-    """Verdict, linked to where it comes from, difference in points, both intervals."""
+    """Verdict, difference in points, both intervals."""
     both, seeds = (
         low_to_high(around).replace(" ", "\u00a0") for around in (row["over seeds and images"], row["over seeds"])
     )
-    return f"[{_SIGNS[row['verdict']]}]({_CHAPTER}) {signed(row['difference'])} <small>({both}; {seeds})</small>"
+    told = f"{_SIGNS[row['verdict']]} {signed(row['difference'])} <small>({both}; {seeds})</small>"
+    return figures.minus(told)
+
+
+@cache
+def _answered() -> list[tuple[fair.Sentence, dict[str, Any]]]:
+    """Every sentence written down beforehand, with its answer."""
+    rows = fair.answers({**fair.final_runs(_runs()), **fair.elsewhere()})
+    return list(zip(fair.SENTENCES, rows, strict=True))
+
+
+_ASKED = {
+    "S1": "mixture, linear head", "S2": "mixture, linear head: top-1", "S3": "mixture, 512 units",
+    "S4": "smooth, few images", "S5": "smooth, few images, 512 units", "S6": "smooth, wrong labels",
+    "S7": "as S6, tuned on wrong labels", "S8": "rare classes, shift or weights",
+    "S9": "transition, linear head", "S10": "transition: guesses saved", "S11": "smooth, next word: top-3",
+    "S12": "mixture, from pixels",
+}  # fmt: skip
+"""The sentences in a few words, beside their lines in the picture."""
+
+_ZERO, _POINT, _ROW = 276, 36, 22
+"""Of the picture of the answers: where zero is, a point's width and a row's height."""
+
+
+@cache
+def answer_picture() -> str:
+    """The sentences' differences with their intervals, as a drawing that follows the page's size and colours."""
+    below = _ROW * len(_answered()) + 14
+    lines, told = list[str](), list[str]()
+    for point in range(-2, 3):
+        x = _ZERO + _POINT * point
+        lines.append(f'<path class="{"zero" if point == 0 else "grid"}" d="M{x} 8V{below}"/>')
+        sign = figures.minus(f"{point:+d}") if point else "0"
+        lines.append(f'<text x="{x}" y="{below + 16}" text-anchor="middle">{sign}</text>')
+    for number, (sentence, row) in enumerate(_answered()):
+        y, answer, found = _ROW * number + 20, row["answer"].split(":")[0], row.get("difference")
+        lines.append(f'<text x="0" y="{y + 4}"><tspan class="name">{sentence.name}</tspan></text>')
+        lines.append(f'<text x="31" y="{y + 4}">{_ASKED[sentence.name]}</text>')
+        if found is None:
+            continue
+        low, mean, high, least = (
+            round(_ZERO + _POINT * value, 1) for value in (found.low, found.mean, found.high, sentence.least)
+        )
+        lines.append(f'<g class="{answer}"><path d="M{low} {y}H{high}"/><circle cx="{mean}" cy="{y}" r="4"/></g>')
+        if sentence.least:
+            lines.append(f'<path class="least" d="M{least} {y - 8}V{y + 8}"/>')
+        if answer != "open":
+            lines.append(f'<text class="{answer}" x="{_ZERO + 74}" y="{y + 4}">{answer}</text>')
+        told.append(f"{sentence.name} {answer}, {figures.minus(f'{found.mean:+.2f}')}")
+    label = (
+        "The twelve predictions with their differences and intervals, in points, in S10 in guesses. "
+        + "; ".join(told) + "."
+    )  # fmt: skip
+    label = "\n".join(textwrap.wrap(label, 105))
+    return (
+        f'<div class="topk-answers">\n<svg role="img" viewBox="0 0 392 {below + 22}"\naria-label="{label}">\n'
+        + "\n".join(lines) + "\n</svg>\n</div>\n"
+    )  # fmt: skip
 
 
 @cache
 def answer_table() -> str:
-    """A row per sentence: the question in short, its answer, the difference and its interval, the p-value."""
-    lines = ["| | question | answer | difference | interval | p | seeds |", "|---|---|---|---|---|---|---|"]
-    rows = fair.answers({**fair.final_runs(_runs()), **fair.elsewhere()})
-    for sentence, row in zip(fair.SENTENCES, rows, strict=True):
-        found = row.get("difference")
-        numbers = " | | | "
+    """A row per sentence: the question in short, its answer with the difference, its interval and the p-value."""
+    lines = ["| | question | answer |", "|---|---|---|"]
+    for sentence, row in _answered():
+        found, told = row.get("difference"), row["answer"]
+        answer = told if told.startswith("open") else f"**{told}**"
         if found:
-            gain = figures.minus(f"{signed(found.mean)} | {low_to_high(found)}")
-            numbers = f"{gain} | {fair.p_value(row['p'])} | {row['seeds']}"
-        answer = row["answer"] if row["answer"].startswith("open") else f"**{row['answer']}**"
-        lines.append(f"| {sentence.name} | {fair.question(sentence)} | {answer} | {numbers} |")
+            gain, around = (figures.minus(text) for text in (signed(found.mean), low_to_high(found)))
+            count = "" if row["seeds"] == _USUAL else f", {row['seeds']} seeds"
+            around = around.replace(" ", "\u00a0")
+            answer += f", {gain}<br><small>{around}; p\u00a0{_relation(fair.p_value(row['p']))}{count}</small>"
+        lines.append(f"| {sentence.name} | {fair.question(sentence)} | {answer} |")
     return "\n".join(lines) + "\n"
+
+
+_USUAL = 10
+"""The number of seeds that is not worth a word."""
+
+
+def _relation(p: str) -> str:
+    return p.replace(" ", "\u00a0") if p[0] in "<>" else f"=\u00a0{p}"
 
 
 @cache
