@@ -76,7 +76,8 @@ def _gather(cell: nodes.Element) -> None:
     line = nodes.container(classes=["topk-folds"])
     if isinstance(last, nodes.Element) and _is_data(last):
         output.remove(last)
-        line.extend(last.children)
+        last["classes"] = []  # they would make a box around it, and a line is made of its folds
+        line.append(last)
     cell.append(line)
     _join(line, folds)
 
