@@ -13,7 +13,8 @@ import topk
 
 PAGE = (Path(__file__).parent.parent / "book" / "recipes.md").read_text()
 SECTIONS = re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", PAGE, flags=re.M | re.S)
-RECIPES = {title: re.findall(r"^```python\n(.*?)^```", text, flags=re.M | re.S) for title, text in SECTIONS}
+_PIECE = re.compile(r"^```(?:python|\{code-block\} python\n:emphasize-lines: [\d,-]+\n)\n(.*?)^```", flags=re.M | re.S)
+RECIPES = {title: _PIECE.findall(text) for title, text in SECTIONS}
 LIBRARIES = ("lightning", "transformers", "timm", "skorch", "torchmetrics")
 
 

@@ -99,18 +99,35 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
     """The page, a table for every chapter."""
     table, known = equation_table(), numbers().twins
     without = sum(not table.get(label, {}).get("function") for label in known)
+    own = sum(table.get(label, {}).get("test") == f"notebooks/{twin.name}" for label, twin in known.items())
     parts = [
         "# Equations, functions, tests",
-        "This page lists every numbered equation and theorem, with the function that computes it and the test that "
-        "checks it. *The chapter* means that the chapter's own assertions are the test. "
-        f"{without} of the {len(known)} have no function: steps of proofs, bounds, and statements about losses, data "
-        "or machines that nothing has to compute. A test of the book fails when a label is missing here or leads "
-        "nowhere.",
+        f"Which code computes a formula, and what checks it? Here are all {len(known)} numbered equations and "
+        "theorems, in the order in which the chapters bring them. The number leads to the place; below each statement "
+        "stand",
+        "- *code*: the function that computes it. "
+        f"{without} have none: steps of proofs, bounds, and statements about losses, data or machines that nothing "
+        "has to compute;\n"
+        f"- *test*: the test that checks it. Where none is named, in {own} cases, the chapter's own assertions do.",
+        "A copy of the repository runs any of them with `python -m pytest` and the name that stands here. A test of "
+        "the book fails when a label is missing on this page or leads nowhere.",
     ]
     titles = {chapter_number(twin): _title(notebooks[twin.stem]) for twin in twins()}
-    for chapter, labels in itertools.groupby(sorted(known, key=_order), lambda label: _order(label)[0]):
+    for chapter, labels in itertools.groupby(_in_order(), lambda label: chapter_number(known[label])):
         parts += [f"## {chapter}. {titles[chapter]}", "\n".join(_equation_rows(labels, table))]
     return "\n\n".join(parts) + "\n"
+
+
+def _in_order() -> list[str]:
+    """All labels as a reader meets them, the chapters by their numbers."""
+    known = numbers().twins
+    texts = {twin: twin.read_text() for twin in twins()}
+
+    def place(label: str) -> tuple[int, int]:
+        found = re.search(rf"(^:label: {label}|\({label}\))$", texts[known[label]], re.MULTILINE)
+        return chapter_number(known[label]), found.start() if found is not None else 0
+
+    return sorted(known, key=place)
 
 
 def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> Iterator[str]:
@@ -118,8 +135,8 @@ def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> I
         ":::{table}",
         ":class: topk-wide topk-equations",
         "",
-        "| number | states | function; test |",
-        "|---|---|---|",
+        "| number | what it states, its code, its test |",
+        "|---|---|",
     )
     alike: dict[tuple[str, str, str], list[str]] = {}  # a theorem and the formula in it are one row
     for label in labels:
@@ -129,21 +146,20 @@ def _equation_rows(labels: Iterable[str], table: dict[str, dict[str, str]]) -> I
         test = "" if entry.get("test") == own else str(entry.get("test"))
         row = str(entry.get("states")), str(entry.get("function") or ""), test
         alike.setdefault(row, []).append(f"{{{role}}}`{label}`")
-    for (states, *names), references in alike.items():
-        code = "<br>".join(_breakable(name) for name in names if name)
-        yield f"| {', '.join(references)} | {states} | {code or '*the chapter*'} |"
+    for (states, function, test), references in alike.items():
+        code = "".join(
+            f"<br><small>{kind} {_breakable(name)}</small>"
+            for kind, name in (("code", function), ("test", test))
+            if name
+        )
+        yield f"| {', '.join(references)} | {states}{code} |"
     yield ":::"
 
 
 def _breakable(name: str) -> str:
     """A dotted name or a path as code that may be broken at its joints, so that a table needs no scrolling."""
     broken = re.sub(r"([./]|::|(?<!\.)_)", r"\1<wbr>", name).replace("_", "&#95;")
-    return f'<code class="docutils literal breakable">{broken}</code>'
-
-
-def _order(label: str) -> tuple[int, ...]:
-    number = numbers().equations.get(label) or numbers().theorems[label][1]
-    return (*(int(part) for part in number.split(".")), label in numbers().theorems)
+    return f'<code class="docutils literal">{broken}</code>'
 
 
 # --- status ----------------------------------------------------------------------------------------------------------
