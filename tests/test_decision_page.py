@@ -281,7 +281,7 @@ def test_the_decision_page_on_the_term_over_all_classes() -> None:
     assert reached["pixels_long"].max().round() == 80
 
 
-def test_the_decision_page_on_two_more_losses_from_pixels() -> None:
+def test_the_decision_page_on_more_losses_from_pixels() -> None:
     others, longer = (fair.named(runs("14_cifar100", f"14_cifar100.pixels_{name}")) for name in ("others", "long"))
     beside = pd.concat([longer[longer["loss"] == "cross-entropy"], others])
     gain = {metric: fair.compared(beside, metric) for metric in ("top5", "top1", "candidates_99")}
@@ -295,3 +295,6 @@ def test_the_decision_page_on_two_more_losses_from_pixels() -> None:
     assert gain["top5"]["noised"].mean < -2
     assert gain["top5"]["noised"].high < -1.5
     assert round(gain["top1"]["noised"].mean) == -10
+    without_noise = runs("14_cifar100", "14_cifar100.pixels_calibrated")
+    assert len(without_noise) == 2
+    assert without_noise["top5"].max() < 0.3
