@@ -61,9 +61,7 @@ def generated() -> dict[Path, str]:
         **{path: _project_urls(path.read_text()) for path in PROJECTS},
         ROOT / "README.md": _with_parts(ROOT / "README.md", _readme()),
         WHICH_LOSS: _with_parts(WHICH_LOSS, {"verdicts": evidence.verdict_table(), "runs": evidence.counted()}),
-        SENTENCES: _with_parts(
-            SENTENCES, {"picture": evidence.answer_picture(), "answers": evidence.answer_table()}
-        ),
+        SENTENCES: _with_parts(SENTENCES, {"picture": evidence.answer_picture(), "answers": evidence.answer_table()}),
     }
 
 
