@@ -108,7 +108,7 @@ def _answered() -> list[tuple[fair.Sentence, dict[str, Any]]]:
 
 _ASKED = {
     "S1": "mixture, linear head", "S2": "mixture, linear head: top-1", "S3": "mixture, 512 units",
-    "S4": "smooth, few images", "S5": "smooth, few images, 512 units", "S6": "smooth, wrong labels",
+    "S4": "smooth, few images", "S5": "as S4, 512 units", "S6": "smooth, wrong labels",
     "S7": "as S6, tuned on wrong labels", "S8": "rare classes, shift or weights",
     "S9": "transition, linear head", "S10": "transition: guesses saved", "S11": "smooth, next word: top-3",
     "S12": "mixture, from pixels",

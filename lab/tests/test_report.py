@@ -283,6 +283,7 @@ def test_pending_runs_bring_their_command(said: list[str], monkeypatch: pytest.M
 
 def test_numbers_are_printed_as_in_a_book() -> None:
     assert page.typeset("top-5: -0.3 (-1.5 to -.5), 2e-07, 0e+00") == "top-5: −0.3 (−1.5 to −.5), 2·10⁻⁷, 0"
+    assert page.typeset("commit 80596e5504, 1e-05") == "commit 80596e5504, 10⁻⁵"
     assert page.typeset("2026-11-28, k-1, 4-8, c2e5f1") == "2026-11-28, k-1, 4-8, c2e5f1"
 
 

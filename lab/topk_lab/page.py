@@ -75,7 +75,7 @@ def _power(found: re.Match[str]) -> str:
     return power if float(digits) == 1 else f"{digits}·{power}"
 
 
-_SCIENTIFIC = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e([-+]?\d+)\b")
+_SCIENTIFIC = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)e([-+]\d{2,3})\b")  # no hash of a commit
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
