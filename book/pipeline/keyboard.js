@@ -4,6 +4,7 @@
     (node.tagName === "SUMMARY" ? node.textContent : "") || "").trim();
   const shown = (node) => { const s = getComputedStyle(node); return s.outlineStyle !== "none" || s.boxShadow !== "none"; };
   const article = document.querySelector(".bd-article, article") || document.body;
+  article.querySelectorAll("details:has(details)").forEach((outer) => { outer.open = true; });  // a fold within a fold
   const things = [...article.querySelectorAll("details > summary, .topk-knobs input[type=range], .topk-quiz input")].filter((n) => n.getClientRects().length);
   return things.map((node, number) => {
     node.setAttribute("data-thing", number);
