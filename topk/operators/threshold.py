@@ -246,16 +246,15 @@ def _logistic_pull(
 ) -> tuple[Tensor, Tensor]:
     """The gradients in the scores and in k, a chunk at a time: the density is m (1 - m)."""
     result, for_k = torch.empty_like(mask), torch.empty_like(temperature)
-    parts = list(chunks(mask))
-    for part in parts:
-        own = (mask, grad, result) if len(parts) == 1 else (mask[part], grad[part], result[part])
-        m, pulls, pull = own
+    tiny = torch.finfo(mask.dtype).tiny
+    for part in chunks(mask):
+        m = mask[part]
         density = torch.addcmul(m, m, m, value=-1.0, out=buffers(m, 1)[0])
-        torch.mul(density, pulls, out=pull)
+        pull = torch.mul(density, grad[part], out=result[part])
         lead = 0.0 if grad_offset is None else _wide(grad_offset[part]) * _wide(temperature[part])
         total, pulled = _wide(density.sum(1)), _wide(pull.sum(1))
         with np.errstate(all="ignore"):
-            share = np.where(total > np.finfo(np.float32).tiny, (lead - pulled) / total, 0.0)
+            share = np.where(total > tiny, (lead - pulled) / total, 0.0)
         steps = _narrow(share, mask)
         pull.addcmul_(density, steps[:, None])
         if not unit:
@@ -402,8 +401,8 @@ def _narrow(numbers: Numbers, like: Tensor) -> Tensor:
 
 
 def _sums(field: Tensor) -> tuple[Numbers, Numbers]:
-    """The sums of a row's numbers and of their squares. (torch's dot product would first make a tensor of products.)"""
-    return _wide(field.sum(1)), np.square(_wide(torch.linalg.vector_norm(field, dim=1)))
+    """The sums of a row's numbers and of their squares."""
+    return _wide(field.sum(1)), _wide(squares(field))
 
 
 def _divide(rows: Rows, level: Numbers) -> None:
