@@ -321,6 +321,7 @@ def test_pictures_get_their_size(tmp_path: Path) -> None:
     assert page.read_text().count("width=") == 2
 
 
+@pytest.mark.slow
 def test_book_is_printed_with_links_and_outline(tmp_path: Path, opened_browser: Any) -> None:
     pdfium = pytest.importorskip("pypdfium2")
     (tmp_path / "a").mkdir()

@@ -55,10 +55,11 @@ def test_kernels_compile_for_every_size_type_and_capability(loss: str, capabilit
     ("loss", "capability"),
     [
         ("transition", "90"),
-        pytest.param("transition", "75", marks=pytest.mark.slow),
-        pytest.param("hinge", "90", marks=pytest.mark.slow),
+        ("transition", "75"),
+        ("hinge", "90"),
     ],
 )
+@pytest.mark.slow
 def test_kernels_for_rows_that_are_split_compile(loss: str, capability: str) -> None:
     rows = _compiled(loss, "--classes", "70000", "--types", "bfloat16", "--capabilities", capability)
     assert any(row["kernel"] == "_scan_part" for row in rows)

@@ -75,19 +75,15 @@ def _compiled(triton: str | None, *words: str) -> dict[str, dict[str, Any]]:
 _OTHER = os.environ.get("OTHER_TRITON")  # a folder that holds another triton, say 3.6.0: `pip install --target`
 VERSIONS = [
     None,
-    pytest.param(
-        _OTHER, marks=[pytest.mark.slow, pytest.mark.skipif(_OTHER is None, reason="OTHER_TRITON names no folder")]
-    ),
+    pytest.param(_OTHER, marks=pytest.mark.skipif(_OTHER is None, reason="OTHER_TRITON names no folder")),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("triton", VERSIONS, ids=["installed", "other"])
 @pytest.mark.parametrize(
     ("family", "kernel", "shuffles", "registers", "instructions"),
-    [
-        ("transition", "_forward", 60, 168, 1600),
-        pytest.param("noised", "_forward", 150, 168, 3600, marks=pytest.mark.slow),
-    ],
+    [("transition", "_forward", 60, 168, 1600), ("noised", "_forward", 150, 168, 3600)],
 )
 def test_threads_hold_neighbouring_scores(
     family: str, kernel: str, shuffles: int, registers: int, instructions: int, triton: str | None

@@ -25,13 +25,13 @@ _RELATIVE.update(create_sin=0, create_cos=0)
 _ABSOLUTE.update(create_sin=2.0**-21.41, create_cos=2.0**-21.19)
 
 CASES = [
-    pytest.param(function, keywords, id=f"{name}-{keywords}", marks=[] if name == "smooth" else [pytest.mark.slow])
+    pytest.param(function, keywords, id=f"{name}-{keywords}")
     for name, (function, variants) in GPU_CASES.items()
     for keywords in variants
 ]
 
 
-@pytest.fixture(params=[pytest.param(1.0, id="upwards"), pytest.param(-1.0, id="downwards", marks=pytest.mark.slow)])
+@pytest.fixture(params=[pytest.param(1.0, id="upwards"), pytest.param(-1.0, id="downwards")])
 def _documented_errors(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every result in float32 is off by as much as it may be, all in one direction."""
     builder = interpreter.InterpreterBuilder
@@ -55,6 +55,7 @@ def _documented_errors(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", halving)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss", "keywords"), CASES)
 @pytest.mark.usefixtures("_documented_errors")
 def test_within_tolerance_at_64_classes(loss: Callable[..., Tensor], keywords: Mapping[str, Any]) -> None:

@@ -120,7 +120,7 @@ def test_a_streamed_row_is_read_once_and_once_more_for_every_large_k(
     assert 6 * (96 * 4 + 8 + 4 + again) <= loaded <= 6 * (reads * 96 * 4 + 8 + 4 + again)
 
 
-@pytest.mark.parametrize(("spread", "reads"), [(1.0, 1), (10.0, 2)])
+@pytest.mark.parametrize(("spread", "reads"), [(1.0, 1), pytest.param(10.0, 2, marks=pytest.mark.slow)])
 def test_a_row_of_small_probabilities_is_read_once_for_a_large_k_too(
     spread: float, reads: int, short_tiles: None
 ) -> None:
