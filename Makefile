@@ -6,7 +6,7 @@ BIN := .venv/bin
 PACKAGES := -e '.[triton,book,test,peers]' -e lab
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lint test test-slow test-gpu gpu test-cluster experiment bench book site serve notebooks notebook-check address times test-book pdf speed links newest release attach clean
+.PHONY: help setup lint test test-slow test-gpu gpu test-cluster test-recipes experiment bench book site serve notebooks notebook-check address times test-book pdf speed links newest release attach clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -41,12 +41,15 @@ test-gpu: .venv/.ready  ## the tests that need a CUDA device
 gpu: .venv/.ready  ## all that needs a GPU: correctness, benchmark, training from pixels; results in _build/gpu
 	$(BIN)/python -m bench.gpu --out _build/gpu
 
-# Ray has an environment of its own, which borrows every other package from .venv.
-.venv-cluster/.ready: .venv/.ready
-	test -x .venv-cluster/bin/python || $(BIN)/python -m venv .venv-cluster
-	extra=$$($(BIN)/python -c 'import tomllib; print(*tomllib.load(open("lab/pyproject.toml", "rb"))["project"]["optional-dependencies"]["cluster"])') && .venv-cluster/bin/python -m pip install --disable-pip-version-check "$$extra"
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-cluster/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+# Ray, and the libraries of the recipes, have environments of their own, which borrow every other package from .venv.
+.venv-%/.ready: .venv/.ready
+	test -x .venv-$*/bin/python || $(BIN)/python -m venv .venv-$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth
+	extra=$$($(BIN)/python -c 'import tomllib; print(*{name: extra for path in ("pyproject.toml", "lab/pyproject.toml") for name, extra in tomllib.load(open(path, "rb"))["project"]["optional-dependencies"].items()}["$*"])') && .venv-$*/bin/python -m pip install --disable-pip-version-check $$extra
 	@touch $@
+
+test-recipes: .venv-recipes/.ready  ## the recipes with Lightning, Hugging Face and skorch installed
+	.venv-recipes/bin/python -m pytest tests/test_recipes.py
 
 test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes on this machine
 	.venv-cluster/bin/python -m pytest -m '' lab/tests/test_sweep.py -k ray $(PYTEST)

@@ -316,6 +316,21 @@ def test_subset_loss() -> None:
         topk.subset_loss(scores, khot[:, :6])
 
 
+def test_subset_loss_takes_nothing_but_zeros_and_ones() -> None:
+    scores, khot = torch.randn(3, 7), torch.zeros(3, 7)
+    khot[0, :3] = khot[1, 5] = 1.0
+    for wrong in (0.02, 2.0, -1.0, torch.nan):
+        khot[1, 2] = wrong
+        with pytest.raises(ValueError, match=f"khot must hold zeros and ones, or ignore_index=-100 .*, got {wrong:g}"):
+            topk.subset_loss(scores, khot)
+    with pytest.raises(ValueError, match="largest_k must be at least the number of ones of every row, 3, got 2"):
+        topk.subset_loss(scores, (khot == 1).int(), largest_k=2)
+    # Where nobody may look, such rows are NaN.
+    each = torch.vmap(lambda x, y: topk.subset_loss(x[None], y[None], largest_k=3))
+    khot[2, :4] = 1.0
+    assert each(scores, khot).isnan().tolist() == [False, True, True]
+
+
 # --- noise and permutations ------------------------------------------------------------------------------------------
 
 
@@ -421,3 +436,41 @@ def test_the_sparse_mask_moves_only_what_is_between_0_and_1(temperature: float) 
     assert inside.sum(1).max() > 1
     mean = (inside * pull).sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp(min=1)
     torch.testing.assert_close(gradient, inside * (pull - mean) / temperature)
+
+
+@pytest.mark.filterwarnings("ignore:sinkhorn. after")
+def test_sinkhorn_at_every_temperature() -> None:
+    """From warm plans to hard ones, with ties and near ties: the marginals hold, and the gradient is a number."""
+    scores = torch.randn(40, 20, dtype=torch.float64)
+    scores[10:20] = scores[10:20].round()
+    scores[20:30] = scores[20:30].round() + 1e-3 * scores[:10]
+    scores[30:35, 12:] = -torch.inf
+    for temperature in (10.0, 1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6):
+        x = scores.clone().requires_grad_()
+        mask = topk.soft_topk(x, 3, method="sort", sorter="sinkhorn", temperature=temperature)
+        (gradient,) = torch.autograd.grad((mask * torch.randn_like(mask)).sum(), x)
+        assert ((mask.sum(1) - 3.0).abs() < 1e-7).all(), temperature
+        assert (mask >= 0.0).all()
+        assert (mask <= 1.0 + 1e-7).all()
+        assert gradient.isfinite().all()
+    apart = scores[:1, :5].argsort().to(torch.float64)
+    hard = topk.soft_topk(apart, 3, method="sort", sorter="sinkhorn", temperature=1e-4)
+    torch.testing.assert_close(hard, (apart > 1.5).to(torch.float64))
+
+
+def test_bad_rows_and_numbers_of_the_noised_kth() -> None:
+    scores = torch.randn(3, 5)
+    scores[0, 1], scores[1, 4] = torch.nan, torch.inf
+    assert noised_kth(scores, 2).isnan().tolist() == [True, True, False]
+    with pytest.raises(ValueError, match="epsilon must be a finite number > 0, got -1"):
+        noised_kth(scores, 2, epsilon=-1)
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-10, 1e-6, 1e6])
+def test_quadrature_far_from_the_border(temperature: float) -> None:
+    scores = torch.tensor([[1.0, 0.0, -1.0, 0.3]], requires_grad=True)
+    mask = topk.soft_topk(scores, 2, method="perturbed", samples=None, temperature=temperature)
+    (gradient,) = torch.autograd.grad(mask[0, 0], scores)
+    assert gradient.isfinite().all()
+    if temperature < 1.0:
+        torch.testing.assert_close(mask.detach(), torch.tensor([[1.0, 0.0, 0.0, 1.0]]))

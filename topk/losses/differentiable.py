@@ -274,8 +274,15 @@ def _apply(matrices: Tensor, vectors: Tensor) -> Tensor:
 
 @torch.library.custom_op("topk::transport_potentials", mutates_args=())
 def transport_potentials(exponents: Tensor, iterations: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """f and g (rows, m) by Sinkhorn's iterations; on the CPU they stop, or warn, by the tolerance."""
-    row, column = torch.zeros_like(exponents[:, :, 0]), -exponents.logsumexp(1)
+    """f and g (rows, m) by Sinkhorn's iterations; on the CPU they stop, or warn, by the tolerance.
+
+    They start from potentials of the hard plan, in which the r-th largest score has rank r. Such potentials have
+    g_{r+1} - g_r between 2 beta (a_r - a_{r+1}) times v_{r+1} and times v_r: half-way, a cold plan is found at once.
+    """
+    lead = exponents[:, :, 0].sort(1, descending=True).values  # 2 beta v, as the first anchor is 1
+    lead = torch.where(lead == -torch.inf, 0.0, lead)
+    column = 0.5 * (lead[:, 1:] + lead[:, :-1]).cumsum(1) / max(1, lead.shape[1] - 1)
+    row, column = torch.zeros_like(lead), torch.cat((torch.zeros_like(lead[:, :1]), column), 1)
     excess = torch.inf
     for _ in range(iterations):
         row = -(exponents + column[:, None]).logsumexp(2)

@@ -540,7 +540,8 @@ def softmax_at_k_loss(
 ) -> Tensor:
     r"""The recommendation loss SL@K of Yang et al. (2025), for one relevant item a row; chapter 23.
 
-    sigmoid((x_y - x_[k]) / weight_temperature) times cross-entropy at a temperature, x_[k] held fixed.
+    sigmoid((x_y - x_[k]) / weight_temperature) times cross-entropy at a temperature, x_[k] held fixed. With k all
+    classes it is 0, as the other losses are: a list of everything cannot leave y out.
 
     Args:
         scores: (classes,), (rows, classes) or (rows, classes, d1, ...), any floating-point type.

@@ -40,7 +40,8 @@ def soft_topk(
     "logistic", "sparse", "laplace", "gaussian"   F((x - b) / temperature), b such that the mask sums to k
     "fixed"                                       logistic with b = (x_[k] + x_[k+1]) / 2: does **not** sum to k
     "perturbed"                                   Pr[i among the k largest after noise]; see ``perturbed_topk``
-    "sort"                                        the first k ranks of ``soft_permutation``, summed
+    "sort"                                        the first k ranks of ``soft_permutation``, summed: with the sorters
+                                                  "neuralsort" and "softsort" above 1 in places
     ============================================  =====================================================================
 
     A score of -inf is never chosen; with at most k finite ones, all of those are. NaN and +inf make their own row NaN.

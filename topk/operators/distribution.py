@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
 from topk.arguments import REDUCTIONS, check_choice, check_ignore_index
+from topk.autograd import is_traced
 from topk.operators.rows import LOWEST, as_rows, check_k, check_scores, check_temperature, hard_mask, per_row
 from topk.operators.subset import standardised, subset_mask
 from topk.operators.threshold import threshold_mask
@@ -176,7 +177,8 @@ def subset_loss(
 
     Args:
         scores: any shape and floating-point type; the loss of half types is computed and returned in float32.
-        khot: zeros and ones of the same shape, any type.
+        khot: zeros and ones of the same shape, any type. On the CPU anything else raises; on other devices, where to
+            look would stall, it makes its row NaN, as more ones than ``largest_k`` do.
         temperature: > 0, a number or a tensor that broadcasts to the scores without ``dim``.
         dim: where the classes are.
         ignore_index: a row with this value anywhere in ``khot`` gives 0 and no gradient, and the mean is without it.
@@ -192,17 +194,36 @@ def subset_loss(
     ignore_index = check_ignore_index(ignore_index)
     rows, chosen = as_rows(scores, dim), khot.movedim(dim, -1).reshape(-1, scores.shape[dim])
     ignored = (chosen == ignore_index).any(1)
-    chosen = torch.where(ignored[:, None], 0, chosen) != 0
-    if largest_k is None:
-        largest_k = max(1, int(chosen.sum(1).max())) if len(chosen) else 1
-    else:
+    chosen = torch.where(ignored[:, None], 0, chosen)
+    neither, chosen = (chosen != 0) & (chosen != 1), chosen != 0
+    wrong, counts = neither.any(1), chosen.sum(1)
+    if largest_k is not None:
         check_k(largest_k, scores.shape[dim], whole=True)
+        wrong = wrong | (counts > largest_k)
+    if _may_look(khot) and bool(wrong.any()):
+        if bool(neither.any()):
+            found = khot.movedim(dim, -1).reshape(neither.shape)[neither][0].item()
+            raise ValueError(
+                f"khot must hold zeros and ones, or ignore_index={ignore_index} in rows to leave out, got {found:g}"
+            )
+        raise ValueError(
+            f"largest_k must be at least the number of ones of every row, {int(counts.max())}, got {largest_k}"
+        )
+    if largest_k is None:
+        largest_k = max(1, int(counts.max())) if len(counts) else 1
     rows = torch.where(ignored[:, None], 0.0, rows)
     scale = per_row("temperature", temperature, scores, dim)
-    _, total, pivot = subset_mask(rows, chosen.sum(1), scale, largest_k)
+    _, total, pivot = subset_mask(rows, counts.clamp(max=largest_k), scale, largest_k)
     u = standardised(rows, pivot, scale)
     lost = (chosen & (rows == -torch.inf)).any(1)
-    loss = torch.where(lost, torch.inf, total - torch.where(chosen, u, 0.0).sum(1))
+    loss = torch.where(lost, torch.inf, total - torch.where(chosen, u, 0.0).sum(1)).masked_fill(wrong, torch.nan)
     if reduction == "none":
         return loss.view(scores.movedim(dim, -1).shape[:-1])
     return loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()
+
+
+def _may_look(values: Tensor) -> bool:
+    """Whether numbers can be looked at without waiting for a device, or for whoever records the operations."""
+    if is_traced(values) or not values.is_cpu:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(values)

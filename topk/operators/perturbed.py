@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr, ndtr
 
-from topk.arguments import check_choice, check_count, check_generator
+from topk.arguments import check_choice, check_count, check_generator, check_number
 from topk.operators.rows import (
     as_rows,
     as_scores,
@@ -91,10 +91,12 @@ def noised_kth(
     """
     check_scores(scores, dim)
     check_k(k, scores.shape[dim], whole=True)
+    epsilon = check_number("epsilon", epsilon, above=0.0)
     check_generator(generator, scores)
     rows = as_rows(scores, dim)
     drawn = rows + epsilon * _draw("gaussian", rows, check_count("samples", samples), generator)
     kth = drawn.topk(k, dim=-1).values[..., -1].mean(0)
+    kth = torch.where(rows.detach().amax(1) < torch.inf, kth, torch.nan)
     return kth.reshape(scores.movedim(dim, -1).shape[:-1]).to(scores.dtype)
 
 
@@ -141,14 +143,14 @@ def _integrated(rows: Tensor, k: int, scale: Tensor) -> Tensor:
     spread = torch.where(spread.isfinite() & (spread > 0), spread.clamp(max=1.0), 1.0)
     steps = torch.arange(-_BELOW, _ABOVE, device=rows.device, dtype=wide) + 0.5
     distance = z[:, None, :] - (centre + _SPACING * spread * steps)[:, :, None]  # (rows, nodes, n)
-    flat = distance.flatten(0, 1)
+    flat = distance.flatten(0, 1).clamp(min=-1e3, max=1e3)  # where log_ndtr and its slope are numbers
     odds = (log_ndtr(flat) - log_ndtr(-flat)).clamp(min=-700.0, max=700.0)
     coefficients = _tree(_factors(odds, None), k)[0]
     whole = torch.full_like(odds[:, 0], k).to(torch.int64)
     inclusion = subset_mask(odds, whole, torch.ones_like(odds[:, 0]), k)[0] if k < n else torch.ones_like(odds)
     under = coefficients[:k].sum(0)[:, None] + coefficients[k][:, None] * inclusion
     excess = under.view(distance.shape) - ndtr(steps * _SPACING)[:, None]
-    bell = (-0.5 * distance.square()).exp() * (_SPACING / math.sqrt(2.0 * math.pi))
+    bell = (-0.5 * flat.view(distance.shape).square()).exp() * (_SPACING / math.sqrt(2.0 * math.pi))
     mask = ndtr((z - centre) / (1.0 + spread.square()).sqrt()) + spread * (bell * excess).sum(1)
     mask = torch.where(settled[:, None], possible.to(wide), torch.where(possible, mask, 0.0))
     return torch.where(broken[:, None], torch.nan, mask).to(rows.dtype)

@@ -113,7 +113,7 @@ def threshold_mask(
     if method == "fixed":
         count, n = int(k), scores.shape[1]
         level = scores.topk(min(count + 1, n), dim=1).values[:, count - 1 :].mean(1)
-        possible, broken = scores > -torch.inf, ~(scores.detach().amax(1) < torch.inf)
+        possible, broken = scores > -torch.inf, ~((scores.detach().amax(1) < torch.inf) & (temperature > 0))
         level = torch.where((level == -torch.inf) | (count >= n), scores.detach().amin(1) + LOWEST, level)
         z = (scores - level[:, None]).masked_fill(~possible, LOWEST) / temperature[:, None]
         return torch.sigmoid(z) + torch.where(broken, torch.nan, 0.0)[:, None]
