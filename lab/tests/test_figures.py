@@ -113,6 +113,22 @@ def test_bars_have_a_losss_colour_only_where_they_are_that_loss(monkeypatch: pyt
     assert not {copy, first, then} & {to_rgb(loss["color"]) for loss in figures.LOSSES.values()}
     assert sum(then) - sum(first) > 1  # apart in grey, too
     assert all(place == round(place) for place in drawn[1].get_xticks())  # whole numbers count something
+    assert all(axis.get_xlim()[1] > 1.02 * axis.dataLim.x1 for axis in drawn)  # no bar touches the frame
+
+
+def test_a_diagrams_frames_hold_their_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "show", lambda figure, *_: drawn.append(figure))
+    boxes = {"all-gather heads:\n13 per row": (0.2, 0.5, "k"), "b": (0.8, 0.5, "r")}
+    figures.diagram(boxes, [(*boxes, "")], "words", size=(7.0, 2.1), letters=10)
+    drawn[0].draw_without_rendering()
+    axis = drawn[0].axes[0]
+    for frame, words in zip(axis.patches, axis.texts[:2], strict=True):
+        outer, inner = frame.get_window_extent(), words.get_window_extent()
+        assert outer.fully_containsx(inner.x0)
+        assert outer.fully_containsx(inner.x1)
+        assert outer.fully_containsy(inner.y0)
+        assert outer.fully_containsy(inner.y1)
 
 
 def test_logarithmic_axes_name_plain_numbers() -> None:

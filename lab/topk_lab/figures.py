@@ -602,6 +602,8 @@ def bars(
         axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
     else:
         axis.xaxis.set_major_locator(_round(all(float(x).is_integer() for x in everything)))
+        low, high = axis.dataLim.intervalx
+        axis.set_xlim(low * 1.04, high * 1.04)  # no bar touches the frame
     axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1 and any([*values] != [label] for label, values in series.items()):  # else the axis names them
@@ -736,22 +738,27 @@ def diagram(
     arrows: Sequence[tuple[str, str, str]],
     alt: str,
     size: tuple[float, float] = (7.8, 6.0),
+    letters: float = 8.5,
 ) -> None:
-    """Boxes {name: (x, y, colour)}, places between 0 and 1, and arrows (from, to, words on it)."""
+    """Boxes {name: (x, y, colour)}, places between 0 and 1, and arrows (from, to, words on it).
+
+    `letters` is the size of type in points; frames are as wide as it asks for, and as high as their lines.
+    """
     from matplotlib.patches import FancyBboxPatch
 
     figure, axis = plt.subplots(figsize=size)
-    drawn = {}
+    drawn, half = {}, 0.083 * letters / 8.5
     for name, (x, y, colour) in boxes.items():
-        frame = FancyBboxPatch((x - 0.083, y - 0.026), 0.166, 0.052, boxstyle="round,pad=0.008", facecolor="white",
+        tall = max(0.026, (0.75 * name.count("\n") + 0.7) * letters / 72 / size[1])
+        frame = FancyBboxPatch((x - half, y - tall), 2 * half, 2 * tall, boxstyle="round,pad=0.008", facecolor="white",
                                edgecolor=colour, linewidth=1.5)  # fmt: skip
         drawn[name] = axis.add_patch(frame)
-        axis.text(x, y, name, ha="center", va="center", fontsize=8.5)
+        axis.text(x, y, name, ha="center", va="center", fontsize=letters, linespacing=1.3)
     for start, end, words in arrows:
         (x0, y0, colour), (x1, y1, _) = boxes[start], boxes[end]
         ends = {"patchA": drawn[start], "patchB": drawn[end], "shrinkA": 2, "shrinkB": 2}
         axis.annotate("", (x1, y1), (x0, y0), arrowprops={"arrowstyle": "-|>", "color": colour, "lw": 1.3, **ends})
-        axis.text((x0 + x1) / 2, (y0 + y1) / 2, words, fontsize=7.5, ha="center", va="center",
+        axis.text((x0 + x1) / 2, (y0 + y1) / 2, words, fontsize=letters - 1, ha="center", va="center",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})  # fmt: skip
     axis.set(xlim=(-0.01, 1.01), ylim=(-0.03, 1.03))
     axis.axis("off")
