@@ -50,6 +50,9 @@ DRAWN: dict[str, Callable[[], None]] = {
         Panel([1, 2], {"a": [3, 4]}, levels={"x": 3.0}, verticals={"y": 1.0}, x_ticks={1: "one"}), alt="words"
     ),
     "dots": lambda: figures.dots({"top-5": {"smooth": INTERVAL, "noised": INTERVAL}}, "words"),
+    "dots, rows of panels": lambda: figures.dots(
+        {"top-5": {"smooth": INTERVAL}, "top-1": {"smooth": INTERVAL}}, "words", share_x=True, columns=1
+    ),
     "bars": lambda: figures.bars({"forward": {"a": 1, "b": 2}, "backward": {"a": 2}}, "words", line=3),
     "heat": lambda: figures.heat({"map": [[1, 2], [3, 4]]}, ["r", "s"], ["c", "d"], "words"),
     "heat with marks": lambda: figures.heat(

@@ -134,7 +134,8 @@ def png(figure: Figure, palette: bool = False) -> bytes:
     from PIL import Image
 
     small = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(256).save(small, format="png", optimize=True)
+    coverage = Image.Quantize.MAXCOVERAGE  # keeps colours that few pixels have
+    Image.open(buffer).convert("RGB").quantize(256, coverage).save(small, format="png", optimize=True)
     return small.getvalue()
 
 
@@ -545,15 +546,17 @@ def dots(
     *,
     share_x: bool = False,
     looks: Mapping[str, Look] | None = None,
+    columns: int = 0,
     size: Size | None = None,
 ) -> None:
     """One panel a title, one line a name: a mean with its interval (anything with mean, low and high).
 
-    With `share_x` lengths may be compared across panels. `looks` are for names that are no loss.
+    With `share_x` lengths may be compared across panels. `looks` are for names that are no loss, `columns` the most
+    panels beside each other, if not all of them.
     """
     names = list(next(iter(panels.values())))
     size = size or (8.0, 0.9 + 0.24 * len(names))
-    figure, axes = _grid(len(panels), len(panels), size, sharex=share_x, sharey=True)
+    figure, axes = _grid(len(panels), columns or len(panels), size, sharex=share_x, sharey=True)
     data: dict[str, list[Any]] = {"": names}
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         axis.axvline(0, color="black", linewidth=1, linestyle="solid")
@@ -563,6 +566,8 @@ def dots(
             axis.plot(interval.mean, place, marker="o", markersize=4, color=colour)
         axis.set(title=title, yticks=range(len(names)), yticklabels=names[::-1], xlabel=x_label)
         axis.set_ylim(-0.6, len(names) - 0.4)
+        if columns and share_x:
+            axis.label_outer()
         data[title] = [f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]" for i in (found[name] for name in names)]
     show(figure, alt, data)
 

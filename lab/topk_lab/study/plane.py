@@ -42,26 +42,27 @@ def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: in
 
     Hatched: where the first k lose accuracy against the k likeliest classes. Ringed dots: points of the grid at its
     least value, up to a ten-thousandth of the picture's range. The table has each loss's least value on the grid and
-    where it is.
+    where it is. Panels of two columns are larger, and together as wide as a phone shows.
     """
-    height = -(-len(losses) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(1.8 * columns, 1.95 * height), squeeze=False)
+    height, side = -(-len(losses) // columns), 2.3 if columns == 2 else 1.8
+    figure, axes = plt.subplots(height, columns, figsize=(side * columns, (side + 0.15) * height), squeeze=False)
     axis, scores = grid(reach, 97)
     coarse, few = grid(0.92 * reach, 9)
-    wrong = (regrets(scores, q.expand_as(scores), k) > 1e-9).reshape(len(axis), -1).double()
+    sharp, everywhere = grid(reach, 289)  # borders between the orders are straight lines
+    wrong = (regrets(everywhere, q.expand_as(everywhere), k) > 1e-9).reshape(len(sharp), -1).double()
     table: dict[str, list[float | str]] = {"loss": [], "least on the grid": [], "x1": [], "x2": [], "x3": []}
     for panel in axes.flat[len(losses) :]:
         panel.axis("off")
     for panel, (name, loss) in zip(axes.flat, losses.items(), strict=False):
         value = expected(loss, scores, q.expand_as(scores))
         panel.contourf(axis, axis, value.reshape(len(axis), -1), levels=14)
-        for colour, width in (((1.0, 1.0, 1.0, 0.5), 1.8), ((0.0, 0.0, 0.0, 0.9), 0.7)):  # seen on dark and on light
-            with plt.rc_context({"hatch.linewidth": width}):
-                area = panel.contourf(axis, axis, wrong, levels=[0.5, 1.5], colors="none", hatches=["/"])
-            area.set(edgecolor=colour, linewidth=0.0)
-        panel.contour(axis, axis, wrong, levels=[0.5], colors="black", linewidths=1.0, linestyles="solid")
+        with plt.rc_context({"hatch.linewidth": 0.8}):  # black lines on a veil are seen on dark and on light
+            area = panel.contourf(sharp, sharp, wrong, levels=[0.5, 1.5], colors=[(1.0, 1.0, 1.0, 0.4)], hatches=["/"])
+        area.set(edgecolor="black", linewidth=0.0)
+        panel.contour(sharp, sharp, wrong, levels=[0.5], colors="black", linewidths=1.4, linestyles="solid")
         steps = (-field(loss, few, q) @ AXES.T).reshape(len(coarse), -1, 2)
         steps = steps * (1.3 * float(coarse[1] - coarse[0]) / steps.norm(dim=-1).max().clamp(min=1e-12))
+        steps[steps.norm(dim=-1) < 0.01 * float(coarse[1] - coarse[0])] = torch.nan  # no dot where nothing moves
         panel.quiver(
             coarse, coarse, steps[..., 0], steps[..., 1],
             color="white", angles="xy", scale_units="xy", scale=1.0, width=0.009,
