@@ -116,9 +116,9 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
     parts = [
         "# Formulas, their code and tests",
         "The formulas that one looks up, by loss, operator and bound. The number beside a formula leads to its place "
-        "in a chapter, where it is explained. Below each heading stand the letters of that group; those that all groups "
-        "share are on the page [Notation](notation.md). Steps of proofs are left out here. They are in the [list of all "
-        "statements](#all-statements-with-code-and-test) at the end.",
+        "in a chapter, where it is explained. Below each heading stand the letters of that group; those that all "
+        "groups share are on the page [Notation](notation.md). Steps of proofs are left out here. They are in the "
+        "[list of all statements](#all-statements-with-code-and-test) at the end.",
         *_sheet(table),
         "## All statements, with code and test",
         f"Which code computes a formula, and what checks it? Here are all {len(known)} numbered equations and "
@@ -139,11 +139,12 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
 
 def _sheet(table: dict[str, dict[str, str]]) -> Iterator[str]:
     """An index of the groups, then each with its letters and its formulas."""
-    groups = formula_groups()
+    groups, index = formula_groups(), list[str]()
     for part, members in itertools.groupby(groups, lambda group: group["part"]):
         titles = [group["title"] for group in members]
         links = " · ".join(f"[{title}](#{re.sub(r'[^a-z-]', '', title.lower().replace(' ', '-'))})" for title in titles)
-        yield f"**{part}** {links}"
+        index.append(f"- **{part}:** {links}")
+    yield "\n".join(index)
     beside: dict[tuple[str, str], str] = {}  # what a formula states and who checks it -> the theorem around it
     for label in numbers().theorems:
         entry = table.get(label, {})
@@ -154,7 +155,7 @@ def _sheet(table: dict[str, dict[str, str]]) -> Iterator[str]:
         entries = []
         for label, says in group["formulas"].items():
             theorem = beside.get((str(table[label].get("states")), str(table[label].get("test"))), "")
-            formula = _unpunctuated(numbers().formulas[label]).replace("\n", "\n  ")
+            formula = _unpunctuated(numbers().formulas[label]).replace(r"\qquad", r"\quad").replace("\n", "\n  ")
             entries.append(f"{says} {{eq}}`{label}`{theorem}\n: $$\n  {formula}\n  $$")
         yield "::::{div} topk-formulas\n" + "\n\n".join(entries) + "\n::::"
 
