@@ -97,6 +97,18 @@ def test_a_gap_in_the_table_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         assert part in complaints
 
 
+def test_the_sheet_of_formulas_takes_them_from_the_chapters() -> None:
+    page = pages.equations({twin.stem: chapters.read(twin) for twin in layout.twins()})
+    sheet, statements = page.split("## All statements")
+    for group in pages.formula_groups():
+        anchor = group["title"].lower().replace(" ", "-").replace(",", "")
+        assert f"](#{anchor})" in sheet
+    loss = chapters.numbers().formulas["eq-tr-loss"]
+    assert pages._unpunctuated(loss) == loss.removesuffix(" .")
+    assert f"{{eq}}`eq-tr-loss`\n: $$\n  {loss.removesuffix(' .')}\n  $$" in sheet
+    assert all(f"`{label}`" in statements for label in pages.equation_table())
+
+
 def test_the_status_page_tells_where_every_chapter_ran() -> None:
     notebooks = {twin.stem: chapters.read(twin) for twin in layout.twins()}
     names = sorted(notebooks)

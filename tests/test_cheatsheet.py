@@ -25,7 +25,7 @@ def losses_of(card: str) -> dict[str, Any]:
     names: dict[str, Any] = {"torch": torch, "topk": topk, "counts": torch.tensor([50.0, 20, 10, 8, 6, 4, 3, 2])}
     scores = torch.randn(16, 8, requires_grad=True)
     names |= {"scores": scores, "cosines": scores.tanh(), "target": torch.randint(8, (16,))}
-    code = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = re.findall(r"```\{code-block\} python\n(.*?)```", card, re.DOTALL)
     assert len(code) == 1, card
     exec(code[0], names)
     return names

@@ -96,9 +96,10 @@ def markdown(notebook: NotebookNode) -> Iterator[str]:
 
 @dataclass
 class Numbers:
-    """What the site prints for a label, equations "10.3", theorems ("Theorem", "10.1"), and the twin that has it."""
+    """What the site prints for a label, equations "10.3", theorems ("Theorem", "10.1"); formulas; a label's twin."""
 
     equations: dict[str, str] = field(default_factory=dict)
+    formulas: dict[str, str] = field(default_factory=dict)
     theorems: dict[str, tuple[str, str]] = field(default_factory=dict)
     twins: dict[str, Path] = field(default_factory=dict)
 
@@ -110,12 +111,12 @@ def numbers() -> Numbers:
     for twin in twins():
         chapter, equations, kinds = chapter_number(twin), 0, dict[str, int]()
         for text in markdown(read(twin)):
-            for _, label in _EQUATION.findall(text):
+            for formula, label in _EQUATION.findall(text):
                 if not label:
                     raise BookError(f"{twin.name}: a displayed equation has no label")
                 equations += 1
                 _place(found, label, twin)
-                found.equations[label] = f"{chapter}.{equations}"
+                found.equations[label], found.formulas[label] = f"{chapter}.{equations}", formula
             for name, label in _proof_labels(text):
                 kinds[name] = kinds.get(name, 0) + 1
                 _place(found, label, twin)

@@ -53,7 +53,7 @@ def draw() -> Any:
     """Every loss in every condition as a point of the plane of two gains, and the crowded part of it enlarged."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9.4, 4.7))
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 5.0))
     for axis, enlarged in zip(axes, (False, True), strict=True):
         axis.axhline(0, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
         axis.axvline(0, color="grey", linewidth=0.9, linestyle="solid", zorder=1)
@@ -63,14 +63,14 @@ def draw() -> Any:
                 _point(axis, five, one, colour)
         axis.set(xlabel="top-5 against cross-entropy (points)", ylabel="top-1 against cross-entropy (points)")
     for name, colour in (_CLEAN, *_KINDS.values()):
-        axes[0].plot([], [], "o", color=colour, label=name)
+        axes[0].plot([], [], "o", color=colour, label=name.split(",")[0])
     for name, shape in (*_SHAPES.items(), ("another loss", "v")):
         axes[1].plot([], [], shape, color="grey", fillstyle="none", label=name)
     axes[1].plot([], [], "o", color="grey", label="filled: half of the weight on k = 1")
     for axis, title in zip(axes, ("every condition", _CLEAN[0]), strict=True):
         axis.set_title(title)
-    axes[0].legend(loc="lower right", fontsize=8)
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncol=6, fontsize=8)
+    axes[0].legend(loc="lower right", fontsize=10, handlelength=1)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=10)
     return figure
 
 

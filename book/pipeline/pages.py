@@ -58,18 +58,31 @@ def _first_line(name: str) -> str:
 # --- equations -------------------------------------------------------------------------------------------------------
 
 
+def _equations_file() -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    sheet, table = yaml.safe_load_all(EQUATIONS.read_text())
+    return sheet, table
+
+
 def equation_table() -> dict[str, dict[str, Any]]:
     """label -> what it states, the function that implements it, the test that checks it."""
-    return dict(yaml.safe_load(EQUATIONS.read_text()) or {})
+    return _equations_file()[1]
+
+
+def formula_groups() -> list[dict[str, Any]]:
+    """The groups of the sheet of formulas: title, part, about, and formulas, label -> what the formula says."""
+    return _equations_file()[0]
 
 
 def gaps() -> list[str]:
-    """What the table lacks, and what in it leads nowhere."""
+    """What the table lacks, and what in it or on the sheet of formulas leads nowhere."""
     table, known = equation_table(), numbers().twins
     complaints = [
         f"{label} ({known[label].name}) is not in book/equations.yml" for label in known if label not in table
     ]
     complaints += [f"{label} in {EQUATIONS.name} is no label of a chapter" for label in table if label not in known]
+    shown = [label for group in formula_groups() for label in group["formulas"]]
+    complaints += [f"{label} on the sheet is no equation" for label in shown if label not in numbers().equations]
+    complaints += [f"{label} is on the sheet twice" for label in set(shown) if shown.count(label) > 1]
     for label, entry in table.items():
         if entry.get("function") is not None and _resolve(entry["function"]) is None:
             complaints.append(f"{label}: there is no function {entry['function']}")
@@ -96,15 +109,20 @@ def _test_exists(test: str) -> bool:
 
 
 def equations(notebooks: dict[str, NotebookNode]) -> str:
-    """The page, a table for every chapter."""
+    """The page: the sheet of formulas by loss, operator and bound, then, folded, all statements by chapter."""
     table, known = equation_table(), numbers().twins
     without = sum(not table.get(label, {}).get("function") for label in known)
     own = sum(table.get(label, {}).get("test") == f"notebooks/{twin.name}" for label, twin in known.items())
     parts = [
-        "# Equations, functions, tests",
+        "# Formulas, their code and tests",
+        "The formulas that one looks up, by loss, operator and bound. The number beside a formula leads to its place "
+        "in a chapter, where it is explained. Below each heading stand the letters of that group; those that all "
+        "groups share are on the page [Notation](notation.md). Steps of proofs are left out here. They are in the "
+        "[list of all statements](#all-statements-with-code-and-test) at the end.",
+        *_sheet(table),
+        "## All statements, with code and test",
         f"Which code computes a formula, and what checks it? Here are all {len(known)} numbered equations and "
-        "theorems, in the order in which the chapters bring them. The number leads to the place; below each statement "
-        "stand",
+        "theorems, chapter by chapter. Below each statement stand",
         "- *code*: the function that computes it. "
         f"{without} have none: steps of proofs, bounds, and statements about losses, data or machines that nothing "
         "has to compute;\n"
@@ -114,8 +132,37 @@ def equations(notebooks: dict[str, NotebookNode]) -> str:
     ]
     titles = {chapter_number(twin): _title(notebooks[twin.stem]) for twin in twins()}
     for chapter, labels in itertools.groupby(_in_order(), lambda label: chapter_number(known[label])):
-        parts += [f"## {chapter}. {titles[chapter]}", "\n".join(_equation_rows(labels, table))]
+        rows = "\n".join(_equation_rows(labels, table))
+        parts.append(f"::::{{dropdown}} {chapter}. {titles[chapter]}\n{rows}\n::::")
     return "\n\n".join(parts) + "\n"
+
+
+def _sheet(table: dict[str, dict[str, str]]) -> Iterator[str]:
+    """An index of the groups, then each with its letters and its formulas."""
+    groups, index = formula_groups(), list[str]()
+    for part, members in itertools.groupby(groups, lambda group: group["part"]):
+        titles = [group["title"] for group in members]
+        links = " · ".join(f"[{title}](#{re.sub(r'[^a-z-]', '', title.lower().replace(' ', '-'))})" for title in titles)
+        index.append(f"- **{part}:** {links}")
+    yield "\n".join(index)
+    beside: dict[tuple[str, str], str] = {}  # what a formula states and who checks it -> the theorem around it
+    for label in numbers().theorems:
+        entry = table.get(label, {})
+        beside[str(entry.get("states")), str(entry.get("test"))] = f" {{prf:ref}}`{label}`"
+    for group in groups:
+        yield f"## {group['title']}"
+        yield str(group["about"]).strip()
+        entries = []
+        for label, says in group["formulas"].items():
+            theorem = beside.get((str(table[label].get("states")), str(table[label].get("test"))), "")
+            formula = _unpunctuated(numbers().formulas[label]).replace(r"\qquad", r"\quad").replace("\n", "\n  ")
+            entries.append(f"{says} {{eq}}`{label}`{theorem}\n: $$\n  {formula}\n  $$")
+        yield "::::{div} topk-formulas\n" + "\n\n".join(entries) + "\n::::"
+
+
+def _unpunctuated(formula: str) -> str:
+    """Without the comma or full stop of the sentence that it stands in."""
+    return re.sub(r"\s*[.,](\}?)(\s*\\end\{\w+\})?\s*$", r"\1\2", formula)
 
 
 def _in_order() -> list[str]:
