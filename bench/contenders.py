@@ -483,6 +483,12 @@ def _operators(family: str) -> tuple[Contender, ...]:
             return mine, floor, Contender("Sinkhorn", family, operators.sinkhorn, operators.truth, largest=15_000_000)
         case "subset":
             return mine, floor, Contender("topk smooth, the same k", family, operators.smooth_loss)
+        case "sort":
+            return (
+                mine,
+                floor,
+                Contender("difftopk", family, operators.difftopk_network, operators.truth, ("difftopk",)),
+            )
         case _:
             return mine, floor
 

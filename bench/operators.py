@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
     from bench.contenders import LossCall, Setting
 
 THRESHOLDS = ("logistic", "laplace", "gaussian", "sparse")
-OPERATORS = ("subset", *THRESHOLDS)
+OPERATORS = ("subset", *THRESHOLDS, "sort")
 _SINKHORN = 200  # iterations
 
 
@@ -59,13 +61,40 @@ def sinkhorn(setting: Setting, device: torch.device) -> LossCall:
     return lambda x, y: _chosen(_by_implicit_function(x, level(x), setting), y)
 
 
+def difftopk_network(setting: Setting, device: torch.device) -> LossCall:
+    """The first k ranks of the peer's sorting network, summed."""
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints when imported
+        import difftopk
+
+    network = difftopk.DiffTopkNet("odd_even", setting.classes, setting.k, steepness=1.0, device=str(device))
+    return lambda x, y: _chosen(network(x)[1].sum(2), y)
+
+
 # --- truths ----------------------------------------------------------------------------------------------------------
 
 
 def truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
     """By the formulas, in the type of the scores."""
-    mask = _subsets(scores, setting.k) if setting.family == "subset" else _threshold(scores, setting)
-    return _chosen(mask, target)
+    match setting.family:
+        case "subset":
+            return _chosen(_subsets(scores, setting.k), target)
+        case "sort":
+            return _chosen(_network(scores, setting.k), target)
+        case _:
+            return _chosen(_threshold(scores, setting), target)
+
+
+def _network(scores: Tensor, k: int) -> Tensor:
+    """Odd and even neighbours in turn: the values, and below them every element's share of each place."""
+    n = scores.shape[1]
+    wires = torch.cat((scores[:, None], torch.eye(n, dtype=scores.dtype).expand(len(scores), n, n)), 1)
+    for layer in range(n):
+        low = torch.arange(layer % 2, n - 1, 2)
+        first, second = wires[..., low], wires[..., low + 1]
+        stay = (second - first)[:, :1].atan() / math.pi + 0.5
+        wires = wires.index_copy(2, low, stay * first + (1 - stay) * second)
+        wires = wires.index_copy(2, low + 1, stay * second + (1 - stay) * first)
+    return wires[:, 1:, n - k :].sum(2)
 
 
 def _cdf(family: str, z: Tensor) -> Tensor:

@@ -105,6 +105,14 @@ def test_every_contender_passes_its_gate(family: str, dtype: str) -> None:
         contender.gate(setting)
 
 
+@pytest.mark.parametrize("family", suites.OPERATORS)
+def test_operators_pass_their_gates(family: str) -> None:
+    """Each against its formula, and so do the Sinkhorn iterations and difftopk's network beside it."""
+    setting = Setting(family, 16, 30, 5)
+    for contender in (c for c in contenders(setting) if c.family == family):
+        contender.gate(setting)
+
+
 @pytest.mark.parametrize("family", suites.RELATIVES)
 def test_relatives_pass_their_gates(family: str) -> None:
     setting = Setting(family, 16, 100, 5)
