@@ -308,9 +308,9 @@ def test_the_recipe_for_imagenet_runs_as_printed(tmp_path: Path) -> None:
     found = re.search(r"```bash\n(torchrun .*?)\n```\n\n```python\n# train_imagenet\.py\n(.*?)```", text, re.DOTALL)
     assert found
     command, script = found[1], found[2]
-    for size, small in SMALLER.items():
+    for size, less in SMALLER.items():
         assert script.count(size) == 1
-        script = script.replace(size, small)
+        script = script.replace(size, less)
     (tmp_path / "train_imagenet.py").write_text(script)
     draw = np.random.default_rng(0)
     for part, name, row in ((p, n, r) for p in ("train", "val") for n in range(20) for r in range(3)):
