@@ -162,6 +162,15 @@ def leads(chapter: str, setting: str, head: str, loss: str) -> pd.DataFrame:
     return mean.loc[loss] - mean.loc["cross-entropy"]
 
 
+def test_the_decision_page_on_noise_in_blocks() -> None:
+    noisily, truly = (fair_runs()[f"fair.noise_mlp_block{end}"] for end in ("", "_clean"))
+    found = [round(fair.compared(truly, metric)["smooth"].mean, 1) for metric in ("top5", "top1")]
+    assert found == [1.2, 3.9]
+    assert all(fair.compared(truly, metric)["smooth"].low > 0 for metric in ("top5", "top1"))
+    assert round(fair.compared(noisily, "top5")["smooth"].mean) == -2
+    assert fair.compared(noisily, "top5")["smooth"].high < 0
+
+
 def test_the_decision_page_on_label_noise() -> None:
     smooth = leads("15_label_noise", "data.noise", "mlp", "smooth")
     assert smooth["top5"].loc[0.0] < 0 < smooth["top5"].loc[0.2]
