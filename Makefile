@@ -49,6 +49,7 @@ gpu: .venv/.ready  ## all that needs a GPU: correctness, benchmark, training fro
 	@touch $@
 
 test-recipes: .venv-recipes/.ready  ## the recipes with Lightning, Hugging Face and skorch installed
+	.venv-recipes/bin/python -c 'import lightning, skorch, transformers'
 	.venv-recipes/bin/python -m pytest tests/test_recipes.py
 
 test-cluster: .venv-cluster/.ready  ## the Ray engine on a cluster of two nodes on this machine

@@ -329,6 +329,8 @@ def test_subset_loss_takes_nothing_but_zeros_and_ones() -> None:
     each = torch.vmap(lambda x, y: topk.subset_loss(x[None], y[None], largest_k=3))
     khot[2, :4] = 1.0
     assert each(scores, khot).isnan().tolist() == [False, True, True]
+    slopes = torch.func.grad(lambda x: each(x, khot).sum())(scores)
+    assert slopes.isnan().all(1).tolist() == [False, True, True]
 
 
 # --- noise and permutations ------------------------------------------------------------------------------------------
@@ -445,7 +447,7 @@ def test_sinkhorn_at_every_temperature() -> None:
     scores[10:20] = scores[10:20].round()
     scores[20:30] = scores[20:30].round() + 1e-3 * scores[:10]
     scores[30:35, 12:] = -torch.inf
-    for temperature in (10.0, 1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6):
+    for temperature in (10.0, 1.0, 0.1, 0.03, 0.01, 1e-3, 1e-4, 1e-6, 1e-12, 1e-18):
         x = scores.clone().requires_grad_()
         mask = topk.soft_topk(x, 3, method="sort", sorter="sinkhorn", temperature=temperature)
         (gradient,) = torch.autograd.grad((mask * torch.randn_like(mask)).sum(), x)
@@ -453,6 +455,10 @@ def test_sinkhorn_at_every_temperature() -> None:
         assert (mask >= 0.0).all()
         assert (mask <= 1.0 + 1e-7).all()
         assert gradient.isfinite().all()
+    tied = torch.tensor([[1.0, -1.0, 0.0, 0.0]])
+    for scale in (1e3, 1e16, 1e30):
+        mask = topk.soft_topk(scale * tied, 2, method="sort", sorter="sinkhorn")
+        torch.testing.assert_close(mask, torch.tensor([[1.0, 0.0, 0.5, 0.5]]))
     apart = scores[:1, :5].argsort().to(torch.float64)
     hard = topk.soft_topk(apart, 3, method="sort", sorter="sinkhorn", temperature=1e-4)
     torch.testing.assert_close(hard, (apart > 1.5).to(torch.float64))
@@ -462,6 +468,8 @@ def test_bad_rows_and_numbers_of_the_noised_kth() -> None:
     scores = torch.randn(3, 5)
     scores[0, 1], scores[1, 4] = torch.nan, torch.inf
     assert noised_kth(scores, 2).isnan().tolist() == [True, True, False]
+    fixed = topk.soft_topk(torch.randn(3, 5), 2, method="fixed", temperature=torch.tensor([-1.0, 0.0, 1.0]))
+    assert fixed.isnan().all(1).tolist() == [True, True, False]
     with pytest.raises(ValueError, match="epsilon must be a finite number > 0, got -1"):
         noised_kth(scores, 2, epsilon=-1)
 
@@ -474,3 +482,6 @@ def test_quadrature_far_from_the_border(temperature: float) -> None:
     assert gradient.isfinite().all()
     if temperature < 1.0:
         torch.testing.assert_close(mask.detach(), torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+    masked = torch.tensor([[1.0, -torch.inf, 0.0, 0.5]])
+    mask = topk.soft_topk(masked, 2, method="perturbed", samples=None, temperature=temperature)
+    torch.testing.assert_close(mask.sum(), torch.tensor(2.0))

@@ -608,7 +608,8 @@ def bars(
     else:
         axis.xaxis.set_major_locator(_round(all(float(x).is_integer() for x in everything)))
         low, high = axis.dataLim.intervalx
-        axis.set_xlim(low * 1.04, high * 1.04)  # no bar touches the frame
+        if low < high:
+            axis.set_xlim(low * 1.04, high * 1.04)  # no bar touches the frame
     axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1 and any([*values] != [label] for label, values in series.items()):  # else the axis names them

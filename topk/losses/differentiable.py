@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from topk._cpu import ordered_topk, row_chunks
 from topk.arguments import KArgument, check_choice, check_count, check_k, check_number, check_scores
@@ -231,7 +232,11 @@ def _transport_exponents(values: Tensor, options: Options) -> Tensor:
     """M (rows, m, ranks). Impossible classes share the last ranks among themselves and take no other."""
     possible = values > -torch.inf
     best = values.detach().amax(1, keepdim=True).nan_to_num(neginf=0.0)
-    exponents = torch.where(possible, values - best, 0.0)[:, :, None] * _anchors(values, options)
+    below, order = torch.where(possible, best - values, 0.0).sort(1)
+    # Between neighbours further apart no plan has a share that is a number: without this, sums would lose their digits.
+    farthest = 750.0 * max(1, values.shape[1] - 1) / options.inverse_temperature
+    below = pad(below.diff(dim=1).clamp(max=farthest).cumsum(1), (1, 0))
+    exponents = torch.zeros_like(values).scatter(1, order, -below)[:, :, None] * _anchors(values, options)
     reachable = torch.arange(1, values.shape[1] + 1, device=values.device) <= possible.sum(1, keepdim=True)
     return torch.where(possible[:, :, None] == reachable[:, None], exponents, -torch.inf)
 
@@ -277,7 +282,7 @@ def transport_potentials(exponents: Tensor, iterations: int, tolerance: float) -
     """f and g (rows, m) by Sinkhorn's iterations; on the CPU they stop, or warn, by the tolerance.
 
     They start from potentials of the hard plan, in which the r-th largest score has rank r. Such potentials have
-    g_{r+1} - g_r between 2 beta (a_r - a_{r+1}) times v_{r+1} and times v_r: half-way, a cold plan is found at once.
+    g_{r+1} - g_r between 2 beta (a_r - a_{r+1}) times v_{r+1} and times v_r: half-way, most plans are nearly found.
     """
     lead = exponents[:, :, 0].sort(1, descending=True).values  # 2 beta v, as the first anchor is 1
     lead = torch.where(lead == -torch.inf, 0.0, lead)

@@ -177,8 +177,8 @@ def subset_loss(
 
     Args:
         scores: any shape and floating-point type; the loss of half types is computed and returned in float32.
-        khot: zeros and ones of the same shape, any type. On the CPU anything else raises; on other devices, where to
-            look would stall, it makes its row NaN, as more ones than ``largest_k`` do.
+        khot: zeros and ones of the same shape, any type. On the CPU anything else raises. On other devices, and where
+            torch transforms or compiles the call, it makes its row NaN, as more ones than ``largest_k`` do.
         temperature: > 0, a number or a tensor that broadcasts to the scores without ``dim``.
         dim: where the classes are.
         ignore_index: a row with this value anywhere in ``khot`` gives 0 and no gradient, and the mean is without it.
@@ -216,7 +216,8 @@ def subset_loss(
     _, total, pivot = subset_mask(rows, counts.clamp(max=largest_k), scale, largest_k)
     u = standardised(rows, pivot, scale)
     lost = (chosen & (rows == -torch.inf)).any(1)
-    loss = torch.where(lost, torch.inf, total - torch.where(chosen, u, 0.0).sum(1)).masked_fill(wrong, torch.nan)
+    loss = torch.where(lost, torch.inf, total - torch.where(chosen, u, 0.0).sum(1))
+    loss = loss * torch.where(wrong, torch.nan, 1.0)  # and so its gradient
     if reduction == "none":
         return loss.view(scores.movedim(dim, -1).shape[:-1])
     return loss.sum() if reduction == "sum" else loss.sum() / (~ignored).sum()

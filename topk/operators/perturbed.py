@@ -96,7 +96,7 @@ def noised_kth(
     rows = as_rows(scores, dim)
     drawn = rows + epsilon * _draw("gaussian", rows, check_count("samples", samples), generator)
     kth = drawn.topk(k, dim=-1).values[..., -1].mean(0)
-    kth = torch.where(rows.detach().amax(1) < torch.inf, kth, torch.nan)
+    kth = kth * torch.where(rows.detach().amax(1) < torch.inf, 1.0, torch.nan)
     return kth.reshape(scores.movedim(dim, -1).shape[:-1]).to(scores.dtype)
 
 
@@ -135,7 +135,9 @@ def _integrated(rows: Tensor, k: int, scale: Tensor) -> Tensor:
     safe = torch.where((broken | settled)[:, None] & ~possible | broken[:, None], 0.0, rows)
     _, offset, anchor = threshold(safe, k - 0.5, scale, "gaussian")
     centre = (offset / scale).detach()
-    z = ((safe - anchor[:, None]).clamp(min=-1e6) / scale[:, None]).to(wide)
+    there = safe > -torch.inf
+    z = torch.where(there, safe - anchor[:, None], 0.0) / scale[:, None]
+    z = torch.where(there, z, -1e6).clamp(min=-1e6).to(wide)
     centre = centre.to(wide)[:, None]
     chance = ndtr(z.detach() - centre)
     density = (-0.5 * (z.detach() - centre).square()).exp().sum(1) / math.sqrt(2.0 * math.pi)
