@@ -365,6 +365,18 @@ def _difftopk_differentiable(setting: Setting, device: torch.device) -> LossCall
     return lambda x, y: loss(x, y)
 
 
+def _difftopk_network(setting: Setting, device: torch.device) -> LossCall:
+    """The first k ranks of its sorting network, summed."""
+
+    def make() -> Any:
+        import difftopk
+
+        return difftopk.DiffTopkNet("odd_even", setting.classes, setting.k, steepness=1.0, device=str(device))
+
+    network = _quiet(make)
+    return lambda x, y: operators.chosen(network(x)[1].sum(2), y)
+
+
 def _pytopk(setting: Setting, device: torch.device) -> LossCall:
     import pytopk
 
@@ -484,11 +496,7 @@ def _operators(family: str) -> tuple[Contender, ...]:
         case "subset":
             return mine, floor, Contender("topk smooth, the same k", family, operators.smooth_loss)
         case "sort":
-            return (
-                mine,
-                floor,
-                Contender("difftopk", family, operators.difftopk_network, operators.truth, ("difftopk",)),
-            )
+            return mine, floor, Contender("difftopk", family, _difftopk_network, operators.truth, ("difftopk",))
         case _:
             return mine, floor
 

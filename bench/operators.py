@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 from typing import TYPE_CHECKING
 
@@ -21,13 +19,14 @@ OPERATORS = ("subset", *THRESHOLDS, "sort")
 _SINKHORN = 200  # iterations
 
 
-def _chosen(mask: Tensor, target: Tensor) -> Tensor:
+def chosen(mask: Tensor, target: Tensor) -> Tensor:
+    """The mean share of the target."""
     return mask.gather(1, target[:, None]).mean()
 
 
 def ours(setting: Setting, device: torch.device) -> LossCall:
     """One call of the operator named by the setting's family."""
-    return lambda x, y: _chosen(topk.soft_topk(x, setting.k, method=setting.family), y)
+    return lambda x, y: chosen(topk.soft_topk(x, setting.k, method=setting.family), y)
 
 
 def softmax_and_topk(setting: Setting, device: torch.device) -> LossCall:
@@ -35,7 +34,7 @@ def softmax_and_topk(setting: Setting, device: torch.device) -> LossCall:
 
     def call(x: Tensor, y: Tensor) -> Tensor:
         x.detach().topk(setting.k, dim=1)
-        return _chosen(F.softmax(x, dim=1), y)
+        return chosen(F.softmax(x, dim=1), y)
 
     return call
 
@@ -58,16 +57,7 @@ def sinkhorn(setting: Setting, device: torch.device) -> LossCall:
             column = goal - torch.logsumexp(costs - row[:, :, None], 1, keepdim=True)
         return column[..., 0] - column[..., 1]
 
-    return lambda x, y: _chosen(_by_implicit_function(x, level(x), setting), y)
-
-
-def difftopk_network(setting: Setting, device: torch.device) -> LossCall:
-    """The first k ranks of the peer's sorting network, summed."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints when imported
-        import difftopk
-
-    network = difftopk.DiffTopkNet("odd_even", setting.classes, setting.k, steepness=1.0, device=str(device))
-    return lambda x, y: _chosen(network(x)[1].sum(2), y)
+    return lambda x, y: chosen(_by_implicit_function(x, level(x), setting), y)
 
 
 # --- truths ----------------------------------------------------------------------------------------------------------
@@ -75,13 +65,8 @@ def difftopk_network(setting: Setting, device: torch.device) -> LossCall:
 
 def truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
     """By the formulas, in the type of the scores."""
-    match setting.family:
-        case "subset":
-            return _chosen(_subsets(scores, setting.k), target)
-        case "sort":
-            return _chosen(_network(scores, setting.k), target)
-        case _:
-            return _chosen(_threshold(scores, setting), target)
+    own = {"subset": _subsets, "sort": _network}.get(setting.family)
+    return chosen(own(scores, setting.k) if own else _threshold(scores, setting), target)
 
 
 def _network(scores: Tensor, k: int) -> Tensor:

@@ -192,17 +192,17 @@ def subset_loss(
     check_temperature(temperature)
     check_choice("reduction", reduction, REDUCTIONS)
     ignore_index = check_ignore_index(ignore_index)
-    rows, chosen = as_rows(scores, dim), khot.movedim(dim, -1).reshape(-1, scores.shape[dim])
-    ignored = (chosen == ignore_index).any(1)
-    chosen = torch.where(ignored[:, None], 0, chosen)
-    neither, chosen = (chosen != 0) & (chosen != 1), chosen != 0
+    rows, given = as_rows(scores, dim), khot.movedim(dim, -1).reshape(-1, scores.shape[dim])
+    ignored = (given == ignore_index).any(1)
+    chosen = (given != 0) & ~ignored[:, None]
+    neither = chosen & (given != 1)
     wrong, counts = neither.any(1), chosen.sum(1)
     if largest_k is not None:
         check_k(largest_k, scores.shape[dim], whole=True)
         wrong = wrong | (counts > largest_k)
     if _may_look(khot) and bool(wrong.any()):
         if bool(neither.any()):
-            found = khot.movedim(dim, -1).reshape(neither.shape)[neither][0].item()
+            found = given[neither][0].item()
             raise ValueError(
                 f"khot must hold zeros and ones, or ignore_index={ignore_index} in rows to leave out, got {found:g}"
             )
