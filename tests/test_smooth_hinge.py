@@ -1,9 +1,10 @@
-"""The convex relatives of the hinges against maximisation over their sets, libsdca's formulas and special cases."""
+"""The convex relatives of the hinges against maximisation over their sets, libsdca's own values and special cases."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,6 +17,42 @@ from topk.losses.smooth_hinge import VARIANTS, band, definition
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
+
+# What libsdca 0.3.0 itself gives, compiled, in float64: `primal_loss` of l2_hinge_topk, l2_topk_hinge,
+# l2_hinge_topk_smooth, l2_topk_hinge_smooth and l2_entropy_topk, called as its eval_primal_loss does, with c = 1, times
+# their coeff_primal_loss. Its SDCA_ACCURATE_MATH changes none of these digits. The last column, the truncated entropy,
+# is the objective of grad_topk_softmax_nonconvex in mex_gd.cpp at commit 69946e6, without the regulariser.
+# Headers: commit db04566, but l2_hinge_topk.h and log_exp.h of 088a1a1, topk_cone.h and topk_entropy.h of 9eb4ae9.
+LIBSDCA_COLUMNS = ("alpha", "beta", "alpha_smooth", "beta_smooth", "topk_entropy", "entropy")
+LIBSDCA_SCORES = {
+    "six": [2.0, 0.5, -1.0, 0.25, 1.5, -0.75],
+    "level": [1.0, 1.0, 1.0, 0.0, 0.0, 1.0],
+    "equal": [0.5, 0.5, 0.5, 0.5, 0.5, 0.5],
+    "winner": [4.0, 0.5, -1.0, 0.25, 1.5, -0.75],
+    "far": [12.5, -3.0, 8.0, -15.5, 0.5, 6.0],
+    "twelve": [1.25, -0.5, 0.0, 2.5, -2.0, 0.75, 0.75, -1.25, 1.75, -0.25, 0.5, -3.0],
+    "near": [0.125, -0.0625, 0.0, 0.25, -0.1875, 0.0625, 0.1875, -0.125, 0.03125, -0.03125, 0.09375, -0.25],
+}
+# fmt: off
+LIBSDCA = {  # scores, target, k, gamma
+    ("six", 0, 2, 1.0): (0.0, 0.25, 0.0, 0.125, 0.7481205159948, 0.4125195225619),
+    ("six", 0, 3, 1.0): (0.0, 0.1666666666667, 0.0, 0.1111111111111, 0.7040862835878, 0.2526937112077),
+    ("six", 4, 3, 0.1): (0.4166666666667, 0.5, 0.4, 0.4944444444444, 1.095467647311, 0.3879723446525),
+    ("six", 3, 1, 10.0): (2.75, 2.75, 0.709375, 0.709375, 2.500070699566, 2.500070699566),
+    ("six", 2, 5, 1.0): (2.7, 2.7, 2.6, 2.6, 3.345322976964, 0.8259394198788),
+    ("level", 0, 2, 1.0): (1.0, 1.0, 0.8333333333333, 0.8333333333333, 1.555141984618, 1.317950979296),
+    ("level", 3, 5, 0.1): (1.8, 1.8, 1.79, 1.79, 2.495492475244, 0.6931471805599),
+    ("equal", 2, 3, 10.0): (1.0, 1.0, 0.25, 0.25, 1.791759469228, 1.38629436112),
+    ("winner", 0, 2, 1.0): (0.0, 0.0, 0.0, 0.0, 0.1403109552548, 0.06682163610895),
+    ("far", 3, 2, 10.0): (26.75, 26.75, 24.475, 24.475, 26.50686205609, 23.62742975111),
+    ("far", 5, 2, 0.1): (5.25, 5.25, 5.225, 5.225, 4.950536779547, 2.127429751112),
+    ("twelve", 3, 5, 1.0): (0.0, 0.05, 0.0, 0.03, 0.8839657706635, 0.3147003142308),
+    ("twelve", 8, 3, 1.0): (0.75, 0.75, 0.6111111111111, 0.6388888888889, 1.611691095141, 0.9237542662318),
+    ("twelve", 11, 5, 10.0): (5.4, 5.4, 4.525, 4.525, 6.301993640324, 4.890500103526),
+    ("near", 0, 5, 1.0): (1.0, 1.0, 0.910419921875, 0.910419921875, 2.377820257656, 1.898382297873),
+    ("near", 11, 2, 0.1): (1.46875, 1.46875, 1.44375, 1.44375, 2.752820257656, 2.641774287764),
+}
+# fmt: on
 
 
 def ours(scores: Tensor, target: Tensor, k: int, variant: str, **keywords: float) -> tuple[Tensor, Tensor]:
@@ -118,6 +155,48 @@ def test_special_cases() -> None:
     tempered = 2.0 * F.cross_entropy(scores / 2.0, target, reduction="none")
     found = ours(scores, target, 3, "polyhedral_smooth", margin=1e-13, smoothing=2.0)[0]
     torch.testing.assert_close(found, tempered, **EXACT)
+
+
+def libsdca_rows(variant: str) -> Iterator[tuple[Tensor, Tensor, int, float, float]]:
+    """Scores, target, k, gamma, and the value of libsdca."""
+    for (name, y, k, gamma), values in LIBSDCA.items():
+        scores = torch.tensor([LIBSDCA_SCORES[name]], dtype=torch.float64)
+        yield scores, torch.tensor([y]), k, gamma, values[LIBSDCA_COLUMNS.index(variant)]
+
+
+@pytest.mark.parametrize("variant", LIBSDCA_COLUMNS[1:])
+def test_equals_libsdca(variant: str) -> None:
+    """And would not with another convention: each changes some row by more than 0.02."""
+    largest: dict[str, float] = {}
+    for scores, target, k, gamma, expected in libsdca_rows(variant):
+        loss = ours(scores, target, k, variant, smoothing=gamma)[0].item()
+        assert loss == pytest.approx(expected, rel=1e-12, abs=1e-12)
+        wrong = {v: ours(scores, target, k, v, smoothing=gamma) for v in LIBSDCA_COLUMNS if v != variant}
+        wrong["another k"] = ours(scores, target, k - 1 if k > 1 else 2, variant, smoothing=gamma)
+        if not variant.endswith("entropy"):
+            wrong["no margin"] = ours(scores, target, k, variant, smoothing=gamma, margin=0.0)
+        if variant.endswith("smooth"):
+            wrong["gamma / k"] = ours(scores, target, k, variant, smoothing=gamma / k)
+            wrong["2 gamma"] = ours(scores, target, k, variant, smoothing=2 * gamma)
+        for name, (other, _) in wrong.items():
+            largest[name] = max(largest.get(name, 0.0), abs(other.item() - expected))
+    assert min(largest.values()) > 0.02, largest
+
+
+def test_alpha_differs_from_libsdcas_by_the_targets_zero() -> None:
+    """Where the k-th wrong z is negative. Theirs, of wrong classes alone, is the limit of either's smoothed one."""
+    above = 0
+    for scores, target, k, _, expected in libsdca_rows("alpha"):
+        z, y = 1.0 + scores - scores[0, target], target[:, None]
+        loss = ours(scores, target, k, "alpha")[0].item()
+        smoothed = ours(scores, target, k, "alpha_smooth", smoothing=1e-6)[0].item()
+        assert smoothed == pytest.approx(expected, abs=1e-6)
+        with_zero, without = z.scatter(1, y, 0.0).topk(k).values, z.scatter(1, y, -math.inf).topk(k).values
+        assert loss == pytest.approx(with_zero.mean().relu().item(), rel=1e-12)
+        assert expected == pytest.approx(without.mean().relu().item(), rel=1e-12)
+        above += loss > expected + 0.05
+        assert without[0, -1] < 0 or loss == pytest.approx(expected, rel=1e-12)
+    assert above == 2  # in these two rows only the first convention gives ours
 
 
 def test_limits_without_smoothing() -> None:

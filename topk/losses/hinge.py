@@ -265,8 +265,8 @@ def topk_hinge_loss(
     ================  ==================================================
 
     and "topk_entropy", "alpha_smooth", "beta_smooth", "polyhedral", "polyhedral_smooth", all convex: the formulas stand
-    in ``topk.losses.smooth_hinge``. libsdca's "alpha_smooth" leaves z_y out of the k largest; the last two are
-    reconstructions.
+    in ``topk.losses.smooth_hinge``. "alpha_smooth", as libsdca's alphas, leaves z_y out of the k largest; the last two
+    are reconstructions.
 
     At kinks the slope of relu is 0, and of tied classes the lower index counts as the larger.
 

@@ -12,11 +12,12 @@ and, p now over all classes, s = 1 and sigma_k(p) the sum of the k largest p_j,
     polyhedral         margin - x_y + max <p, x> - margin sigma_k(p)     Finocchiaro, Frongillo et al. (2022)
     polyhedral_smooth  the same with - gamma sum p log p inside the maximum
 
-The first three are libsdca's, whose alpha leaves y's own z_y = 0 out of the k largest: where fewer than k wrong classes
-violate the margin it is below what "alpha" becomes with a large k, and for gamma -> 0 it is the relu of the mean of the
-k largest z_j of *wrong* classes. The last two are built by the embedding theorem (the surrogate is the conjugate of
-minus the Bayes risk), since of that paper, and of Yang and Koyejo's (2020) differentiable convex loss, only the
-abstracts could be read: reconstructions.
+The first three are libsdca's and have the values that libsdca 0.3.0 computes. Its alpha, plain or smoothed, leaves y's
+own z_y = 0 out of the k largest, unlike its first versions and unlike "alpha": for gamma -> 0 it is the relu of the
+mean of the k largest z_j of *wrong* classes, which is below "alpha" where fewer than k of them violate the margin and
+"alpha" is not 0. The last two are built by the embedding theorem (the surrogate is the conjugate of minus the Bayes
+risk), since of that paper, and of Yang and Koyejo's (2020) differentiable convex loss, only the abstracts could be
+read: reconstructions.
 
 The p that attains the maximum is the gradient, and in all five it is one function of x_j with a few numbers a row:
 
