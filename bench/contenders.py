@@ -220,6 +220,7 @@ RELATIVES: dict[str, Callable[..., Tensor]] = {
     "ldr": lambda x, y, k, **tail: topk.ldr_loss(x, y, **tail),
     "adaptive_ldr": lambda x, y, k, **tail: topk.ldr_loss(x, y, alpha=2.0, **tail),
     "softmax_at_k": topk.softmax_at_k_loss,
+    "subset_loss": operators.subset_loss,
 }
 """The losses of `suites.relatives`, on torch alone, as functions of scores, target and k."""
 
@@ -230,6 +231,8 @@ def _relative(setting: Setting, device: torch.device) -> LossCall:
 
 def _relative_truth(setting: Setting, scores: Tensor, target: Tensor) -> Tensor:
     """What a tracer is given: the loss's definition."""
+    if setting.family == "subset_loss":
+        return operators.subset_loss_truth(scores, target, setting.k)
     return torch.compile(_relative(setting, scores.device), backend="eager")(scores, target)
 
 

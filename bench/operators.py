@@ -117,11 +117,35 @@ def _by_implicit_function(scores: Tensor, level: Tensor, setting: Setting) -> Te
 
 
 def _subsets(scores: Tensor, k: int) -> Tensor:
-    """The gradient of log e_k, with e_k built up a class at a time."""
+    """The gradient of log e_k."""
     with torch.enable_grad():
         inner = scores if scores.requires_grad else scores.detach().requires_grad_()
-        sums = F.pad(torch.ones_like(inner[:, :1]), (0, k))
-        for weight in inner.exp().unbind(1):
-            sums = sums + weight[:, None] * F.pad(sums[:, :-1], (1, 0))
-        (mask,) = torch.autograd.grad(sums[:, k].log().sum(), inner, create_graph=True)
+        (mask,) = torch.autograd.grad(_log_polynomial(inner, k).sum(), inner, create_graph=True)
     return mask
+
+
+def _log_polynomial(scores: Tensor, k: int) -> Tensor:
+    """log e_k of the exponentials (rows,), built up a class at a time."""
+    sums = F.pad(torch.ones_like(scores[:, :1]), (0, k))
+    for weight in scores.exp().unbind(1):
+        sums = sums + weight[:, None] * F.pad(sums[:, :-1], (1, 0))
+    return sums[:, k].log()
+
+
+# --- a loss for sets -------------------------------------------------------------------------------------------------
+
+
+def subset_loss(scores: Tensor, target: Tensor, k: int) -> Tensor:
+    """The loss of the k classes from the target on."""
+    return topk.subset_loss(scores, _from_target_on(scores, target, k), largest_k=k)
+
+
+def subset_loss_truth(scores: Tensor, target: Tensor, k: int) -> Tensor:
+    """The same by its formula."""
+    return (_log_polynomial(scores, k) - (scores * _from_target_on(scores, target, k)).sum(1)).mean()
+
+
+def _from_target_on(scores: Tensor, target: Tensor, k: int) -> Tensor:
+    """Ones at the k classes (rows, n)."""
+    right = (target[:, None] + torch.arange(k, device=target.device)) % scores.shape[1]
+    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(1, right, True)

@@ -84,7 +84,7 @@ def gpu() -> list[Setting]:
 
 
 def relatives() -> list[Setting]:
-    """A minute: 256 x 1000, k = 5, the hinges' convex relatives and the losses from ranking."""
+    """A minute: 256 x 1000, k = 5, the hinges' convex relatives, the losses from ranking and that of sets."""
     return [Setting(family, 256, 1000, 5) for family in RELATIVES]
 
 

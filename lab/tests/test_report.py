@@ -119,14 +119,6 @@ def test_more_lists_read_together_need_wider_intervals() -> None:
     )
 
 
-def test_ahead_counts_every_comparison() -> None:
-    rows = [frame_of({"cross-entropy": [0.5, 0.6, 0.7], "smooth": [0.5 + x, 0.601 + x, 0.699 + x]}, noise=noise)
-            for noise, x in ((0.0, 0.0), (0.4, 0.05))]  # fmt: skip
-    frame = pd.concat(rows)
-    assert report.ahead(frame, "noise", "smooth") == {0.4: pytest.approx(5.0)}
-    assert report.ahead(frame, "noise", "smooth", comparisons=10**6) == {}
-
-
 # --- names and words ---
 
 
@@ -177,7 +169,6 @@ def test_words() -> None:
     assert [report.metric_name(name) for name in metrics] == [*words, "negative log-likelihood"]
     assert report.listed("abc") == "a, b and c"
     assert (report.listed([]), report.listed([], "nothing")) == ("none", "nothing")
-    assert report.spans([1, 2, 3, 5, 8, 9]) == "1 to 3, 5 and 8 to 9"
     assert report.side(Interval(0.31, 0.1, 0.5, 9)) == "above (+0.31)"
     assert report.side(Interval(-0.31, -0.5, -0.1, 9), below="behind") == "behind (-0.31)"
     assert report.at({0.2: 1.25, 0.4: 2.0}) == "0.2 (+1.2) and 0.4 (+2.0)"
@@ -233,14 +224,6 @@ def test_learning_rates_at_an_edge_are_named() -> None:
     assert "inside" in report.rates_at_an_edge(tried, tried.iloc[[1, 4, 7]])
 
 
-def test_training_beside_test(said: list[str]) -> None:
-    frame = frame_of(THREE, noise=0.0).assign(**{"train.top1": 0.9, "train.top5": 0.95})
-    report.training_and_test(frame, "noise", {0.0: "no noise", 0.4: "noise"}, gap=True)
-    head, _, first, *_ = said[0].splitlines()
-    assert head == "| head | loss | no noise: training top-1, top-5 | no noise: gap in top-1, top-5 |"
-    assert "90.0,\u00a095.0 | 60.0,\u00a035.0" in first
-
-
 # --- the book's own records ---
 
 
@@ -261,12 +244,6 @@ def test_panels_of_records() -> None:
     assert panel.x == sorted(runs["data.noise"].unique())
     smooth = runs[(runs["model.name"] == "mlp") & (runs["loss"] == "smooth") & (runs["data.noise"] == 0.4)]["top5"]
     assert panel.lines["smooth"].mean[2] == pytest.approx(100 * smooth.mean())
-    cifar = report.of_sweep(report.runs("14_cifar100"), "14_cifar100")
-    gaps = report.curve_differences(cifar, ["smooth"], 10)["smooth"]
-    found = report.differences(cifar, "top5")["smooth"]
-    assert gaps[4].mean == pytest.approx(found.mean, abs=1e-3)
-    assert gaps[4].low == pytest.approx(found.low, abs=1e-3)
-    assert len(gaps) == 10
 
 
 def test_pending_runs_bring_their_command(said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

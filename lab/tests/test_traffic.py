@@ -67,10 +67,10 @@ def test_the_transition_kernel_moves_what_its_docstring_says(dtype: torch.dtype)
 
 
 def test_times_over_a_baseline() -> None:
-    works = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}
+    works = {"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.1)}
     found = timing.times_of(works, "short", rounds=5)
     assert found["short"] == 1.0
-    assert 4 < found["long"] < 15
+    assert 4 < found["long"] < 60  # 50, but for a machine that is busy
 
 
 def test_unknown_devices_are_refused() -> None:

@@ -123,13 +123,6 @@ def listed(items: Iterable[str], otherwise: str = "none") -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def spans(numbers: Sequence[int], otherwise: str = "none") -> str:
-    """`1 to 3 and 5`, from 1, 2, 3, 5."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return listed((f"{a} to {b}" if b > a else f"{a}" for a, b in zip(starts, ends, strict=True)), otherwise)
-
-
 def signed(value: float) -> str:
     """Two digits with their sign; what rounds to zero has none."""
     return f"{value:+.2f}" if round(value, 2) else "0.00"
@@ -225,23 +218,6 @@ def means(frame: pd.DataFrame, metric: str, by: Sequence[str] = ("loss",)) -> pd
     return found
 
 
-def training_and_test(frame: pd.DataFrame, setting: str, shown: Mapping[float, str], gap: bool = False) -> None:
-    """A row for every head and loss: training and test accuracy, or (`gap`) their difference, at some settings."""
-    rows = []
-    for head, loss, group in by_head(frame):
-        row: dict[str, Any] = {"head": head, "loss": loss}
-        for value, text in shown.items():
-            part = group[group[setting] == value]
-            if len(part):
-                train, test = ([100 * part[f"{prefix}top{k}"].mean() for k in (1, 5)] for prefix in ("train.", ""))
-                second = [a - b for a, b in zip(train, test, strict=True)] if gap else test
-                row[f"{text}: training top-1, top-5"] = ", ".join(f"{x:.1f}" for x in train)
-                row[f"{text}: {'gap in' if gap else 'test'} top-1, top-5"] = ", ".join(f"{x:.1f}" for x in second)
-        rows.append(row)
-    table(rows)
-    measured(frame)
-
-
 def by_head(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """(head in words, loss, its runs), head after head."""
     for name, words in _heads(frame).items():
@@ -326,28 +302,6 @@ def compared(
     return ". ".join(text[0].upper() + text[1:] if at else text for at, text in enumerate(sentences))
 
 
-def compared_by_head(frame: pd.DataFrame, setting: str, form: str, metric: str = "top5") -> None:
-    """`compared` for every head and setting, one list a pair, read together; `form` writes the setting's value."""
-    parts = list(_parts(frame, setting))
-    for head, value, part in parts:
-        say(f"- {head}, {form.format(value)}: {compared(part, [metric], lists=len(parts))}")
-    number = sum(part["loss"].nunique() - 1 for _, _, part in parts)
-    say("*Surely: the paired interval excludes zero after Bonferroni over the "
-        f"{number} comparisons of this list together.*")  # fmt: skip
-
-
-def ahead(
-    frame: pd.DataFrame, setting: str, loss: str, metric: str = "top5", comparisons: int = 1
-) -> dict[float, float]:
-    """{setting: mean difference in points} where a loss is surely above cross-entropy, after so many comparisons."""
-    found: dict[float, float] = {}
-    for value, part in frame.groupby(setting):
-        if {loss, BASELINE} <= set(part["loss"]):
-            interval = differences(part, metric, confidence=1 - 0.05 / comparisons)[loss]
-            found |= {float(str(value)): interval.mean} if interval.side > 0 else {}
-    return found
-
-
 def at(found: Mapping[float, float], otherwise: str = "none") -> str:
     """`0.2 (+1.3) and 0.4 (+2.0)`, from {setting: difference}."""
     return listed((f"{value:g} ({mean:+.1f})" for value, mean in found.items()), otherwise)
@@ -356,13 +310,6 @@ def at(found: Mapping[float, float], otherwise: str = "none") -> str:
 def leads(found: Mapping[float, float], setting: str) -> str:
     """`+1.3 at noise 0.2 and +2.0 at noise 0.4`, from {setting: difference}."""
     return listed(f"{mean:+.1f} at {setting} {value:g}" for value, mean in found.items())
-
-
-def best_by_head(frame: pd.DataFrame, setting: str, values: Sequence[float], form: str, metric: str = "top5") -> None:
-    """A line for every head and setting: which loss has the largest mean, and what cross-entropy has."""
-    for head, value, part in _parts(frame, setting):
-        if value in values:
-            say(f"- {head}, {form.format(value)}: {best(part, metric)}.")
 
 
 def best(frame: pd.DataFrame, metric: str = "top5", digits: int = 1) -> str:
@@ -383,34 +330,6 @@ def _parts(frame: pd.DataFrame, setting: str) -> Iterator[tuple[str, float, pd.D
 # --- figures ---
 
 
-def forest(frame: pd.DataFrame, metrics: Sequence[str], alt: str, baseline: str = BASELINE) -> None:
-    """One panel a metric, one line a loss: the difference to the baseline with its 95 % interval over paired seeds."""
-    if frame.empty:
-        say(PENDING)
-        return
-    found = {metric_name(metric): differences(frame, metric, baseline) for metric in metrics}
-    first = next(iter(found.values()))
-    order = sorted(first, key=lambda loss: -first[loss].mean)
-    figures.dots({title: {loss: by[loss] for loss in order} for title, by in found.items()}, alt)
-    measured(frame)
-
-
-def against(frame: pd.DataFrame, setting: str, metric: str, alt: str, *, x_label: str = "", **options: Any) -> None:
-    """A metric against a numeric setting, one panel a head and one line a loss, with its 95 % interval over seeds.
-
-    `options` are those of `Panel`.
-    """
-    if frame.empty:
-        say(PENDING)
-        return
-    panels = [
-        along(frame[frame["model.name"] == name], setting, metric, title=words, x_label=x_label or setting, **options)
-        for name, words in _heads(frame).items()
-    ]
-    figures.lines(*panels, alt=alt, size=(8.0, 3.9), share_y=True)
-    measured(frame)
-
-
 def along(frame: pd.DataFrame, setting: str, metric: str, **options: Any) -> Panel:
     """The panel of `against` for one head; a loss without runs at a place has a gap there."""
     places = sorted(frame[setting].astype(float).unique())
@@ -429,17 +348,6 @@ def curves(frame: pd.DataFrame, longest: int = 100) -> dict[str, np.ndarray[Any,
         str(loss): np.array([list(curve)[:longest] for curve in group.sort_values("seed")["curve"]])
         for loss, group in frame.groupby("loss", sort=False)
     }
-
-
-def curve_differences(frame: pd.DataFrame, losses: Sequence[str], longest: int = 50) -> dict[str, list[Interval]]:
-    """{loss: for k = 1, 2, ... the interval of its accuracy minus that of cross-entropy over paired seeds, points}."""
-    seeds = {str(loss): sorted(group["seed"]) for loss, group in frame.groupby("loss")}
-    by_loss, found = curves(frame, longest), {}
-    for loss in (loss for loss in losses if loss in by_loss):
-        common = [seed for seed in seeds[loss] if seed in seeds[BASELINE]]
-        own, base = (by_loss[name][[seeds[name].index(seed) for seed in common]] for name in (loss, BASELINE))
-        found[loss] = [t_interval(column) for column in (100 * (own - base)).T]
-    return found
 
 
 # --- tuning ---
