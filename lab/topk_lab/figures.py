@@ -282,7 +282,7 @@ def _label_outside(axes: Sequence[Axes], columns: int) -> None:
 
 def _legend_columns(names: Sequence[str], width: float = 7.0) -> int:
     """As many as fit below a figure of this width in inches, by the number of letters."""
-    widest = 118 * min(1.0, width / 7.0)
+    widest = 118 if width >= 7.0 else 15 * width
     for count in range(len(names), 1, -1):
         rows = -(-len(names) // count)
         if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
