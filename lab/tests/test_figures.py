@@ -161,6 +161,7 @@ def test_one_legend_where_all_panels_say_the_same() -> None:
     assert apart.axes[1].get_legend() is not None
     assert figures._legend_columns(["short"] * 6) == 6
     assert figures._legend_columns(["a name of thirty-seven characters in all"] * 6) == 2
+    assert figures._legend_columns(["copy", "cross-entropy", "difftopk smooth", "smooth"], width=4.9) == 2
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4])

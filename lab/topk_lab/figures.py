@@ -282,10 +282,10 @@ def _label_outside(axes: Sequence[Axes], columns: int) -> None:
 
 def _legend_columns(names: Sequence[str], width: float = 7.0) -> int:
     """As many as fit below a figure of this width in inches, by the number of letters."""
-    widest = 118 if width >= 7.0 else 15 * width
+    widest, line = (118.0, 8) if width >= 7.0 else (16.3 * width, 11)
     for count in range(len(names), 1, -1):
         rows = -(-len(names) // count)
-        if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
+        if sum(line + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
             return -(-len(names) // rows)
     return 1
 
