@@ -103,12 +103,12 @@ def tree(levels: Sequence[Sequence[str]], alt: str, title: str = "", size: figur
 _LEAST = 0.1  # passes that are drawn
 
 
-def round_trips(programs: Mapping[str, Sequence[tuple[str, float, float]]], alt: str) -> None:
+def round_trips(programs: Mapping[str, Sequence[tuple[str, float, float]]], alt: str, width: float = 7.8) -> None:
     """One panel a program: its operations (name, passes read, passes written) above the memory that they go to.
 
     An arrow is as wide as what it moves, and the number beside it says how many passes; less than a tenth is left out.
     """
-    figure, axes = plt.subplots(len(programs), 1, figsize=(7.8, 1.75 * len(programs)), squeeze=False)
+    figure, axes = plt.subplots(len(programs), 1, figsize=(width, 1.75 * len(programs)), squeeze=False)
     most = max(map(len, programs.values()))
     for axis, (title, operations) in zip(axes[:, 0], programs.items(), strict=True):
         axis.fill_between([-0.5, most - 0.5], 0, 0.3, color="#D9D9D9", linewidth=0)

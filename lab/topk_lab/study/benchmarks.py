@@ -20,6 +20,7 @@ CHAPTER, EXPECTED = "13_benchmarks", "13_benchmarks_expected"
 PROBLEM = ["family", "batch", "classes", "k", "spread", "epsilon", "samples", "method", "m", "dtype", "features"]
 FAMILIES = ("smooth", "transition", "hinge", "noised", "differentiable")
 CROSS_ENTROPY, PLAIN_COPY = "cross_entropy", "plain copy"
+_STACKED = (4.9, 6.2)  # two panels, one below the other: a phone shows a figure of this width whole
 _SCORES = r"scores in the batch: rows $\times$ classes"
 _AXIS = {"classes": "number of classes $n$", "k": "guesses $k$", "batch": "rows"}
 
@@ -220,7 +221,7 @@ def time_and_memory(frame: pd.DataFrame, family: str, along: str, clock: str = "
     panels = [Panel(wide.index, times, "time, ms", **common),
               Panel(wide.index, memory, "peak memory, in copies of the scores", **common)]  # fmt: skip
     alt = f"Time and peak memory of the {family} loss and its rivals against the {_words(along)}; {what}."
-    figures.lines(*panels, alt=alt, size=(7.0, 3.6), data=data)
+    figures.lines(*panels, alt=alt, size=_STACKED, columns=1, data=data)
     say(f"The {family} loss, {what}. {source_of(rows)}")
 
 
@@ -261,7 +262,8 @@ def ratio_to_cross_entropy(frame: pd.DataFrame, along: str, clock: str = "", fix
               Panel(own.index, ratios, "time over that of cross-entropy", **common)]  # fmt: skip
     alt = f"Time, and time over that of cross-entropy, against the {_words(along)}, for {', '.join(names.values())}."
     data = {_words(along): list(own.index)} | {f"{name}, ms": list(line) for name, line in times.items()}
-    figures.lines(*panels, alt=alt, size=(7.0, 3.6), data=data | {name: list(over[f]) for f, name in names.items()})
+    figures.lines(*panels, alt=alt, size=_STACKED, columns=1,
+                  data=data | {name: list(over[f]) for f, name in names.items()})  # fmt: skip
     say(source_of(rows))
 
 
@@ -284,7 +286,7 @@ def bandwidth(frame: pd.DataFrame, alt: str, clock: str = "") -> None:
         return
     found = rows.groupby("contender")[f"{clock}gbps"].median().dropna().sort_values(ascending=False)
     rates = {in_prose(str(contender)): float(rate) for contender, rate in found.items()}
-    figures.bars({"GB/s": rates}, alt, x_label="effective bandwidth, GB/s")
+    figures.bars({"GB/s": rates}, alt, x_label="effective bandwidth, GB/s", width=4.9)
     say(source_of(rows))
 
 
@@ -294,7 +296,7 @@ def _marks(rows: pd.DataFrame, ratio: str, names: list[str], label: str, alt: st
     found = {_named(family): rows[ratio].where(rows["family"] == family) for family in families}
     panel = Panel(rows["batch"] * rows["classes"], found, "", _SCORES, label, scale="log", points=True,
                   levels={"equally fast": 1.0})  # fmt: skip
-    figures.lines(panel, alt=alt, size=(6.6, 3.5), data={"": names} | {name: list(one) for name, one in found.items()})
+    figures.lines(panel, alt=alt, size=(4.9, 3.6), data={"": names} | {name: list(one) for name, one in found.items()})
 
 
 def slower_than_cross_entropy(frame: pd.DataFrame, alt: str) -> None:
