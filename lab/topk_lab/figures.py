@@ -254,7 +254,8 @@ def _drawn(panels: Sequence[Panel], size: Size | None, columns: int = 3, share_y
     ]
     if len(panels) > 1 and all(each == names[0] for each in names) and len(names[0]) > 1:
         handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0]))
+        widest = int(118 * min(1, figure.get_figwidth() / 7))
+        figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0], widest))
     else:
         for axis in (axis for axis, each in zip(axes, names, strict=True) if len(each) > 1):
             axis.legend()
@@ -580,14 +581,15 @@ def bars(
     title: str = "",
     line: float | None = None,
     scale: str = "linear",
+    width: float = 6.8,
 ) -> None:
     """Horizontal bars, a name a row and a series a shade from dark to pale, stacked; `line` across them.
 
     Where a series is a loss, or rows of the only series are, bars have the loss's colour. On a logarithmic axis with a
-    `line`, bars start there and are not stacked.
+    `line`, bars start there and are not stacked. `width` is the figure's, in inches.
     """
     names = list(dict.fromkeys(name for values in series.values() for name in values))
-    figure, axis = plt.subplots(figsize=(6.8, 1.0 + 0.3 * len(names)))
+    figure, axis = plt.subplots(figsize=(width, 1.0 + 0.3 * len(names)))
     start = line if line is not None and scale == "log" else 0.0
     left = np.full(len(names), start)
     for place, (label, values) in enumerate(series.items()):
@@ -803,14 +805,22 @@ def along_the_target(
 
 
 def over_two_wrong_scores(
-    losses: Mapping[str, RowLoss], alt: str, reach: float = 4.0, cap: float = math.inf, bar: str = ""
+    losses: Mapping[str, RowLoss],
+    alt: str,
+    reach: float = 4.0,
+    cap: float = math.inf,
+    bar: str = "",
+    columns: int = 0,
+    size: Size | None = None,
 ) -> None:
     """Three classes, x_y = 0: one panel a loss, with the loss as colour and arrows where training moves the scores.
 
-    With a name for the `bar` all panels have one scale of colours, up to `cap`, and of arrows, and one bar.
+    With a name for the `bar` all panels have one scale of colours, up to `cap`, and of arrows, and one bar. `columns`
+    is the most panels beside each other, if not all of them.
     """
     target = torch.zeros(1, dtype=torch.long)
-    figure, axes = _grid(len(losses), len(losses), (7.0, 2.6) if bar else (7.8, 3.0), sharey=True)
+    across = columns or len(losses)
+    figure, axes = _grid(len(losses), across, size or ((7.0, 2.6) if bar else (7.8, 3.0)), sharey=True)
     fine, coarse = (torch.linspace(-reach, reach, size, dtype=torch.float64) for size in (61, 9))
     parts = {
         name: [value_and_gradient(loss, _plane(x), target.expand(len(x) ** 2))[i] for i, x in enumerate((fine, coarse))]
@@ -833,7 +843,8 @@ def over_two_wrong_scores(
         data[f"{_plain(name)}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
     if bar:
         figure.colorbar(picture, ax=axes, shrink=0.9, label=bar)
-    axes[0].set_ylabel("$x_2 - x_y$")
+    for axis in axes[::across]:
+        axis.set_ylabel("$x_2 - x_y$")
     show(figure, alt, data, palette=True)
 
 
