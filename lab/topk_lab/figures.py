@@ -606,7 +606,8 @@ def bars(
         everything += [] if line is None else [line]
         axis.set_xlim(min(everything) / 1.5, max(everything) * 1.2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+        named = "25" if width > 6 or max(everything) < 100 * min(everything) else ""  # else they would touch
+        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in named else "")
     else:
         axis.xaxis.set_major_locator(_round(all(float(x).is_integer() for x in everything)))
         low, high = axis.dataLim.intervalx
