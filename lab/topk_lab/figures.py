@@ -620,7 +620,8 @@ def bars(
         everything += [] if line is None else [line]
         axis.set_xlim(min(everything) / 1.5, max(everything) * 1.2)
         axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
+        named = "25" if width > 6 or max(everything) < 100 * min(everything) else ""  # else they would touch
+        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in named else "")
     else:
         axis.xaxis.set_major_locator(_round(all(float(x).is_integer() for x in everything)))
         low, high = axis.dataLim.intervalx
@@ -819,14 +820,22 @@ def along_the_target(
 
 
 def over_two_wrong_scores(
-    losses: Mapping[str, RowLoss], alt: str, reach: float = 4.0, cap: float = math.inf, bar: str = ""
+    losses: Mapping[str, RowLoss],
+    alt: str,
+    reach: float = 4.0,
+    cap: float = math.inf,
+    bar: str = "",
+    columns: int = 0,
+    size: Size | None = None,
 ) -> None:
     """Three classes, x_y = 0: one panel a loss, with the loss as colour and arrows where training moves the scores.
 
-    With a name for the `bar` all panels have one scale of colours, up to `cap`, and of arrows, and one bar.
+    With a name for the `bar` all panels have one scale of colours, up to `cap`, and of arrows, and one bar. `columns`
+    is the most panels beside each other, if not all of them.
     """
     target = torch.zeros(1, dtype=torch.long)
-    figure, axes = _grid(len(losses), len(losses), (7.0, 2.6) if bar else (7.8, 3.0), sharey=True)
+    across = columns or len(losses)
+    figure, axes = _grid(len(losses), across, size or ((7.0, 2.6) if bar else (7.8, 3.0)), sharey=True)
     fine, coarse = (torch.linspace(-reach, reach, size, dtype=torch.float64) for size in (61, 9))
     parts = {
         name: [value_and_gradient(loss, _plane(x), target.expand(len(x) ** 2))[i] for i, x in enumerate((fine, coarse))]
@@ -849,7 +858,8 @@ def over_two_wrong_scores(
         data[f"{_plain(name)}, x1 = x2"] = value.reshape(len(fine), -1).diagonal()[::6].tolist()
     if bar:
         figure.colorbar(picture, ax=axes, shrink=0.9, label=bar)
-    axes[0].set_ylabel("$x_2 - x_y$")
+    for axis in axes[::across]:
+        axis.set_ylabel("$x_2 - x_y$")
     show(figure, alt, data, palette=True)
 
 
