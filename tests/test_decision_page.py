@@ -290,6 +290,16 @@ def test_the_decision_page_on_the_term_over_all_classes() -> None:
     assert reached["pixels_long"].max().round() == 80
 
 
+def test_the_decision_page_on_wrong_labels_from_pixels() -> None:
+    whole = fair.named(runs("15_label_noise", "15_label_noise.pixels"))
+    gain = {metric: fair.compared(whole, metric) for metric in ("top5", "top1")}
+    assert -1.1 < gain["top5"]["smooth"].mean < -0.9
+    assert -7.5 < gain["top1"]["smooth"].mean < -6.5
+    others = [found for loss, found in gain["top5"].items() if loss != "smooth"]
+    assert len(others) == 3
+    assert all(-3.5 < found.mean < -2 and found.high < 0 for found in others)
+
+
 def test_the_decision_page_on_more_losses_from_pixels() -> None:
     others, longer = (fair.named(runs("14_cifar100", f"14_cifar100.pixels_{name}")) for name in ("others", "long"))
     beside = pd.concat([longer[longer["loss"] == "cross-entropy"], others])
