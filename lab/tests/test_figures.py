@@ -161,6 +161,21 @@ def test_one_legend_where_all_panels_say_the_same() -> None:
     assert apart.axes[1].get_legend() is not None
     assert figures._legend_columns(["short"] * 6) == 6
     assert figures._legend_columns(["a name of thirty-seven characters in all"] * 6) == 2
+    assert figures._legend_columns(["copy", "cross-entropy", "difftopk smooth", "smooth"], width=4.9) == 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_every_column_of_panels_has_an_axis_below(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    drawn: list[Any] = []
+    monkeypatch.setattr(figures, "show", lambda figure, *_: drawn.append(figure))
+    panels = {f"top-{k}": {"smooth": INTERVAL, "noised": INTERVAL} for k in range(count)}
+    figures.dots(panels, "words", "points", share_x=True, columns=2)
+    drawn[0].draw_without_rendering()
+    axes = drawn[0].axes[:count]
+    named = [
+        axis.get_xlabel() == "points" and any(t.label1.get_visible() for t in axis.xaxis.majorTicks) for axis in axes
+    ]
+    assert named == [place + 2 >= count for place in range(count)]
 
 
 def test_sliders_know_every_frame(shown: Shown) -> None:
@@ -179,6 +194,23 @@ def test_sliders_know_every_frame(shown: Shown) -> None:
     assert (frame["panels"][0]["lines"], frame["panels"][0]["x_label"]) == (["a"], "score x_y")
     assert "a &quot;quoted&quot; word" in page
     assert "data:image/png;base64," in page
+
+
+def test_sliders_may_have_logarithmic_axes(shown: Shown) -> None:
+    def draw(price: float) -> list[Panel]:
+        panel = Panel([1, 1000], {"a": [price, 1e6]}, "time", "rows", "ms", "log", y_range=(1, 1e7))
+        return [panel, Panel([0, 1], {"a": [1, 2]}, y_range=(0, 2))]
+
+    figures.knobs({"price": (1.0, 2.0)}, draw, start={"price": 1.0}, alt="words")
+    frame = json.loads(re.search(r'<script type="application/json">(.*?)</script>', shown[0][0]["text/html"])[1])  # type: ignore[index]
+    assert [panel["log"] for panel in frame["panels"]] == [[True, True], [False, False]]
+    assert frame["frames"]["1"][0] == [[2.0, 1e6]]  # the numbers themselves
+
+    def stems(price: float) -> list[Panel]:
+        return [Panel([1, 10], {"a": [price, price]}, scale="log y", y_range=(1, 10), points=True)]
+
+    with pytest.raises(ValueError, match="stems"):
+        figures.knobs({"price": (1.0, 2.0)}, stems, start={"price": 1.0}, alt="words")
 
 
 def test_the_still_of_sliders_compares() -> None:

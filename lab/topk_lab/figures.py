@@ -73,6 +73,7 @@ SLATE, PALE = "#3E5368", "#BFCCD8"  # for what is no loss; told apart in grey, t
 SHADES = LinearSegmentedColormap.from_list("shades", (SLATE, PALE))
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # fields of one sign and of two; both read in grey
 _PIXELS_PER_INCH, _DOTS_PER_INCH, _TABLE_ROWS = 100, 144, 12
+_DOTS_OF_FIELDS = 240  # fine arrows and letters on colours; a palette keeps them light
 
 
 def use_style() -> None:
@@ -127,7 +128,7 @@ def _for_scripts(looks: Mapping[str, Look]) -> dict[str, list[str]]:
 def png(figure: Figure, palette: bool = False) -> bytes:
     """The figure as it is shown, closed afterwards; with a palette of 256 colours it is a third of the size."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
+    figure.savefig(buffer, format="png", dpi=_DOTS_OF_FIELDS if palette else _DOTS_PER_INCH)
     plt.close(figure)
     if not palette:
         return buffer.getvalue()
@@ -254,7 +255,7 @@ def _drawn(panels: Sequence[Panel], size: Size | None, columns: int = 3, share_y
     ]
     if len(panels) > 1 and all(each == names[0] for each in names) and len(names[0]) > 1:
         handles = axes[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0]))
+        figure.legend(*handles, loc="outside lower center", ncol=_legend_columns(names[0], figure.get_figwidth()))
     else:
         for axis in (axis for axis, each in zip(axes, names, strict=True) if len(each) > 1):
             axis.legend()
@@ -270,11 +271,22 @@ def _grid(count: int, columns: int, size: Size, **shared: Any) -> tuple[Figure, 
     return figure, list(axes.flat[:count])
 
 
-def _legend_columns(names: Sequence[str], widest: int = 118) -> int:
-    """As many as fit below a figure of usual size, by the number of letters."""
+def _label_outside(axes: Sequence[Axes], columns: int) -> None:
+    """Names and numbers of axes on the outside alone: at the left, and at the bottom of every column of panels."""
+    for place, axis in enumerate(axes):
+        x_label = axis.get_xlabel()
+        axis.label_outer()
+        if place + columns >= len(axes):  # the last of its column, even where the row goes on below others
+            axis.set_xlabel(x_label)
+            axis.tick_params("x", labelbottom=True)
+
+
+def _legend_columns(names: Sequence[str], width: float = 7.0) -> int:
+    """As many as fit below a figure of this width in inches, by the number of letters."""
+    widest, line = (118.0, 8) if width >= 7.0 else (16.3 * width, 11)
     for count in range(len(names), 1, -1):
         rows = -(-len(names) // count)
-        if sum(8 + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
+        if sum(line + max(map(len, names[at : at + rows])) for at in range(0, len(names), rows)) <= widest:
             return -(-len(names) // rows)
     return 1
 
@@ -409,12 +421,15 @@ def knobs(
     if len(named) > len(COLOURS):
         raise ValueError(f"panels must name at most {len(COLOURS)} lines between them, got {', '.join(named)}")
     looks = looks_of(named, {name: style for panel in panels for name, style in panel.looks.items()})
+    if any(panel.points and panel.scale in ("log", "log y") for panel in panels):
+        raise ValueError("stems start at zero, so they need an axis that is not logarithmic")
     words = ("title", "x_label", "y_label")  # the script sets no formulas
     frame = {
         "knobs": sliders,
         "panels": [
             {name: _plain(getattr(panel, name)) for name in words}
             | {"y_range": panel.y_range, "points": panel.points, "x": _short(panel.x)}
+            | {"log": [panel.scale in ("log", side) for side in ("log x", "log y")]}
             | {"lines": [_plain(name) for name in panel.lines]}
             for panel in panels
         ],
@@ -555,8 +570,9 @@ def dots(
     panels beside each other, if not all of them.
     """
     names = list(next(iter(panels.values())))
-    size = size or (8.0, 0.9 + 0.24 * len(names))
-    figure, axes = _grid(len(panels), columns or len(panels), size, sharex=share_x, sharey=True)
+    columns = columns or len(panels)
+    size = size or (8.0, -(-len(panels) // columns) * (0.9 + 0.24 * len(names)))
+    figure, axes = _grid(len(panels), columns, size, sharex=share_x, sharey=True)
     data: dict[str, list[Any]] = {"": names}
     for axis, (title, found) in zip(axes, panels.items(), strict=True):
         axis.axvline(0, color="black", linewidth=1, linestyle="solid")
@@ -566,9 +582,9 @@ def dots(
             axis.plot(interval.mean, place, marker="o", markersize=4, color=colour)
         axis.set(title=title, yticks=range(len(names)), yticklabels=names[::-1], xlabel=x_label)
         axis.set_ylim(-0.6, len(names) - 0.4)
-        if columns and share_x:
-            axis.label_outer()
         data[title] = [f"{i.mean:+.2f} [{i.low:+.2f}, {i.high:+.2f}]" for i in (found[name] for name in names)]
+    if share_x:
+        _label_outside(axes, columns)
     show(figure, alt, data)
 
 
@@ -580,14 +596,15 @@ def bars(
     title: str = "",
     line: float | None = None,
     scale: str = "linear",
+    width: float = 6.8,
 ) -> None:
     """Horizontal bars, a name a row and a series a shade from dark to pale, stacked; `line` across them.
 
     Where a series is a loss, or rows of the only series are, bars have the loss's colour. On a logarithmic axis with a
-    `line`, bars start there and are not stacked.
+    `line`, bars start there and are not stacked. `width` is that of the figure in inches.
     """
     names = list(dict.fromkeys(name for values in series.values() for name in values))
-    figure, axis = plt.subplots(figsize=(6.8, 1.0 + 0.3 * len(names)))
+    figure, axis = plt.subplots(figsize=(width, 1.0 + 0.3 * len(names)))
     start = line if line is not None and scale == "log" else 0.0
     left = np.full(len(names), start)
     for place, (label, values) in enumerate(series.items()):
@@ -613,7 +630,7 @@ def bars(
     axis.margins(y=0.01)
     axis.invert_yaxis()
     if len(series) > 1 and any([*values] != [label] for label, values in series.items()):  # else the axis names them
-        figure.legend(loc="outside lower center", ncol=_legend_columns([*series]))
+        figure.legend(loc="outside lower center", ncol=_legend_columns([*series], width))
     show(figure, alt, {"": names, **{label: [values.get(n) for n in names] for label, values in series.items()}})
 
 
@@ -670,7 +687,6 @@ def heat(
         axis.set_xticks(range(len(columns)), columns, fontsize=letters)
         axis.set_yticks(range(len(rows)), rows, fontsize=letters)
         axis.set_xlabel(x_label)
-        axis.label_outer()
         axis.grid(False)
         if kinds:  # white lines between the squares
             axis.set_xticks(np.arange(len(columns) + 1) - 0.5, minor=True)
@@ -678,6 +694,7 @@ def heat(
             axis.grid(which="minor", color="white", linewidth=1.2, alpha=1, linestyle="solid")
             axis.tick_params(which="both", length=0)
         numbers |= {f"{title}, {name}": cells[:, place].tolist() for place, name in enumerate(columns)}
+    _label_outside(axes, across)
     if kinds:
         keys = [Patch(facecolor=colour, label=name) for name, colour in kinds.items()]
         figure.legend(handles=keys, loc="outside lower center", ncol=len(keys))
@@ -728,7 +745,7 @@ def scatter(
                           bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4})  # fmt: skip
         axis.set_title(title, fontsize=9.5 if width > 2 else None)
         axis.set(xlabel=x_label, ylabel=y_label)
-        axis.label_outer()
+    _label_outside(axes, across)
     if guides == "diagonal":
         low, high = (choose(*axes[0].get_xlim(), *axes[0].get_ylim()) for choose in (min, max))
         for axis in axes:

@@ -1,6 +1,6 @@
 // Panels of lines that follow sliders. Every frame is already worked out; this only draws.
 let clips = document.querySelectorAll(".topk-knobs clipPath").length; // every figure on the page brings this script
-const H = 250, L = 46, R = 10, T = 26, B = 40;
+const H = 250, T = 26, B = 40;
 
 function ticks(low, high, count) {
   const rough = (high - low) / count, power = Math.pow(10, Math.floor(Math.log10(rough)));
@@ -8,6 +8,19 @@ function ticks(low, high, count) {
   const found = [];
   for (let t = Math.ceil(low / step) * step; t <= high + 1e-9 * step; t += step) found.push(Math.abs(t) < 1e-9 * step ? 0 : t);
   return found;
+}
+
+// Powers of ten, every one or every second, ...: at most `count`.
+function powers(low, high, count) {
+  const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
+  const step = Math.ceil((last - first + 1) / count), found = [];
+  for (let power = Math.ceil(first / step) * step; power <= last; power += step) found.push(Math.pow(10, power));
+  return found;
+}
+
+function number(t) {
+  const text = String(+t.toPrecision(3));
+  return Math.abs(t) < 9e3 ? text : text.replace(/\B(?=(\d{3})+$)/g, ",");
 }
 
 // Writes a label; what stands after "_" stands lower, x_y as in formulas.
@@ -23,18 +36,22 @@ function words(attributes, parent, label) {
 function makePanel(spec, parent, looks, W) {
   const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": spec.title }, parent);
   const x0 = Math.min(...spec.x), x1 = Math.max(...spec.x), [y0, y1] = spec.y_range;
-  const px = (x) => L + ((x - x0) / (x1 - x0)) * (W - L - R);
-  const py = (y) => H - B - ((y - y0) / (y1 - y0)) * (H - T - B);
+  const [log_x, log_y] = spec.log, along = (log, low, high) => log
+    ? (place) => Math.log10(place / low) / Math.log10(high / low) : (place) => (place - low) / (high - low);
+  const up = log_y ? powers(y0, y1, 6) : ticks(y0, y1, 5), across = log_x ? powers(x0, x1, 4) : ticks(x0, x1, 6);
+  const L = log_y ? Math.max(46, 24 + 6.2 * Math.max(...up.map((t) => number(t).length))) : 46, R = log_x ? 28 : 10;
+  const to_x = along(log_x, x0, x1), to_y = along(log_y, y0, y1);
+  const px = (x) => L + to_x(x) * (W - L - R), py = (y) => H - B - to_y(y) * (H - T - B);
   const clip = "topk-clip-" + (clips += 1);
   svg("rect", { x: L - 5, y: T - 4, width: W - L - R + 10, height: H - T - B + 8 }, svg("clipPath", { id: clip }, root));
   svg("text", { x: L, y: 16, "font-weight": 600, "font-size": 12.5 }, root, spec.title);
-  for (const t of ticks(y0, y1, 5)) {
+  for (const t of up) {
     svg("line", { x1: L, x2: W - R, y1: py(t), y2: py(t), class: "grid" }, root);
-    svg("text", { x: L - 6, y: py(t) + 4, "text-anchor": "end", "font-size": 11 }, root, +t.toPrecision(3));
+    svg("text", { x: L - 6, y: py(t) + 4, "text-anchor": "end", "font-size": 11 }, root, number(t));
   }
-  for (const t of ticks(x0, x1, 6)) {
+  for (const t of across) {
     svg("line", { x1: px(t), x2: px(t), y1: T, y2: H - B, class: "grid" }, root);
-    svg("text", { x: px(t), y: H - B + 16, "text-anchor": "middle", "font-size": 11 }, root, +t.toPrecision(3));
+    svg("text", { x: px(t), y: H - B + 16, "text-anchor": "middle", "font-size": 11 }, root, number(t));
   }
   words({ x: (L + W - R) / 2, y: H - 6, "text-anchor": "middle", "font-size": 12 }, root, spec.x_label);
   words({ x: 12, y: (T + H - B) / 2, "text-anchor": "middle", "font-size": 12,
