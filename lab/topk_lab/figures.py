@@ -73,7 +73,6 @@ SLATE, PALE = "#3E5368", "#BFCCD8"  # for what is no loss; told apart in grey, t
 SHADES = LinearSegmentedColormap.from_list("shades", (SLATE, PALE))
 SEQUENTIAL, DIVERGING = "cividis", "PuOr"  # fields of one sign and of two; both read in grey
 _PIXELS_PER_INCH, _DOTS_PER_INCH, _TABLE_ROWS = 100, 144, 12
-_DOTS_OF_FIELDS = 240  # fine arrows and letters on colours; a palette keeps them light
 
 
 def use_style() -> None:
@@ -128,7 +127,7 @@ def _for_scripts(looks: Mapping[str, Look]) -> dict[str, list[str]]:
 def png(figure: Figure, palette: bool = False) -> bytes:
     """The figure as it is shown, closed afterwards; with a palette of 256 colours it is a third of the size."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_OF_FIELDS if palette else _DOTS_PER_INCH)
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
     plt.close(figure)
     if not palette:
         return buffer.getvalue()
