@@ -70,7 +70,7 @@ def _of_its_own_colours(
 
 
 _FEW = 8192  # different colours of a drawing
-_HEAVY = 40_000  # bytes of a field of colour, from which on it is shrunk
+_HEAVY = 75_000  # bytes of a field of colour, from which on it is shrunk
 _SHRUNK = "one pixel for each that is shown"
 
 

@@ -353,7 +353,7 @@ def layers_along_classes(frame: pd.DataFrame, family: str) -> None:
     what = f"{rows['batch'].iloc[0]} rows of {rows['features'].iloc[0]} features"
     panels = [Panel(wide.index, times, "time, s", **common), Panel(wide.index, memory, "peak memory, GB", **common)]
     alt = f"Time and peak memory of a last layer with {_spoken(family)} against the number of classes; {what}."
-    figures.lines(*panels, alt=alt, size=(7.8, 3.9))
+    figures.lines(*panels, alt=alt, size=(4.9, 3.6))
     say(f"A last layer with {_spoken(family)}, {what}. {source_of(rows)}")
 
 

@@ -37,14 +37,14 @@ def field(loss: RowLoss, scores: Tensor, q: Tensor) -> Tensor:
     return torch.einsum("y,ryi->ri", q, gradient.reshape(rows, classes, classes))
 
 
-def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: int = 4, reach: float = 3.0) -> None:
+def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: int = 3, reach: float = 3.0) -> None:
     """Shows one panel a loss: the expected loss as colour, arrows where training moves, where the least values lie.
 
     Hatched: where the first k lose accuracy against the k likeliest classes. Ringed dots: points of the grid at its
     least value, up to a ten-thousandth of the picture's range. The table has each loss's least value on the grid and
-    where it is. Panels of two columns are larger, and together as wide as a phone shows.
+    where it is. Two or three columns are together as wide as a phone shows, so their panels differ in size.
     """
-    height, side = -(-len(losses) // columns), 2.3 if columns == 2 else 1.8
+    height, side = -(-len(losses) // columns), {2: 2.3, 3: 1.63}.get(columns, 1.8)
     figure, axes = plt.subplots(height, columns, figsize=(side * columns, (side + 0.15) * height), squeeze=False)
     axis, scores = grid(reach, 97)
     coarse, few = grid(0.92 * reach, 9)
