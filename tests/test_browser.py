@@ -291,7 +291,7 @@ def test_thin_lines_keep_the_colours_of_their_losses() -> None:
     assert {to_hex(colour) for colour in colours} <= kept
 
 
-def test_a_shrunk_field_keeps_its_tints_and_the_colour_of_a_small_mark() -> None:
+def test_a_field_keeps_its_tints_and_the_colour_of_a_small_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     from book.pipeline import pictures
 
     shades = np.linspace((0, 32, 76), (255, 234, 70), 288).astype(np.uint8)
@@ -301,9 +301,13 @@ def test_a_shrunk_field_keeps_its_tints_and_the_colour_of_a_small_mark() -> None
     field[:72, :144], field[:72, 144:], field[140:152, 140:152] = *tints, mark
     buffer = io.BytesIO()
     Image.fromarray(field).save(buffer, format="png")
-    with Image.open(io.BytesIO(pictures.smaller(buffer.getvalue(), shrunk=True))) as image:
-        assert image.size == (200, 200)
-        assert {*tints, mark} <= {colour for _, colour in image.convert("RGB").getcolors()}
+    for heavy, side in ((0, 200), (10**6, 288)):
+        monkeypatch.setattr(pictures, "_HEAVY", heavy)
+        with Image.open(io.BytesIO(pictures.smaller(buffer.getvalue(), field=True))) as image:
+            found = {colour for _, colour in image.convert("RGB").getcolors()}
+            assert image.size == (side, side)
+            assert {*tints, mark} <= found
+            assert len(found) <= 24
 
 
 def test_pictures_get_their_size(tmp_path: Path) -> None:

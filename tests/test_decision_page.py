@@ -290,6 +290,16 @@ def test_the_decision_page_on_the_term_over_all_classes() -> None:
     assert reached["pixels_long"].max().round() == 80
 
 
+def test_the_decision_page_on_a_long_tail_from_pixels() -> None:
+    whole = fair.named(runs("17_long_tails", "17_long_tails.pixels"))
+    gain = {metric: fair.compared(whole, metric) for metric in ("top5", "top1")}
+    names = ("balanced softmax", "LDAM deferred", "imbalanced noised")
+    soft, late, noisy = (gain["top5"][loss] for loss in names)
+    assert [round(each.mean) for each in (soft, late, noisy)] == [6, 3, -5]
+    assert [round(gain["top1"][loss].mean) for loss in names[:2]] == [5, 4]
+    assert min(soft.low, late.low) > 0 > noisy.high
+
+
 def test_the_decision_page_on_wrong_labels_from_pixels() -> None:
     whole = fair.named(runs("15_label_noise", "15_label_noise.pixels"))
     gain = {metric: fair.compared(whole, metric) for metric in ("top5", "top1")}

@@ -22,12 +22,13 @@ _INLINE = re.compile(r"(data:image/png;base64,)([A-Za-z0-9+/=\s]+)")
 _IMAGE = re.compile(r"<img\b[^>]*>")
 
 
-def smaller(png: bytes, *, shrunk: bool = False) -> bytes:
+def smaller(png: bytes, *, field: bool = False) -> bytes:
     """The picture with a palette, if that is fewer bytes; what is written into it is kept.
 
-    Drawings keep their colours, photographs get 256 of their own. `shrunk` is for large fields of colour: a pixel for
+    Drawings keep their colours, photographs get 256 of their own, fields of colour 24. A heavy field has a pixel for
     each that is shown, none for fine screens.
     """
+    shrunk = field and len(png) > _HEAVY
     information, buffer = PngInfo(), io.BytesIO()
     with Image.open(io.BytesIO(png)) as image:
         for key, value in image.info.items():
@@ -39,6 +40,8 @@ def smaller(png: bytes, *, shrunk: bool = False) -> bytes:
             # First what differs much, however rare: a mark in the field keeps its colour.
             plain = _of_its_own_colours(plain.resize((width, height)), 20, (70, 30))
             information.add_text(_SHRUNK, "yes")
+        elif field:
+            plain = _of_its_own_colours(plain, 24, (50, 24))
         else:
             plain = plain.quantize(256) if plain.getcolors(_FEW) is None else _of_its_own_colours(plain)
         plain.save(buffer, format="png", optimize=True, pnginfo=information)
@@ -132,7 +135,7 @@ def lighten(notebook: NotebookNode) -> None:
 
 def _again(text: str, *, field: bool = False) -> str:
     png = base64.b64decode(text)
-    return base64.b64encode(smaller(png, shrunk=field and len(png) > _HEAVY)).decode()
+    return base64.b64encode(smaller(png, field=field)).decode()
 
 
 def size(pages: Path) -> None:

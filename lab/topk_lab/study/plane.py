@@ -55,7 +55,7 @@ def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: in
         panel.axis("off")
     for panel, (name, loss) in zip(axes.flat, losses.items(), strict=False):
         value = expected(loss, scores, q.expand_as(scores))
-        panel.contourf(axis, axis, value.reshape(len(axis), -1), levels=14)
+        panel.contourf(axis, axis, value.reshape(len(axis), -1), levels=10)
         with plt.rc_context({"hatch.linewidth": 0.8}):  # black lines on a veil are seen on dark and on light
             area = panel.contourf(sharp, sharp, wrong, levels=[0.5, 1.5], colors=[(1.0, 1.0, 1.0, 0.4)], hatches=["/"])
         area.set(edgecolor="black", linewidth=0.0)
