@@ -47,7 +47,7 @@ def draw(losses: Mapping[str, RowLoss], q: Tensor, k: int, alt: str, columns: in
     height, side = -(-len(losses) // columns), {2: 2.3, 3: 1.63}.get(columns, 1.8)
     figure, axes = plt.subplots(height, columns, figsize=(side * columns, (side + 0.15) * height), squeeze=False)
     axis, scores = grid(reach, 97)
-    coarse, few = grid(0.92 * reach, 9)
+    coarse, few = grid(0.92 * reach, 7)
     sharp, everywhere = grid(reach, 289)  # borders between the orders are straight lines
     wrong = (regrets(everywhere, q.expand_as(everywhere), k) > 1e-9).reshape(len(sharp), -1).double()
     table: dict[str, list[float | str]] = {"loss": [], "least on the grid": [], "x1": [], "x2": [], "x3": []}
