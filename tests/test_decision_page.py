@@ -171,6 +171,15 @@ def test_the_decision_page_on_noise_in_blocks() -> None:
     assert fair.compared(noisily, "top5")["smooth"].high < 0
 
 
+def ahead(frame: pd.DataFrame, setting: str, loss: str, comparisons: int) -> list[float]:
+    """The settings where a loss is surely above cross-entropy in top-5, after so many comparisons."""
+    found = {
+        float(str(value)): report.differences(part, "top5", confidence=1 - 0.05 / comparisons)[loss]
+        for value, part in frame.groupby(setting)
+    }
+    return [value for value, interval in found.items() if interval.side > 0]
+
+
 def test_the_decision_page_on_label_noise() -> None:
     smooth = leads("15_label_noise", "data.noise", "mlp", "smooth")
     assert smooth["top5"].loc[0.0] < 0 < smooth["top5"].loc[0.2]
@@ -181,7 +190,7 @@ def test_the_decision_page_on_label_noise() -> None:
     for noise in (0.4, 0.6, 0.8, 1.0):
         assert "smooth" in of(frame[(frame["model.name"] == "mlp") & (frame["data.noise"] == noise)], "top5")[0]
     mlp = frame[frame["model.name"] == "mlp"]
-    assert min(report.ahead(mlp, "data.noise", "smooth", comparisons=48)) == 0.4
+    assert min(ahead(mlp, "data.noise", "smooth", comparisons=48)) == 0.4
     linear = frame[frame["model.name"] == "linear"]
     for noise, part in linear.groupby("data.noise"):
         above = report.apart(part, "top5", lists=12)[0]
@@ -200,7 +209,7 @@ def test_the_decision_page_on_little_data() -> None:
     assert mixture["top5"].between(0, 1, inclusive="neither").all()
     frame = runs("16_little_data")
     mlp = frame[frame["model.name"] == "mlp"]
-    assert list(report.ahead(mlp, "data.fraction", LAST_FIRST, comparisons=40)) == [0.05, 0.1, 0.25]
+    assert ahead(mlp, "data.fraction", LAST_FIRST, comparisons=40) == [0.05, 0.1, 0.25]
 
 
 def test_the_decision_page_on_training_from_scratch() -> None:
@@ -295,7 +304,7 @@ def test_the_decision_page_on_a_long_tail_from_pixels() -> None:
     gain = {metric: fair.compared(whole, metric) for metric in ("top5", "top1")}
     names = ("balanced softmax", "LDAM deferred", "imbalanced noised")
     soft, late, noisy = (gain["top5"][loss] for loss in names)
-    assert [round(each.mean) for each in (soft, late, noisy)] == [6, 3, -5]
+    assert [round(each.mean) for each in (soft, late, noisy)] == [6, 4, -5]
     assert [round(gain["top1"][loss].mean) for loss in names[:2]] == [5, 4]
     assert min(soft.low, late.low) > 0 > noisy.high
 

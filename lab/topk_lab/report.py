@@ -2,7 +2,7 @@
 
 runs = report.runs("14_cifar100")                       # one row a run, with a column `loss` to read
 report.accuracies(runs, ["top1", "top5"])               # means and intervals, in a table
-report.forest(runs, ["top5", "top1"], alt="...")        # differences to cross-entropy on the same seeds
+report.differences(runs, "top5")                        # {loss: its interval above cross-entropy, on the same seeds}
 say(report.compared(runs, ["top5"]))                    # "top-5: above cross-entropy ...; below ..."
 """
 
