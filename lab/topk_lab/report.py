@@ -319,14 +319,6 @@ def best(frame: pd.DataFrame, metric: str = "top5", digits: int = 1) -> str:
     return text + (f", {BASELINE} {mean[BASELINE]:.{digits}f}{unit}" if BASELINE in mean else "")
 
 
-def _parts(frame: pd.DataFrame, setting: str) -> Iterator[tuple[str, float, pd.DataFrame]]:
-    """(head in words, value, its runs) for every head and setting where losses can be compared."""
-    for name, words in _heads(frame).items():
-        for value, part in frame[frame["model.name"] == name].groupby(setting):
-            if part["loss"].nunique() > 1 and BASELINE in set(part["loss"]):
-                yield words, float(str(value)), part
-
-
 # --- figures ---
 
 
