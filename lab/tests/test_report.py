@@ -114,9 +114,6 @@ def test_more_lists_read_together_need_wider_intervals() -> None:
     assert above == {"smooth": pytest.approx(5.0, abs=0.1)}
     assert set(below) == {"noised"}
     assert report.apart(sure, "top5", lists=10**6) == ({}, {})
-    assert report.compared(sure, ["top5", "absent"]) == (
-        "top-5 surely above cross-entropy smooth (+5.0); surely below noised (-9.7)"
-    )
 
 
 # --- names and words ---
@@ -169,11 +166,6 @@ def test_words() -> None:
     assert [report.metric_name(name) for name in metrics] == [*words, "negative log-likelihood"]
     assert report.listed("abc") == "a, b and c"
     assert (report.listed([]), report.listed([], "nothing")) == ("none", "nothing")
-    assert report.side(Interval(0.31, 0.1, 0.5, 9)) == "above (+0.31)"
-    assert report.side(Interval(-0.31, -0.5, -0.1, 9), below="behind") == "behind (-0.31)"
-    assert report.at({0.2: 1.25, 0.4: 2.0}) == "0.2 (+1.2) and 0.4 (+2.0)"
-    assert report.leads({0.2: 1.25}, "noise") == "+1.2 at noise 0.2"
-    assert report.best(frame_of(THREE)) == "best top-5 smooth (61.0 %), cross-entropy 60.0 %"
 
 
 def test_provenance_names_where_runs_were_made() -> None:

@@ -133,11 +133,6 @@ def low_to_high(interval: Interval) -> str:
     return f"{signed(interval.low)} to {signed(interval.high)}"
 
 
-def side(interval: Interval, above: str = "above", level: str = "level", below: str = "below") -> str:
-    """Where an interval lies, and its mean: `above (+0.31)`."""
-    return f"{(level, above, below)[interval.side]} ({signed(interval.mean)})"
-
-
 # --- where numbers come from ---
 
 
@@ -285,38 +280,6 @@ def apart(
     ordered = sorted(found.items(), key=lambda item: -abs(item[1].mean))
     above, below = ({loss: i.mean for loss, i in ordered if i.side == sign} for sign in (1, -1))
     return above, below
-
-
-def compared(
-    frame: pd.DataFrame, metrics: Sequence[str], lists: int = 1, digits: int = 1, baseline: str = BASELINE
-) -> str:
-    """`top-5 surely above cross-entropy a (+0.3) and b (+0.2); surely below c (-1.0)`, a sentence a metric."""
-    sentences = []
-    for metric in metrics:
-        if metric in frame and frame[metric].notna().all():
-            above, below = (
-                listed(f"{loss} ({mean:+.{digits}f})" for loss, mean in found.items())
-                for found in apart(frame, metric, baseline, lists)
-            )
-            sentences.append(f"{metric_name(metric)} surely above {baseline} {above}; surely below {below}")
-    return ". ".join(text[0].upper() + text[1:] if at else text for at, text in enumerate(sentences))
-
-
-def at(found: Mapping[float, float], otherwise: str = "none") -> str:
-    """`0.2 (+1.3) and 0.4 (+2.0)`, from {setting: difference}."""
-    return listed((f"{value:g} ({mean:+.1f})" for value, mean in found.items()), otherwise)
-
-
-def leads(found: Mapping[float, float], setting: str) -> str:
-    """`+1.3 at noise 0.2 and +2.0 at noise 0.4`, from {setting: difference}."""
-    return listed(f"{mean:+.1f} at {setting} {value:g}" for value, mean in found.items())
-
-
-def best(frame: pd.DataFrame, metric: str = "top5", digits: int = 1) -> str:
-    """`best top-5 smooth (61.2 %), cross-entropy 60.9 %`."""
-    mean, unit = means(frame, metric), " %" if factor(metric) > 1 else ""
-    text = f"best {metric_name(metric)} {mean.idxmax()} ({mean.max():.{digits}f}{unit})"
-    return text + (f", {BASELINE} {mean[BASELINE]:.{digits}f}{unit}" if BASELINE in mean else "")
 
 
 # --- figures ---
