@@ -697,7 +697,7 @@ def heat(
     _label_outside(axes, across)
     if kinds:
         keys = [Patch(facecolor=colour, label=name) for name, colour in kinds.items()]
-        figure.legend(handles=keys, loc="outside lower center", ncol=len(keys))
+        figure.legend(handles=keys, loc="outside lower center", ncol=_legend_columns([*kinds], figure.get_figwidth()))
     else:
         figure.colorbar(axes[-1].images[0], ax=axes, shrink=0.6, label=label, extend="both" if reach else "neither")
     show(figure, alt, numbers if data is None else data, palette=True)
