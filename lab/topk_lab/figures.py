@@ -868,17 +868,26 @@ def _plane(axis: Tensor) -> Tensor:
     return torch.stack((torch.zeros_like(first), first, second), -1).reshape(-1, 3)
 
 
-def on_the_simplex(losses: Mapping[str, RowLoss], alt: str, steps: int = 60, cap: float = 4.0, bar: str = "") -> None:
+def on_the_simplex(
+    losses: Mapping[str, RowLoss],
+    alt: str,
+    steps: int = 60,
+    cap: float = 4.0,
+    bar: str = "",
+    columns: int = 0,
+    size: Size | None = None,
+) -> None:
     """Three classes as probabilities, scores x = log p, target in the lower left corner: the loss as colour.
 
-    With a name for the `bar` all panels have one scale, up to `cap`, and one bar.
+    With a name for the `bar` all panels have one scale, up to `cap`, and one bar. `columns` is the most panels beside
+    each other, if not all of them.
     """
     counts = [(i, j, steps - i - j) for i in range(steps + 1) for j in range(steps + 1 - i)]
     p = (torch.tensor(counts, dtype=torch.float64) + 0.02) / (steps + 0.06)
     corner = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, math.sqrt(3) / 2]], dtype=torch.float64)
     place = p @ corner
     edge = torch.tensor([count[2] == 0 for count in counts])
-    figure, axes = _grid(len(losses), len(losses), (7.0, 2.1) if bar else (7.8, 2.7))
+    figure, axes = _grid(len(losses), columns or len(losses), size or ((7.0, 2.1) if bar else (7.8, 2.7)))
     levels: Any = np.linspace(0, cap, 17) if bar else 14
     data: dict[str, list[float]] = {"p of the target, on the edge to class 1": p[edge, 0].tolist()}
     for axis, (name, loss) in zip(axes, losses.items(), strict=True):
