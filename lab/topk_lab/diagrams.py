@@ -26,14 +26,16 @@ def comparators(
     chances: Sequence[Sequence[float]],
     alt: str,
     title: str = "",
+    width: float = 7.0,
 ) -> None:
     """A network of comparators (low, high), drawn from left to right with the highest wire on top.
 
     Before the first layer and after each, a wire carries a value, written at both ends, and the chance that the score
-    in question is on it, which is the width of its orange line and is written at the right.
+    in question is on it, which is the width of its orange line and is written at the right. `width` is that of the
+    figure in inches.
     """
     wires, x = len(values[0]), 0.0
-    figure, axis = plt.subplots(figsize=(7.0, 0.6 + min(0.42 * wires, 4.0)))
+    figure, axis = plt.subplots(figsize=(width, 0.6 + min(0.42 * wires, 4.0)))
     since, now = [0.0] * wires, list(chances[0])
     for layer, after in zip(layers, chances[1:], strict=True):
         x += 0.3
@@ -51,7 +53,8 @@ def comparators(
     for wire in range(wires):
         axis.text(-0.015 * end, wire, f"{values[0][wire]:.2g}".replace("-", "−"), ha="right", va="center")
         axis.text(1.015 * end, wire, f"rank {wires - wire}:  {chances[-1][wire]:.2f}", ha="left", va="center")
-    axis.set(title=title, xlim=(-0.1 * end, 1.2 * end), ylim=(-0.6, wires - 0.4))
+    beside = 0.7 / width  # as much room for the writing whatever the width
+    axis.set(title=title, xlim=(-beside * end, (1 + 2 * beside) * end), ylim=(-0.6, wires - 0.4))
     axis.axis("off")
     last = range(wires - 1, -1, -1)
     figures.show(figure, alt, {
