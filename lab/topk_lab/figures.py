@@ -762,15 +762,17 @@ def diagram(
     alt: str,
     size: tuple[float, float] = (7.8, 6.0),
     letters: float = 8.5,
+    half: float = 0.0,
 ) -> None:
     """Boxes {name: (x, y, colour)}, places between 0 and 1, and arrows (from, to, words on it).
 
-    `letters` is the size of type in points; frames are as wide as it asks for, and as high as their lines.
+    `letters` is the size of type in points; frames are as wide as it asks for, or `half` to either side of their
+    middle, and as high as their lines.
     """
     from matplotlib.patches import FancyBboxPatch
 
     figure, axis = plt.subplots(figsize=size)
-    drawn, half = {}, 0.083 * letters / 8.5
+    drawn, half = {}, half or 0.083 * letters / 8.5
     for name, (x, y, colour) in boxes.items():
         tall = max(0.026, (0.75 * name.count("\n") + 0.7) * letters / 72 / size[1])
         frame = FancyBboxPatch((x - half, y - tall), 2 * half, 2 * tall, boxstyle="round,pad=0.008", facecolor="white",

@@ -193,8 +193,9 @@ def chart(found: Judged, alt: str) -> None:
             maps[metric][at] = row["difference"]
             marks[metric][at] = "•" if row["verdict"] == "level" else f"{row['difference']:+.1f}"
     figures.heat(
-        maps, losses, [fill(CONDITIONS[name], 14) for name in names], alt, reach=4, marks=marks, across=1,
-        size=(7.8, 2.0 + 0.48 * len(losses)), label=f"difference to {report.BASELINE}, points",
+        maps, [fill(loss, 19) for loss in losses], [fill(CONDITIONS[name], 8) for name in names], alt, reach=4,
+        marks=marks, across=1, letters=7.5, size=(4.9, 2.4 + 0.7 * len(losses)),
+        label=f"difference to {report.BASELINE}, points",
     )  # fmt: skip
 
 

@@ -295,8 +295,8 @@ def draw_guesses(
     side = torch.linspace(-2.3, 2.3, 161)
     plane = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).reshape(1, -1, 2)
     pairs = list(combinations(range(setting.classes), 2))
-    names = [[f"class {c}" for c in range(setting.classes)], [f"{{{a}, {b}}}" for a, b in pairs]]
-    figure, axes = plt.subplots(2, len(chosen), figsize=(7.0, 7.0), sharex=True, sharey=True)
+    names = [[str(c) for c in range(setting.classes)], [f"{{{a}, {b}}}" for a, b in pairs]]
+    figure, axes = plt.subplots(2, len(chosen), figsize=(4.9, 5.6), sharex=True, sharey=True)
     tints = 0.55 + 0.45 * np.array([to_rgb(colour) for colour in figures.COLOURS])
     stripe = np.add.outer(np.arange(161), np.arange(161)) // 6 % 2
     found = {}
@@ -314,14 +314,15 @@ def draw_guesses(
                 inner = plane[0][(region == value) & (plane[0].abs() < 2.1).all(1)]
                 if len(inner) > 150:
                     centre = inner[(inner - inner.mean(0)).norm(dim=1).argmin()].tolist()
-                    axis.text(*centre, words[value], fontsize=11, ha="center", va="center", weight="bold",
+                    axis.text(*centre, words[value], fontsize=9, ha="center", va="center", weight="bold",
                               color=figures.COLOURS[value] if guesses == 1 else "black", zorder=3,
                               bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5})  # fmt: skip
             for c in range(setting.classes):
-                axis.scatter(*inputs[0, labels == c].T, s=20, marker=figures.MARKERS[c], color=figures.COLOURS[c],
+                axis.scatter(*inputs[0, labels == c].T, s=12, marker=figures.MARKERS[c], color=figures.COLOURS[c],
                              linewidth=0.4, edgecolor="white", label=f"class {c}")  # fmt: skip
             shown = ("first guess", "set of two guesses")[guesses - 1]
-            axis.set(title=f"{loss}, {shown}: {found[loss][guesses - 1]:.0f} %", xlabel="$z_1$", ylabel="$z_2$")
+            title = f"{loss},\n{shown}: {found[loss][guesses - 1]:.0f} %"
+            axis.set(title=title, xlabel="$z_1$", ylabel="$z_2$")
             axis.label_outer()
             axis.grid(False)
     columns = {f"top-{k}": [values[k - 1] for values in found.values()] for k in (1, 2)}
