@@ -894,7 +894,7 @@ def on_the_simplex(
     data: dict[str, list[float]] = {"p of the target, on the edge to class 1": p[edge, 0].tolist()}
     for axis, (name, loss) in zip(axes, losses.items(), strict=True):
         value = loss(p.log(), torch.zeros(len(p), dtype=torch.long))
-        picture = axis.tricontourf(place[:, 0], place[:, 1], value.clamp(max=cap), levels=levels)
+        picture = axis.tricontourf(place[:, 0], place[:, 1], value.clamp(max=cap * (1 - 1e-6)), levels=levels)
         outline = corner[[0, 1, 2, 0]]
         axis.plot(outline[:, 0], outline[:, 1], color="black", linewidth=1, linestyle="solid")
         for label, spot, side in zip(("target", "1", "2"), corner.tolist(), ("right", "left", "center"), strict=True):

@@ -102,7 +102,8 @@ function make(box, spec) {
   });
   const row = html("div", "panels", box);
   const names = [...new Set(spec.panels.flatMap((panel) => (panel.points ? [] : panel.lines)))];
-  const width = spec.panels.length > 1 ? 360 : 640; // a panel alone has the room of two, its letters the same size
+  const narrow = spec.panels.length > 1 || (box.clientWidth && box.clientWidth < 500);
+  const width = narrow ? 360 : 640; // a panel alone has the room of two, its letters the same size
   const panels = spec.panels.map((panel) => makePanel(panel, row, spec.looks, width));
   legend(names, box, spec.looks);
   function draw() {
