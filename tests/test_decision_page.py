@@ -103,6 +103,10 @@ def test_the_decision_page_on_next_words() -> None:
     assert len(others) == 4, "transition, noised, differentiable, calibrated hinge"
     assert (others < 0).all(axis=None)
     assert others["top3"].idxmin() == "calibrated hinge, k = 3", "by far"
+    means = final[final["model.hidden"] == 256].groupby("loss")[["top1", "top3"]].mean()
+    gap = 100 * (means - means.loc["cross-entropy"])
+    assert gap.loc["smooth, k = 3"].abs().round(1).tolist() == [1.2, 0.0]
+    assert (gap.loc["smooth, k = 1 and 3"] < -0.2).all(), "the mixture is behind"
 
 
 def test_the_decision_page_on_long_tails() -> None:

@@ -13,9 +13,9 @@ from functools import lru_cache
 import numpy as np
 import pandas as pd
 
-from topk_lab import data, figures, records, report
+from topk_lab import data, records, report
 from topk_lab.data import Array, DataSet
-from topk_lab.page import say, table
+from topk_lab.page import table
 from topk_lab.study.statistics import Interval, hierarchical, t_interval
 
 CHAPTER = "25_keyboard"
@@ -201,17 +201,3 @@ def absolute(part: pd.DataFrame, metrics: Sequence[str]) -> None:
         }
         for loss, runs in part.groupby("loss", sort=False)
     ])  # fmt: skip
-
-
-def leads(found: Mapping[str, Mapping[str, Mapping[str, Difference]]], metrics: Sequence[str], alt: str) -> None:
-    """{condition: `differences`} as a figure, a panel a metric and a line a loss and condition: seeds and verses."""
-    lines = {
-        report.metric_name(metric): {
-            f"{loss}: {condition}": by[metric][1] for condition, losses in found.items() for loss, by in losses.items()
-        }
-        for metric in metrics
-    }
-    if any(lines.values()):
-        figures.dots(lines, alt)
-    else:
-        say(report.PENDING)
