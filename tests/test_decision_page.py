@@ -321,6 +321,10 @@ def test_the_decision_page_on_wrong_labels_from_pixels() -> None:
     others = [found for loss, found in gain["top5"].items() if loss != "smooth"]
     assert len(others) == 4
     assert all(-3.5 < found.mean < -1.4 and found.high < 0 for found in others)
+    blocks = fair.named(runs("15_label_noise", "15_label_noise.pixels_block"))
+    gain = {metric: fair.compared(blocks, metric)["smooth"] for metric in ("top5", "top1")}
+    assert gain["top5"].low < 0 < gain["top5"].high
+    assert round(gain["top1"].mean) == -3
 
 
 def test_the_decision_page_on_more_losses_from_pixels() -> None:
