@@ -218,7 +218,7 @@ def _figures(page: Any, where: str) -> list[str]:
     complaints = []
     for number, picture in enumerate(page.query_selector_all("article .cell_output img, article .bd-content img"), 1):
         if picture.is_visible():
-            ratio = ink_contrast(picture.screenshot())
+            ratio = ink_contrast(picture.screenshot(timeout=120_000))
             if ratio < CONTRAST:
                 complaints.append(f"{where}: the writing in figure {number} has a contrast of {ratio:.1f}")
     return complaints
