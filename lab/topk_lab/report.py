@@ -3,7 +3,7 @@
 runs = report.runs("14_cifar100")                       # one row a run, with a column `loss` to read
 report.accuracies(runs, ["top1", "top5"])               # means and intervals, in a table
 report.differences(runs, "top5")                        # {loss: its interval above cross-entropy, on the same seeds}
-say(report.compared(runs, ["top5"]))                    # "top-5: above cross-entropy ...; below ..."
+report.apart(runs, "top5")                              # those surely above it, and those surely below
 """
 
 from __future__ import annotations
