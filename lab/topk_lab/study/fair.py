@@ -181,21 +181,22 @@ def tabled(found: Judged, shown: Iterable[str]) -> list[dict[str, Any]]:
 
 
 def chart(found: Judged, alt: str) -> None:
-    """A map a metric, losses downwards and conditions to the right: differences told apart, a dot for the others."""
+    """A map a metric, conditions downwards and losses to the right: differences told apart, a dot for the others."""
     rows = next(iter(found.values()))
     losses = list(dict.fromkeys(str(row["loss"]) for row in rows))
     names = [name for name in CONDITIONS if any(row["sweep"] == name for row in rows)]
-    maps = {metric: np.full((len(losses), len(names)), np.nan) for metric in found}
+    maps = {metric: np.full((len(names), len(losses)), np.nan) for metric in found}
     marks = {metric: np.full(cells.shape, "", dtype=object) for metric, cells in maps.items()}
     for metric, each in found.items():
         for row in each:
-            at = losses.index(row["loss"]), names.index(row["sweep"])
+            at = names.index(row["sweep"]), losses.index(row["loss"])
             maps[metric][at] = row["difference"]
             marks[metric][at] = "•" if row["verdict"] == "level" else f"{row['difference']:+.1f}"
+    brief = [loss.replace("differentiable [.5, 0, 0, 0, .5]", "differen- tiable mixture") for loss in losses]
+    columns = [fill(loss, 8, break_long_words=False) for loss in brief]
     figures.heat(
-        maps, [fill(loss, 19) for loss in losses], [fill(CONDITIONS[name], 8) for name in names], alt, reach=4,
-        marks=marks, across=1, letters=7.5, size=(4.9, 2.4 + 0.7 * len(losses)),
-        label=f"difference to {report.BASELINE}, points",
+        maps, [fill(CONDITIONS[name], 20) for name in names], columns, alt, reach=4, marks=marks, across=1, letters=8,
+        size=(4.9, 1.6 + 0.9 * len(names)), label=f"difference to {report.BASELINE}, points",
     )  # fmt: skip
 
 
