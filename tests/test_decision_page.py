@@ -95,18 +95,21 @@ def test_the_decision_page_on_the_fair_comparison() -> None:
 def test_the_decision_page_on_next_words() -> None:
     every = keyboard.registered_first(report.runs("25_keyboard"))
     final = keyboard.latest(every[~every["sweep"].str.endswith(".tuning")])
-    means = final[final["model.hidden"] == 16].groupby("loss")[["top1", "top3"]].mean()
-    gap = 100 * (means - means.loc["cross-entropy"])
+    found = {name: part.groupby("loss")[["top1", "top3"]].mean() for name, part in keyboard.conditions(final)}
+    gaps = {name: 100 * (means - means.loc["cross-entropy"]) for name, means in found.items()}
+    gap = gaps["3,000 words, 16 units"]
     assert gap.loc["smooth, k = 3", "top3"] < -1, "more than a point"
     assert gap.loc["smooth, k = 1 and 3"].round(1).tolist() == [0.6, 0.3]
     others = gap.drop(index=["cross-entropy", "smooth, k = 3", "smooth, k = 1 and 3"])
     assert len(others) == 4, "transition, noised, differentiable, calibrated hinge"
     assert (others < 0).all(axis=None)
     assert others["top3"].idxmin() == "calibrated hinge, k = 3", "by far"
-    means = final[final["model.hidden"] == 256].groupby("loss")[["top1", "top3"]].mean()
-    gap = 100 * (means - means.loc["cross-entropy"])
+    gap = gaps["3,000 words, 256 units"]
     assert gap.loc["smooth, k = 3"].abs().round(1).tolist() == [1.2, 0.0]
     assert (gap.loc["smooth, k = 1 and 3"] < -0.2).all(), "the mixture is behind"
+    gap = gaps["12,000 words, 16 units"]
+    assert gap.loc["smooth, k = 1 and 3"].round(1).tolist() == [0.4, 0.1], "ahead in top-1, level in top-3"
+    assert gap.loc["smooth, k = 3"].round(1).tolist() == [-2.5, -1.4]
 
 
 def test_the_decision_page_on_long_tails() -> None:
