@@ -362,7 +362,7 @@ def test_dead_links_are_found(tmp_path: Path) -> None:
     assert [line.split(": ")[1] for line in complaints] == [f"{root}/gone", f"{root}/lost"]
     assert all("404" in line for line in complaints)
     assert links.dead(found, {root: "here only for a moment"}, ask=lambda _: "never asked") == []
-    assert links.dead({}, {"https://nobody/": "why"}) == ["links-allowed.yml: no link begins with https://nobody/"]
+    assert links.dead({}, {"https://nobody/": "why"}) == ["ALLOWED: no link begins with https://nobody/"]
 
 
 def test_no_answer_is_no_link(monkeypatch: pytest.MonkeyPatch) -> None:
