@@ -25,7 +25,7 @@ _IMAGE = re.compile(r"<img\b[^>]*>")
 def smaller(png: bytes, *, field: bool = False) -> bytes:
     """The picture with a palette, if that is fewer bytes; what is written into it is kept.
 
-    Drawings keep their colours, photographs get 256 of their own, fields of colour 24. A heavy field has a pixel for
+    Drawings keep their colours, photographs get 256 of their own, fields of colour 48. A heavy field has a pixel for
     each that is shown, none for fine screens.
     """
     shrunk = field and len(png) > _HEAVY
@@ -41,7 +41,7 @@ def smaller(png: bytes, *, field: bool = False) -> bytes:
             plain = _of_its_own_colours(plain.resize((width, height)), 20, (70, 30))
             information.add_text(_SHRUNK, "yes")
         elif field:
-            plain = _of_its_own_colours(plain, 24, (50, 24))
+            plain = _of_its_own_colours(plain, 48, (50, 12))
         else:
             plain = plain.quantize(256) if plain.getcolors(_FEW) is None else _of_its_own_colours(plain)
         plain.save(buffer, format="png", optimize=True, pnginfo=information)
